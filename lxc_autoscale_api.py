@@ -1,0 +1,2066 @@
+#!/usr/bin/env python3
+"""A REST API to scale, snapshot, clone and watch the LXC containers of a Proxmox VE host.
+
+How a request travels:
+
+    socket -> Server      a bounded number of connections, a thread each
+           -> Handler     bytes to a strictly framed Request, within a deadline
+           -> Api         rate limit, key, row of ROUTES, parameters to values
+           -> Operations  a change only: its containers' turn, a thread of its own
+           -> a handler   a few lines an endpoint, which call Proxmox
+           -> Proxmox     the host: files under /etc/pve and /sys/fs/cgroup, pct, pvesh
+           -> Commands    the one place that starts a process
+
+and back as an Answer, in one write. An error anywhere is a Problem, and becomes an
+Answer in Api.answer.
+
+Nothing but Python's standard library (3.9 or later) is used. Facts about Proxmox VE
+are from its sources: pve-container (PVE::CLI::pct, PVE::LXC::Config), pve-guest-common
+and pve-cluster, and from runs of the real pct.
+"""
+import argparse
+import fcntl
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import logging.handlers
+import math
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from bisect import bisect_left
+from collections import deque
+from concurrent.futures import Future, InvalidStateError, TimeoutError as FutureTimeout
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from socketserver import TCPServer
+from types import SimpleNamespace
+from typing import Callable, NamedTuple, Optional
+from urllib.parse import parse_qsl, unquote
+
+VERSION = "1.0.0"
+CONFIG_PATH = "/etc/lxc_autoscale_ml/lxc_autoscale_api.yaml"
+SAMPLE_KEY = "your-secret-api-key"
+TEMPORARY_SNAPSHOT = "autoscale_clone_"      # and eight hexadecimal digits
+
+MAX_LINE = 8192             # bytes of a request line
+MAX_HEAD = 32768            # bytes of a request line and its headers
+MAX_BODY = 65536            # bytes of a body
+MAX_QUERY = 100             # parameters in a query
+MAX_OUTPUT = 4 << 20        # bytes that are read of what a command prints
+MAX_DETAILS = 4000          # characters of it that go into an answer
+MAX_CLIENTS = 10000         # addresses that the rate limiter remembers
+
+REQUEST_SECONDS = 10        # for a whole request to arrive, and for an answer to leave
+IDLE_SECONDS = 30           # between two requests on one connection
+YIELD_SECONDS = 1           # after which a connection without a request gives up its place
+LINGER_SECONDS = 1          # for a refused client to take its answer
+TURN_SECONDS = 60           # waiting for another change to the same container
+SLOT_SECONDS = 30           # waiting for one of the places to run a command
+PROBE_SECONDS = 10          # a health probe's result is kept
+STOP_SECONDS = 30           # for requests in work to be answered when the daemon stops
+
+MIB, GIB = 1 << 20, 1 << 30
+EX_CONFIG = 78              # sysexits.h: configuration error
+
+log = logging.getLogger("lxc_autoscale_api")
+access_log = logging.getLogger("lxc_autoscale_api.access")
+
+
+# Values that travel
+
+class Answer:
+    """What a client gets: a status, a JSON value or text, headers."""
+
+    def __init__(self, status, body, headers=None, content_type="application/json"):
+        self.status, self.headers, self.content_type = status, headers or {}, content_type
+        self.body = body if isinstance(body, str) else json.dumps(body) + "\n"
+
+
+def success(message, data=None):
+    body = {"status": "success", "message": message}
+    return Answer(200, body if data is None else dict(body, data=data))
+
+
+class Problem(Exception):
+    """An error with an HTTP status, a text, further JSON fields and headers."""
+
+    def __init__(self, status, error, headers=None, **fields):
+        super().__init__(error)
+        self.status, self.error, self.headers, self.fields = status, error, headers or {}, fields
+
+    def answer(self):
+        return Answer(self.status, {"status": "error", "error": self.error, **self.fields}, dict(self.headers))
+
+
+def busy(error, seconds, **fields):
+    """503: nothing was done, and the client may try again after so many seconds."""
+    return Problem(503, error, {"Retry-After": str(seconds)}, **fields)
+
+
+class Request(NamedTuple):
+    """A well-framed request; its body is read only when `read_body()` is called."""
+    method: str
+    path: str
+    query: str
+    headers: dict                       # lower-case name -> value, repeated ones joined by ", "
+    peer: str                           # address at the other end of the connection
+    length: Optional[int]               # Content-Length
+    read_body: Callable[[], bytes]
+
+
+def utc(seconds):
+    """Epoch seconds -> ISO 8601 in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def in_unit(value, unit):
+    """Bytes -> a number of MIB or GIB with at most two decimals; None stays None."""
+    if value is None:
+        return None
+    number = round(value / unit, 2)
+    return int(number) if number == int(number) else number
+
+
+# Configuration: a YAML subset, a table of settings
+
+class ConfigError(Exception):
+    """What is wrong in a configuration file, and in which line (0: in the file as a whole)."""
+
+    def __init__(self, line, text):
+        super().__init__(text)
+        self.line, self.text = line, text
+
+
+YAML_TOKEN = re.compile(r"""
+      "(?P<double>(?:[^"\\]|\\.)*)"
+    | '(?P<single>(?:[^']|'')*)'
+    | (?P<plain>(?:[^\s\-?:,\[\]{}#&*!|>'"%@`]|[?:-](?=\S))(?:[^\s:#]|:(?=\S)|(?<=\S)\#|[ ]+(?=[^\s#]))*)
+""", re.VERBOSE)
+YAML_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
+YAML_ESCAPES = dict(zip('0abtnvfre "/\\N_LP', '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029'))
+YAML_UNREADABLE = re.compile("[^\n\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+YAML_WORDS = {word: value for words, value in (
+    ("~ null Null NULL", None), ("true True TRUE yes Yes YES on On ON", True),
+    ("false False FALSE no No NO off Off OFF", False)) for word in words.split()}
+YAML_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)")
+YAML_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+][0-9]+)?|\.[0-9]+(?:[eE][-+][0-9]+)?)")
+YAML_EXOTIC = re.compile(                # what YAML 1.1 takes for a number, a date or a merge as well
+    r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|[1-9][0-9_]*(?::[0-5]?[0-9])*|[0-9][0-9_]*(?::[0-5]?[0-9])+\.[0-9_]*"
+    r"|[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9_]+(?:[eE][-+][0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
+    r"|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}.*|<<|=")
+
+
+def load_yaml(text):
+    """A YAML document -> (its value, {path: line}), path being a tuple of keys.
+
+    Taken: nested mappings, block and flow lists of scalars, plain and quoted scalars on
+    one line, comments. What is taken is read as YAML 1.1 (PyYAML's safe_load) reads it;
+    everything else raises ConfigError with its line.
+    """
+    text = re.sub(r"\r\n?", "\n", text[1:] if text.startswith("\ufeff") else text)
+    unreadable = YAML_UNREADABLE.search(re.sub(r"(?m)^[ \t]*#.*", lambda m: m[0].replace("\t", " "), text))
+    if unreadable:
+        what = "a tab; use spaces" if unreadable[0] == "\t" else "a control character"
+        raise ConfigError(text.count("\n", 0, unreadable.start()) + 1, f"{what} is not taken here"
+                          if what.startswith("a control") else f"here is {what}")
+    document, where = {}, {}
+    levels = []                             # (indentation, container, path) of what is open
+    hole = (-1, document, None, ())         # the key that still waits for its value
+    for number, line in enumerate(text.split("\n"), 1):
+        content = line.strip(" ")
+        indent = len(line) - len(line.lstrip(" "))
+        if not content or content.startswith("#"):
+            continue
+        if re.fullmatch(r"---(?: +#.*)?", line.rstrip(" ")) and not where and not levels:
+            if document.get("---"):
+                raise ConfigError(number, "only one document is taken")
+            document["---"] = True
+            continue
+        if line.startswith(("---", "...", "%")) and re.match(r"(?:---|\.\.\.)(?: |$)|%", line):
+            raise ConfigError(number, "document marks are taken as a first line only")
+        item = content == "-" or content.startswith("- ")
+        if hole and (indent > hole[0] or (item and indent == hole[0] and isinstance(hole[1], dict))):
+            container = [] if item else {}
+            hole[1][hole[2]] = container
+            levels.append((indent, container, hole[3]))
+            if len(levels) > 20:
+                raise ConfigError(number, "nested too deeply")
+        hole = None
+        while levels and (levels[-1][0] > indent or
+                          (levels[-1][0] == indent and not item and isinstance(levels[-1][1], list))):
+            levels.pop()
+        if not levels or levels[-1][0] != indent:
+            raise ConfigError(number, "the indentation fits no line above (values on several lines are not taken)")
+        _, container, path = levels[-1]
+        if item != isinstance(container, list):
+            raise ConfigError(number, "a list item among keys" if item else "a key among list items")
+        if item:
+            where[path + (len(container),)] = number
+            container.append(yaml_value(content[1:].strip(" "), number, flow_list=False))
+            continue
+        key, rest = yaml_key(content, number)
+        if key in container:
+            raise ConfigError(number, f"the key '{key}' is there twice")
+        where[path + (key,)] = number
+        container[key] = yaml_value(rest, number)
+        if re.fullmatch(r"(?:#.*)?", rest):
+            hole = (indent, container, key, path + (key,))
+    return document.get(None), where
+
+
+def yaml_key(content, line):
+    """'key: rest' -> (key, 'rest')."""
+    match = re.match(r"""([A-Za-z_][\w.-]*|"[^"\\]{1,99}"|'[^']{1,99}') *:(?= |$)""", content, re.ASCII)
+    if not match:
+        raise ConfigError(line, "expected 'key: value' (a key is a word, with a space after its colon)")
+    key = match[1].strip("\"'")
+    if key == match[1] and key in YAML_WORDS:
+        raise ConfigError(line, "this key is a YAML boolean or null; put it in quotes")
+    return key, content[match.end():].strip(" ")
+
+
+def yaml_value(text, line, flow_list=True):
+    """What stands behind 'key:' or '-' -> a scalar, or a list of scalars in brackets."""
+    if text.startswith("#") or not text:
+        return None
+    if text[0] == "[" and flow_list:
+        values, text = [], text[1:].lstrip(" ")
+        while not text.startswith("]"):
+            value, text = yaml_scalar(text, line, ",]")
+            values.append(value)
+            text = text.lstrip(" ")
+            if text.startswith(","):
+                text = text[1:].lstrip(" ")
+            elif not text.startswith("]"):
+                raise ConfigError(line, "a list in brackets must end, with ']', in its line")
+        value, text = values, text[1:]
+    else:
+        value, text = yaml_scalar(text, line, "")
+    if text and not re.match(r" +(#|$)", text):
+        raise ConfigError(line, "unexpected text behind the value (a quoted text ends at its quote; "
+                                "'#' needs a space before it; ': ' needs quotes)")
+    return value
+
+
+def yaml_scalar(text, line, stops):
+    """The scalar at the start of `text` -> (value, what follows it)."""
+    match = YAML_TOKEN.match(text)
+    if not match:
+        raise ConfigError(line, "not taken: anchors, tags, mappings in braces, nested lists, values on several "
+                                "lines, or a text that needs quotes")
+    if match["double"] is not None:
+        return YAML_ESCAPE.sub(lambda escape: yaml_escape(escape, line), match["double"]), text[match.end():]
+    if match["single"] is not None:
+        return match["single"].replace("''", "'"), text[match.end():]
+    plain = match["plain"]
+    if stops:
+        plain = re.match(r"[^,\[\]{}?]*", plain)[0].rstrip(" ")
+        if not plain or plain[0] == ":" or plain.endswith(":"):
+            raise ConfigError(line, "a list in brackets holds scalars, separated by commas")
+    rest = text[len(plain):]
+    if YAML_INTEGER.fullmatch(plain) and len(plain) < 20:
+        return int(plain), rest
+    if YAML_FLOAT.fullmatch(plain):
+        return float(plain), rest
+    if YAML_EXOTIC.fullmatch(plain):
+        raise ConfigError(line, "YAML reads this as an unusual number, a date or a merge; put it in quotes if it is text")
+    return YAML_WORDS.get(plain, plain), rest
+
+
+def yaml_escape(escape, line):
+    code = escape[1] or escape[2] or escape[3]
+    if code and not 0xD800 <= int(code, 16) <= 0xDFFF and int(code, 16) <= 0x10FFFF:
+        return chr(int(code, 16))
+    if escape[4] in YAML_ESCAPES:
+        return YAML_ESCAPES[escape[4]]
+    raise ConfigError(line, "an escape that YAML does not know; write a backslash twice")
+
+
+def whole(low, high):
+    def check(value):
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"must be an integer between {low} and {high}")
+        return value
+    return check
+
+
+def boolean(value):
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def text(value):
+    if not isinstance(value, str):
+        raise ValueError("must be text (put it in quotes)")
+    return value
+
+
+def absolute_path(value):
+    if not text(value).startswith("/") or "\0" in value:
+        raise ValueError("must be an absolute path")
+    return value
+
+
+def address(value):
+    try:
+        return str(ipaddress.ip_address(text(value)))
+    except ValueError:
+        raise ValueError('must be an IP address, such as "0.0.0.0", "127.0.0.1" or "::"') from None
+
+
+def networks(value):
+    try:
+        return tuple(ipaddress.ip_network(text(each), strict=False) for each in listed(value))
+    except ValueError:
+        raise ValueError('must be a list of IP addresses or networks, such as ["127.0.0.1", "::1"]') from None
+
+
+def listed(value):
+    if not isinstance(value, list):
+        raise ValueError("must be a list")
+    return value
+
+
+def api_key(value):
+    """A key; it never becomes part of a message."""
+    if text(value) == SAMPLE_KEY:
+        raise ValueError("is still the sample value; set a key of your own, such as from: openssl rand -hex 32")
+    if value and not re.fullmatch(r"[!-~]{16,}", value):
+        raise ValueError("must be at least 16 visible ASCII characters without spaces, such as from: openssl rand -hex 32")
+    return value
+
+
+def api_keys(value):
+    return [api_key(each) for each in listed(value)]
+
+
+def log_level(value):
+    if text(value).upper() not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
+        raise ValueError("must be DEBUG, INFO, WARNING, ERROR or CRITICAL")
+    return value.upper()
+
+
+SETTINGS = {                                # section -> key -> (default, check)
+    "server": {
+        "host": ("0.0.0.0", address),
+        "port": (5000, whole(1, 65535)),
+        "trusted_proxies": (["127.0.0.1", "::1"], networks),
+        "max_connections": (256, whole(1, 10000)),
+    },
+    "authentication": {
+        "enabled": (True, boolean),
+        "api_key": ("", api_key),
+        "api_keys": ([], api_keys),
+    },
+    "rate_limiting": {
+        "enabled": (True, boolean),
+        "max_requests_per_minute": (120, whole(1, 100000)),
+        "time_window_seconds": (60, whole(1, 86400)),
+    },
+    "logging": {
+        "log_level": ("INFO", log_level),
+        "log_file": ("/var/log/autoscaleapi.log", absolute_path),
+        "access_log": ("/var/log/autoscaleapi_access.log", absolute_path),
+        "error_log": ("/var/log/autoscaleapi_error.log", absolute_path),
+    },
+    "proxmox": {
+        "pve_dir": ("/etc/pve", absolute_path),
+        "cgroup_dir": ("/sys/fs/cgroup", absolute_path),
+        "max_commands": (0, whole(0, 1000)),
+        "read_timeout_seconds": (15, whole(1, 86400)),
+        "change_timeout_seconds": (60, whole(1, 86400)),
+        "long_change_timeout_seconds": (3600, whole(1, 86400)),
+    },
+}
+
+
+def load_config(document):
+    """A configuration's text -> a namespace of sections, or ConfigError.
+
+    Beside the settings it has `keys`, all API keys that are in force.
+    """
+    tree, where = load_yaml(document)
+    config = SimpleNamespace()
+    if not isinstance(tree or {}, dict):
+        raise ConfigError(1, "expected sections: " + ", ".join(SETTINGS))
+    refuse_unknown(tree or {}, SETTINGS, where, ())
+    for section, settings in SETTINGS.items():
+        given = (tree or {}).get(section)
+        given = {} if given is None else given
+        if not isinstance(given, dict):
+            raise ConfigError(where[(section,)], f"{section} must hold: " + ", ".join(settings))
+        refuse_unknown(given, settings, where, (section,))
+        values = SimpleNamespace()
+        for key, (default, check) in settings.items():
+            try:
+                setattr(values, key, check(given.get(key, default)))
+            except ValueError as error:
+                raise ConfigError(where[section, key], f"{section}.{key} {error}") from None
+        setattr(config, section, values)
+    login = config.authentication
+    config.keys = [key for key in [login.api_key, *login.api_keys] if key]
+    if login.enabled and not config.keys:
+        line = where.get(("authentication", "api_key")) or where.get(("authentication",)) or 1
+        raise ConfigError(line, "authentication.api_key is missing; set one, such as from: openssl rand -hex 32")
+    if not config.proxmox.max_commands:
+        config.proxmox.max_commands = max(4, 2 * (os.cpu_count() or 1))
+    return config
+
+
+def refuse_unknown(given, known, where, path):
+    for key in given:
+        if key not in known:
+            raise ConfigError(where[path + (key,)], f"unknown key '{'.'.join(path + (key,))}'; known here: {', '.join(known)}")
+
+
+def read_config(path):
+    """A configuration file -> its settings; an error's text names the file and the line."""
+    try:
+        raw = Path(path).read_bytes()
+        return load_config(raw.decode("utf-8"))
+    except OSError as error:
+        raise ConfigError(0, f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(line, f"{path}:{line}: this is not UTF-8") from None
+    except ConfigError as error:
+        raise ConfigError(error.line, f"{path}:{error.line}: {error.text}") from None
+
+
+# Parameters
+
+class Integer:
+    """A whole number, as a JSON number or as a string of ASCII digits."""
+    default = None
+
+    def __init__(self, name, low, high, also=None):
+        self.name, self.also, self.low, self.high = name, also, low, high
+        self.rule = f"must be an integer between {low} and {high}"
+
+    def parse(self, value):
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}", value):
+            value = int(value)
+        if type(value) is int and self.low <= value <= self.high:
+            return value
+        raise ValueError(self.rule)
+
+
+class Name:
+    """A text of ASCII letters, digits and a few marks that cannot be taken for an option."""
+    default = None
+
+    def __init__(self, name, marks, longest, also=None):
+        self.name, self.also = name, also
+        self.pattern = re.compile(rf"(?!-)[A-Za-z0-9{re.escape(marks)}]{{1,{longest}}}")
+        self.rule = (f"must be 1 to {longest} letters, digits or {' '.join(marks)} (ASCII), and must not start with -")
+
+    def parse(self, value):
+        if isinstance(value, str) and self.pattern.fullmatch(value):
+            return value
+        raise ValueError(self.rule)
+
+
+class Flag:
+    """An optional JSON boolean."""
+    also = None
+    rule = "must be true or false (a JSON boolean)"
+
+    def __init__(self, name, default):
+        self.name, self.default = name, default
+
+    def parse(self, value):
+        if isinstance(value, bool):
+            return value
+        raise ValueError(self.rule)
+
+
+VM_ID = Integer("vm_id", 100, 999999, also="lxc_id")
+NEW_VM_ID = Integer("new_vm_id", 100, 999999, also="new_lxc_id")
+NEW_VM_NAME = Name("new_vm_name", "_.-", 63, also="new_lxc_name")
+CORES = Integer("cores", 1, 128)
+MEMORY = Integer("memory", 64, 1048576)
+DISK_SIZE = Integer("disk_size", 1, 16384)  # what ext4 holds by default; more breaks the file system
+SNAPSHOT_NAME = Name("snapshot_name", "_-", 100)
+NODE_NAME = Name("node_name", "_-", 50)
+START = Flag("start", default=False)
+
+
+def parse_parameters(parameters, pairs):
+    """What a client sent, as (name, value) pairs -> {name: value} for all `parameters`, or Problem.
+
+    Both spellings of a name are taken, even together if they say the same.
+    """
+    spellings = {name: each for each in parameters for name in (each.name, each.also) if name}
+    values, seen = {}, set()
+    for name, value in pairs:
+        if name not in spellings:
+            shown = f" '{name}'" if re.fullmatch(r"[A-Za-z_]{1,32}", name) else ""
+            takes = ", ".join(spellings) or "none"
+            raise Problem(400, f"Unknown parameter{shown}; this endpoint takes: {takes}")
+        if name in seen:
+            raise Problem(400, f"Invalid {name}: must be given once")
+        seen.add(name)
+        parameter = spellings[name]
+        try:
+            value = parameter.parse(value)
+        except ValueError as error:
+            raise Problem(400, f"Invalid {name}: {error}") from None
+        if values.setdefault(parameter.name, value) != value:
+            raise Problem(400, f"Invalid {name}: {parameter.name} and {parameter.also} must not differ")
+    for parameter in parameters:
+        if parameter.name not in values and parameter.default is None:
+            raise Problem(400, f"Missing {parameter.name}: {parameter.rule}")
+        values.setdefault(parameter.name, parameter.default)
+    return values
+
+
+def parse_query(query):
+    """A query string -> (name, value) pairs; ValueError for bad escapes, bad UTF-8, too many."""
+    if re.search(r"%(?![0-9A-Fa-f]{2})", query):
+        raise ValueError("a % that is not followed by two hexadecimal digits")
+    return parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=MAX_QUERY)
+
+
+def parse_object(body):
+    """A JSON object's bytes -> its (name, value) pairs, duplicates kept, or Problem."""
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    def integer(digits):            # int() takes time in the square of the length: nothing here is that long
+        return int(digits) if len(digits) <= 20 else math.inf
+    try:
+        value = json.loads(body.decode("utf-8"), object_pairs_hook=Pairs, parse_constant=refuse, parse_int=integer)
+    except (ValueError, RecursionError):
+        raise Problem(400, 'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}') from None
+    if not isinstance(value, Pairs):
+        raise Problem(400, 'Invalid JSON: must be an object, such as {"vm_id": 104}')
+    return value
+
+
+class Pairs(list):
+    """A JSON object as the pairs it was written with."""
+
+
+# What pct and pvesh print, and what /etc/pve holds
+
+class Conf(NamedTuple):
+    """A container's configuration: {key: text}, and {snapshot: {key: text}}."""
+    values: dict
+    snapshots: dict
+
+
+def parse_config(document):
+    """The text of `pct config` or of /etc/pve/lxc/ID.conf -> Conf.
+
+    Pending changes are applied, as `pct config` shows them; a snapshot's `#` lines are
+    its description, %-encoded (PVE::LXC::Config, parse_pct_config).
+    """
+    values, pending, snapshots = {}, {}, {}
+    section = values
+    for line in document.split("\n"):
+        header = re.fullmatch(r"\[([^\]]+)\]\s*", line)
+        entry = re.fullmatch(r"([a-z][a-z_]*\d*):\s*(.*?)\s*", line)
+        if header:
+            name = header[1].lower()
+            section = pending if name == "pve:pending" else {} if ":" in name else snapshots.setdefault(header[1], {})
+        elif line.startswith("#"):
+            above = section.get("description")
+            section["description"] = unquote(line[1:]) if above is None else above + "\n" + unquote(line[1:])
+        elif entry:
+            section[entry[1]] = entry[2]
+    for key in re.split(r"[\s,;]+", pending.pop("delete", "")):
+        values.pop(key.lstrip("!"), None)
+    return Conf({**values, **pending}, snapshots)
+
+
+def parse_status(document):
+    """`pct status ID [--verbose]` -> {key: number or text}."""
+    values = {}
+    for line in document.split("\n"):
+        key, colon, value = line.partition(": ")
+        if colon:
+            values[key] = number_or_text(value.strip())
+    return values
+
+
+def number_or_text(value):
+    if re.fullmatch(r"-?\d{1,19}", value, re.ASCII):
+        return int(value)
+    return float(value) if re.fullmatch(r"-?\d{1,19}\.\d{1,19}", value, re.ASCII) else value
+
+
+SNAPSHOT_LINE = re.compile(r"( *)`-> (\S+)\s+(?:(\d{4})-(\d\d)-(\d\d) (\d\d):(\d\d):(\d\d)\s+)?(.*)", re.ASCII)
+
+
+def parse_snapshots(document):
+    """`pct listsnapshot ID` -> [{"name", "timestamp", "description", "parent"}], oldest first.
+
+    The tree shows its levels by indentation, times in this host's zone, and one line of
+    each description (PVE::GuestHelpers, print_snapshot_tree).
+    """
+    rows, ancestors = [], []
+    for line in document.split("\n"):
+        match = SNAPSHOT_LINE.fullmatch(line)
+        if not match or match[2] == "current":
+            continue
+        level = len(match[1])
+        del ancestors[level:]
+        taken = time.mktime((*map(int, match.groups()[2:8]), 0, 0, -1)) if match[3] else None
+        description = match[9].rstrip()
+        rows.append((match[2], taken, None if description == "no-description" else description,
+                     ancestors[-1] if ancestors else None))
+        ancestors.append(match[2])
+    return in_order(rows)
+
+
+def snapshots_of(conf):
+    """A Conf -> the same list, with whole descriptions and exact times."""
+    return in_order((name, number_or_text(values.get("snaptime", "")) or None, values.get("description"),
+                     values.get("parent")) for name, values in conf.snapshots.items())
+
+
+def in_order(rows):
+    return [{"name": name, "timestamp": None if taken is None else utc(taken), "description": description, "parent": parent}
+            for name, taken, description, parent in sorted(rows, key=lambda row: (row[1] or 0, row[0]))]
+
+
+def option(value, name):
+    """An option in a property string such as `local-lvm:vm-104-disk-0,size=8G` -> its text or None."""
+    match = re.search(rf"(?:^|,){name}=([^,]*)", value or "")
+    return match and match[1]
+
+
+def size_in_gb(value):
+    """A volume size as Proxmox writes it (bytes, or with K, M, G, T) -> GB, or None."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([KMGT]?)", value or "", re.ASCII)
+    return match and in_unit(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "), GIB)
+
+
+PCT_PARAMETERS = {                          # pct's name -> ours, and its rule where pct's own text does not tell
+    "vmid": ("vm_id", None), "newid": ("new_vm_id", None), "size": ("disk_size", None),
+    "hostname": ("new_vm_name", "Proxmox takes a DNS name: labels of letters, digits and inner hyphens, joined by dots"),
+    "snapname": ("snapshot_name", "Proxmox takes 2 to 40 characters: a letter, then letters, digits, _ and -"),
+}
+FAILURES = [                                # (what pct or pvesh says, status, what the client is told)
+    (r"Configuration file 'nodes/([^/']+)/lxc/(\d+)\.conf' does not exist", 404, r"VM \2 does not exist on node '\1'"),
+    (r"snapshot '([^']*)' does not exist", 404, r"Snapshot '\1' does not exist"),
+    (r"hostname lookup '([^']*)' failed", 404, r"Node '\1' does not exist"),
+    (r"no such cluster node '([^']*)'", 404, r"Node '\1' does not exist"),
+    (r"unable to use snapshot name '([^']*)' \(reserved name\)", 400, r"Invalid snapshot_name: Proxmox reserves the name '\1'"),
+    (r"CT is locked \(([\w-]+)\)", 409, r"The container is locked by Proxmox (\1); try again when that has ended"),
+    (r"can't lock file '[^']*'(?: - got timeout)?", 409, "Another Proxmox command holds the container; try again when it has ended"),
+    (r"snapshot name '([^']*)' already used", 409, r"Snapshot '\1' exists already"),
+    (r"(?:CT|VM) (\d+) already exists", 409, r"The id \1 is taken"),
+    (r"CT (\d+) (?:is )?(not|already) running", 409, r"VM \1 is \2 running"),
+    (r"unable to destroy CT (\d+) - container is running", 409, r"VM \1 is running"),
+    (r"protection mode enabled", 409, "The container is protected (protection: 1); lift that in Proxmox first"),
+    (r"snapshot feature is not available", 409, "The container's storage (or a bind mount) cannot take snapshots"),
+    (r"Full clone of a running container is only possible from a snapshot|"
+     r"Cannot do full clones on a running container without snapshots", 409,
+     "The container runs, and its storage can clone it from a snapshot only"),
+    (r"Linked clone feature for '([^']*)' is not available", 409, r"The volume '\1' cannot be cloned as a linked clone"),
+    (r"unable to shrink disk size", 409, "A disk cannot shrink"),
+    (r"disk is already at specified size", 409, "The disk has this size already"),
+    (r"(?:if it's|is) a template", 409, "The container is a template"),
+    (r"used in HA resources", 409, "The container is under Proxmox HA; remove it there first"),
+    (r"There is a replication job", 409, "The container is replicated; remove the replication job first"),
+    (r"cluster not ready - no quorum", 503, "The Proxmox cluster has no quorum, so nothing can be changed"),
+    (r"ipcc_send_rec\S* failed: Connection refused|Unable to load access control list", 503,
+     "Proxmox's cluster file system does not answer; see: systemctl status pve-cluster"),
+    (r"please run as root", 500, "The daemon must run as root"),
+]
+
+
+def explain_failure(argv, result):
+    """A command that failed, and its Result -> the Problem to tell."""
+    said = (result.stderr.strip() or result.stdout.strip())[-MAX_DETAILS:]
+    command = " ".join(argv[:3])
+    if result.exit < 0:
+        return Problem(500, f"{command} was ended by {signal_name(-result.exit)}", details=said)
+    if result.overflow:
+        return Problem(500, f"{command} printed more than {MAX_OUTPUT // MIB} MiB", details=said[:200])
+    if "400 Parameter verification failed." in result.stderr:
+        return Problem(400, explain_refusal(result.stderr), details=said)
+    for pattern, status, told in FAILURES:
+        match = re.search(pattern, result.stderr) or re.search(pattern, result.stdout)
+        if match:
+            return Problem(status, match.expand(told), {"Retry-After": "30"} if status == 503 else None, details=said)
+    return Problem(500, f"{command} failed with exit status {result.exit}", details=said)
+
+
+def explain_refusal(stderr):
+    """pct's `400 Parameter verification failed.`, and a `name: text` line each -> one sentence in our names."""
+    rules = []
+    for name, said in re.findall(r"^([a-z][\w-]*): (.+)$", stderr, re.MULTILINE):
+        ours, rule = PCT_PARAMETERS.get(name, (name, None))
+        rules.append(f"Invalid {ours}: {rule or said.strip()}")
+    return "; ".join(rules) or "pct refused a parameter"
+
+
+def signal_name(number):
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+# Waiting in order, and processes
+
+class Gate:
+    """At most `width` holders at once; others wait in the order in which they came."""
+
+    def __init__(self, width):
+        self.free, self.queue, self.lock = width, deque(), threading.Lock()
+
+    def enter(self, seconds):
+        """-> whether a place was had within so many seconds."""
+        with self.lock:
+            if self.free:
+                self.free -= 1
+                return True
+            ticket = threading.Event()
+            self.queue.append(ticket)
+        if ticket.wait(seconds):
+            return True
+        with self.lock:
+            if ticket.is_set():             # handed over at the last moment
+                return True
+            self.queue.remove(ticket)
+            return False
+
+    def leave(self):
+        with self.lock:
+            if self.queue:
+                self.queue.popleft().set()
+            else:
+                self.free += 1
+
+
+class Result(NamedTuple):
+    """A command that ended: its exit status (negative: a signal's number) and what it printed."""
+    exit: int
+    stdout: str
+    stderr: str
+    overflow: bool                          # it printed more than MAX_OUTPUT
+
+
+class Output:
+    """Memory that a command prints into.
+
+    A file and no pipe: `pct` takes a broken stdout for an interrupt and kills its worker,
+    and a pipe's end may be held open by some grandchild for ever.
+    """
+
+    def __init__(self, bounded):
+        self.fd = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        if bounded:                         # a write past the size fails with EPERM
+            os.ftruncate(self.fd, MAX_OUTPUT)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        os.close(self.fd)
+
+    def read(self):
+        """-> (the text's last MAX_OUTPUT bytes, whether that bound was reached)."""
+        size = os.lseek(self.fd, 0, os.SEEK_CUR)
+        last = os.pread(self.fd, min(size, MAX_OUTPUT), max(0, size - MAX_OUTPUT))
+        return last.decode("utf-8", "replace"), size >= MAX_OUTPUT
+
+
+class Commands:
+    """Starts every process, at most `width` at once, without a shell, with nothing on stdin.
+
+    Each has a session of its own: what kills the daemon's group, or stops its unit, leaves
+    it alone. A thread holds one place however often it asks for one.
+    """
+
+    def __init__(self, width, read_seconds, metrics):
+        self.gate, self.read_seconds, self.metrics = Gate(width), read_seconds, metrics
+        self.here = threading.local()
+
+    @contextmanager
+    def place(self):
+        if getattr(self.here, "placed", False):
+            yield
+            return
+        if not self.gate.enter(SLOT_SECONDS):
+            raise busy("Too many commands run on this host; nothing was done, try again later", SLOT_SECONDS)
+        self.here.placed = True
+        try:
+            yield
+        finally:
+            self.here.placed = False
+            self.gate.leave()
+
+    def read(self, *argv):
+        """Run a command that changes nothing; past its time it is killed with its whole group."""
+        return self.run(argv, self.read_seconds)
+
+    def change(self, *argv):
+        """Run a command that changes something; it is waited for and never killed."""
+        return self.run(argv, None)
+
+    def run(self, argv, seconds):
+        argv = [str(each) for each in argv]
+        with self.place(), Output(bounded=seconds) as stdout, Output(bounded=seconds) as stderr:
+            started = time.monotonic()
+            process = self.start(argv, stdout.fd, stderr.fd)
+            try:
+                process.wait(seconds)
+                result = "ok" if process.returncode == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                result = "timeout"
+            took = time.monotonic() - started
+            log.info("ran %s: exit %d in %.3f s", shlex.join(argv), process.returncode, took)
+            if result == "timeout":
+                raise Problem(504, f"{' '.join(argv[:3])} did not finish in {seconds} s and was ended; it changes nothing")
+            (out, out_full), (err, err_full) = stdout.read(), stderr.read()
+            return Result(process.returncode, out, err, bool(seconds) and (out_full or err_full))
+
+    def start(self, argv, stdout, stderr):
+        env = {**os.environ, "LC_ALL": "C.UTF-8", "LANG": "C.UTF-8"}
+        env.pop("NOTIFY_SOCKET", None)
+        try:
+            return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+                                    start_new_session=True, cwd="/", env=env)
+        except FileNotFoundError:
+            raise busy(f"{argv[0]} is not installed, or not on the daemon's PATH", 60) from None
+        except OSError as error:
+            raise busy(f"{argv[0]} cannot be started: {error.strerror}", 60) from None
+
+
+class Turn:
+    """One container's line of changes, and what is at its head."""
+
+    def __init__(self):
+        self.gate, self.users, self.holder = Gate(1), 0, None
+
+
+class Operation:
+    """A change that somebody asked for: what, by whom, and what its caller will be told."""
+
+    def __init__(self, title, client):
+        self.title, self.client = title, client
+        self.begun, self.outcome = threading.Event(), Future()
+
+    def tell(self, result=None, problem=None):
+        try:
+            self.outcome.set_exception(problem) if problem else self.outcome.set_result(result)
+        except InvalidStateError:           # the caller was told already that it goes on
+            pass
+
+
+class Operations:
+    """Runs changes, each in a thread of its own and one at a time for each container.
+
+    So a caller that leaves, or waits too long, ends nothing: the change goes on, keeps
+    its containers reserved, and its end is logged and counted.
+    """
+
+    def __init__(self, commands):
+        self.commands, self.lock, self.turns, self.asked = commands, threading.Lock(), {}, set()
+
+    def run(self, operation, vm_ids, seconds, work):
+        """work() under the reservation of `vm_ids` -> its result, or its Problem, or 504 after so many seconds."""
+        try:
+            threading.Thread(target=self.work, args=(operation, vm_ids, work), daemon=True).start()
+        except RuntimeError:
+            raise busy("The host has no thread left; nothing was done, try again later", SLOT_SECONDS) from None
+        operation.begun.wait()
+        try:
+            return operation.outcome.result(seconds)
+        except FutureTimeout:
+            raise goes_on(operation, f"did not finish in {seconds} s") from None
+
+    def work(self, operation, vm_ids, work):
+        self.asked.add(operation)
+        started, outcome = time.monotonic(), "done"
+        try:
+            with ExitStack() as held:
+                for vm_id in sorted(vm_ids):
+                    held.enter_context(self.turn(vm_id, operation, started + TURN_SECONDS))
+                held.enter_context(self.commands.place())
+                if operation.outcome.done():
+                    raise busy("The daemon stopped before this began; nothing was done", SLOT_SECONDS)
+                operation.begun.set()
+                result = work()
+            operation.tell(result)
+        except Problem as problem:
+            outcome = f"{problem.status} {problem.error}"
+            operation.tell(problem=problem)
+        except Exception as error:
+            outcome = "internal error"
+            log.exception("internal error in %s", operation.title)
+            operation.tell(problem=internal_error(error))
+        finally:
+            operation.begun.set()
+            self.asked.discard(operation)
+            log.info("change %s by %s: %s, after %.1f s", operation.title, operation.client, outcome,
+                     time.monotonic() - started)
+
+    @contextmanager
+    def turn(self, vm_id, operation, deadline):
+        with self.lock:
+            turn = self.turns.setdefault(vm_id, Turn())
+            turn.users += 1
+        try:
+            if not turn.gate.enter(deadline - time.monotonic()):
+                raise Problem(409, f"VM {vm_id} is busy for over {TURN_SECONDS} s with: {turn.holder}; nothing was done")
+            turn.holder = f"{operation.title}, since {utc(time.time())}"
+            try:
+                yield
+            finally:
+                turn.gate.leave()
+        finally:
+            with self.lock:
+                turn.users -= 1
+                if not turn.users:
+                    del self.turns[vm_id]
+
+    def refuse_waiting(self):
+        """The daemon stops: what has not begun will not begin."""
+        for operation in list(self.asked):
+            if not operation.begun.is_set():
+                operation.tell(problem=busy("The daemon is stopping; nothing was done", SLOT_SECONDS))
+                operation.begun.set()
+
+    def leave_running(self):
+        """The daemon ends: tell who still waits that Proxmox goes on, and log what was left."""
+        for operation in list(self.asked):
+            log.warning("left running: %s by %s", operation.title, operation.client)
+            operation.tell(problem=goes_on(operation, "has not finished, and the daemon stops"))
+
+
+def goes_on(operation, why):
+    return Problem(504, f"{operation.title} {why}; it is still running in Proxmox, and its container stays "
+                        "reserved until it ends. Ask for the container's state before trying again")
+
+
+def internal_error(error):
+    return Problem(500, f"Internal error ({type(error).__name__}); the daemon's error log says more")
+
+
+# The host
+
+class Proxmox:
+    """What the API needs from the host. Ids are integers; what fails is a Problem."""
+
+    def __init__(self, commands, pve_dir, cgroup_dir):
+        self.commands, self.pve_dir, self.cgroup_dir = commands, pve_dir, cgroup_dir
+        self.probe_lock, self.probed = threading.Lock(), (-math.inf, False, "")
+
+    def ask(self, *argv):
+        return checked(argv, self.commands.read(*argv)).stdout
+
+    def ask_json(self, path):
+        try:
+            return json.loads(self.ask("pvesh", "get", path, "--output-format", "json"))
+        except ValueError:
+            raise Problem(500, f"pvesh get {path} printed no JSON") from None
+
+    def change(self, *argv):
+        return checked(argv, self.commands.change(*argv))
+
+    # Reads
+
+    def conf(self, vm_id):
+        """A container's Conf: from its file, which is what `pct config` reads, else from `pct config`."""
+        return self.file_conf(vm_id) or parse_config(self.ask("pct", "config", vm_id))
+
+    def file_conf(self, vm_id):
+        try:
+            with open(f"{self.pve_dir}/lxc/{vm_id}.conf", encoding="utf-8", errors="replace") as file:
+                return parse_config(file.read())
+        except OSError:
+            return None
+
+    def confs(self):
+        """{id: Conf} of all containers whose files are there."""
+        try:
+            names = os.listdir(f"{self.pve_dir}/lxc")
+        except OSError:
+            return {}
+        found = {int(name[:-5]): self.file_conf(name[:-5]) for name in names if re.fullmatch(r"[1-9][0-9]{2,8}\.conf", name)}
+        return {vm_id: found[vm_id] for vm_id in sorted(found) if found[vm_id]}
+
+    def config(self, vm_id):
+        values = self.conf(vm_id).values
+        size = size_in_gb(option(values.get("rootfs"), "size"))
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB
+        return {
+            "vm_id": vm_id, "lxc_id": vm_id, "cores": number(values.get("cores")), "memory_mb": number(values.get("memory")),
+            "swap_mb": number(values.get("swap")), "disk_gb": size, "hostname": values.get("hostname"),
+            "limits": {
+                "cores": {"min": CORES.low, "max": min(CORES.high, os.cpu_count() or CORES.high)},
+                "memory_mb": {"min": MEMORY.low, "max": min(MEMORY.high, memory)},
+                "disk_gb": {"min": size},
+            },
+        }
+
+    def status(self, vm_id):
+        before = self.cpu_clock(vm_id)
+        values = parse_status(self.ask("pct", "status", vm_id, "--verbose"))
+        get = values.get
+        return {
+            "vm_id": vm_id, "lxc_id": vm_id, "name": get("name") and str(get("name")), "status": get("status"),
+            "cpu": get("cpus"), "cpu_usage": self.cpu_usage(vm_id, values, before),
+            "memory": in_unit(get("maxmem"), MIB), "memory_used": in_unit(get("mem"), MIB),
+            "swap": in_unit(get("maxswap"), MIB), "swap_used": in_unit(get("swap"), MIB),
+            "disk": in_unit(get("maxdisk"), GIB), "disk_used": in_unit(get("disk"), GIB), "uptime": get("uptime"),
+            "network_in": get("netin"), "network_out": get("netout"),
+            "disk_read": get("diskread"), "disk_write": get("diskwrite"),
+        }
+
+    def cpu_clock(self, vm_id):
+        """(time, processor time used so far), in seconds, from the container's cgroup (v2), or None."""
+        try:
+            with open(f"{self.cgroup_dir}/lxc/{vm_id}/cpu.stat", encoding="ascii") as file:
+                return time.monotonic(), int(re.search(r"^usage_usec (\d+)", file.read(), re.MULTILINE)[1]) / 1e6
+        except (OSError, TypeError, ValueError):
+            return None
+
+    def cpu_usage(self, vm_id, values, before):
+        """Percent of the allotted processors, over the time since `before` or 0.1 s, whichever is longer.
+
+        `pct status` itself never tells it.
+        """
+        if values.get("status") == "stopped":
+            return 0
+        if before is None or not values.get("cpus"):
+            return None
+        time.sleep(max(0, before[0] + 0.1 - time.monotonic()))
+        after = self.cpu_clock(vm_id)
+        return after and round(max(0, after[1] - before[1]) / (after[0] - before[0]) / values["cpus"] * 100, 2)
+
+    def running(self, vm_id):
+        return parse_status(self.ask("pct", "status", vm_id)).get("status") == "running"
+
+    def snapshots(self, vm_id):
+        conf = self.file_conf(vm_id)
+        return snapshots_of(conf) if conf else parse_snapshots(self.ask("pct", "listsnapshot", vm_id))
+
+    def node_status(self, node):
+        before = host_cpu_clock()
+        data = self.ask_json(f"/nodes/{node}/status")
+        memory, swap, disk = (data.get(key) or {} for key in ("memory", "swap", "rootfs"))
+        total, used = memory.get("total"), memory.get("used")
+        version = re.match(r"[^/]*/([^/]+)", data.get("pveversion") or "")
+        return {
+            "node": node, "cpu_usage": self.node_cpu_usage(node, data, before),
+            "cpu_count": (data.get("cpuinfo") or {}).get("cpus"),
+            "load_average": [float(each) for each in data["loadavg"]] if data.get("loadavg") else None,
+            "memory_usage": round(used / total * 100, 2) if total and used is not None else None,
+            "memory_total": in_unit(total, MIB), "memory_used": in_unit(used, MIB),
+            "swap_total": in_unit(swap.get("total"), MIB), "swap_used": in_unit(swap.get("used"), MIB),
+            "disk_total": in_unit(disk.get("total"), GIB), "disk_used": in_unit(disk.get("used"), GIB),
+            "uptime": data.get("uptime"), "version": version and version[1],
+        }
+
+    def node_cpu_usage(self, node, data, before):
+        """Percent of all processors. `pvesh` tells 0 in a process's first call, so this host is measured here."""
+        if node not in (socket.gethostname().split(".")[0], self.node_name()):
+            return round(data["cpu"] * 100, 2) if data.get("cpu") else None
+        time.sleep(max(0, before[0] + 0.1 - time.monotonic()))
+        after = host_cpu_clock()
+        return round((after[1] - before[1]) / max(1, after[2] - before[2]) * 100, 2)
+
+    def node_name(self):
+        try:
+            with open(f"{self.pve_dir}/.members", encoding="utf-8") as file:
+                return json.load(file).get("nodename")
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    def cluster_status(self):
+        rows = self.ask_json("/cluster/status")
+        cluster = next((row for row in rows if row.get("type") == "cluster"), None)
+        return {
+            "cluster": cluster and cluster.get("name"),
+            "quorate": bool(cluster.get("quorate")) if cluster else True,       # a single host has no quorum to lose
+            "nodes": [{"name": row.get("name"), "online": bool(row.get("online")), "local": bool(row.get("local")),
+                       "address": row.get("ip")} for row in rows if row.get("type") == "node"],
+        }
+
+    def health(self):
+        """(whether `pct` works, what it said), at most PROBE_SECONDS old, and never asked twice at once."""
+        if time.monotonic() - self.probed[0] > PROBE_SECONDS:
+            with self.probe_lock:
+                if time.monotonic() - self.probed[0] > PROBE_SECONDS:
+                    self.probed = self.probe()
+        return self.probed[1:]
+
+    def probe(self):
+        started = time.monotonic()
+        try:
+            self.ask("pct", "list")
+            ok, detail = True, f"pct list answered in {time.monotonic() - started:.2f} s"
+        except Problem as problem:
+            ok, detail = False, problem.error
+        return time.monotonic(), ok, detail
+
+    # Changes
+
+    def set(self, vm_id, name, value):
+        self.change("pct", "set", vm_id, f"--{name}", value)
+
+    def grow(self, vm_id, gigabytes):
+        """Add so many GB to the rootfs.
+
+        `pct resize` may end with 0 though it failed: the work is done by a task whose end
+        it does not pass on. A success has a new size in the configuration, nothing on
+        stderr, and a file system that followed.
+        """
+        before = self.conf(vm_id).values.get("rootfs")
+        argv = ("pct", "resize", vm_id, "rootfs", f"+{gigabytes}G")
+        result = self.change(*argv)
+        after = self.conf(vm_id).values.get("rootfs")
+        size = option(after, "size")
+        if "Failed to update the container's filesystem" in result.stdout:
+            raise Problem(500, f"The volume of VM {vm_id} has grown to {size}, but its file system has not followed",
+                          details=result.stdout.strip()[-MAX_DETAILS:])
+        if result.stderr.strip() or after == before:
+            problem = explain_failure([*map(str, argv)], result)
+            if problem.status == 500:
+                problem.error = f"The disk of VM {vm_id} was not grown as asked; its size is now {size}"
+            raise problem
+
+    def snapshot(self, vm_id, name):
+        self.change("pct", "snapshot", vm_id, name)
+
+    def rollback(self, vm_id, name):
+        """Roll back; a container that ran is started again, for pct leaves it stopped."""
+        start = ("--start", 1) if self.running(vm_id) else ()
+        self.change("pct", "rollback", vm_id, name, *start)
+
+    def delete(self, vm_id):
+        self.change("pct", "destroy", vm_id, "--force", 1)      # stops it, unless it is protected
+
+    def clone(self, vm_id, new_vm_id, name, start):
+        """-> what was left behind, and how to remove it: a list of texts, empty if all went well."""
+        left = []
+        argv = ("pct", "clone", vm_id, new_vm_id, "--hostname", name.replace("_", "-"))
+        try:
+            if self.running(vm_id):         # pct clones a running container from a snapshot only
+                with self.temporary_snapshot(vm_id, left) as snapshot:
+                    self.change(*argv, "--snapname", snapshot)
+            else:
+                self.change(*argv)
+        except Problem as problem:
+            if problem.status >= 500:
+                left += self.half_made(new_vm_id)
+            problem.fields["details"] = "\n".join([problem.fields.get("details", ""), *left]).strip()
+            raise
+        if start:
+            self.start_clone(new_vm_id)
+        return left
+
+    @contextmanager
+    def temporary_snapshot(self, vm_id, left):
+        """A snapshot for the time of a clone; if it cannot be removed, that is noted in `left`."""
+        name, made = TEMPORARY_SNAPSHOT + os.urandom(4).hex(), False
+        try:
+            self.snapshot(vm_id, name)
+            made = True
+            yield name
+        finally:
+            try:
+                if made or any(each["name"] == name for each in self.snapshots(vm_id)):
+                    self.change("pct", "delsnapshot", vm_id, name)
+            except Problem as problem:
+                left.append(f"The temporary snapshot '{name}' of VM {vm_id} could not be removed ({problem.error}); "
+                            f"remove it with: pct delsnapshot {vm_id} {name}")
+                log.warning("%s", left[-1])
+
+    def half_made(self, vm_id):
+        """What a clone that was cut short leaves: a container that is still locked for its creation."""
+        try:
+            if self.conf(vm_id).values.get("lock") != "create":
+                return []
+        except Problem:
+            return []
+        return [f"VM {vm_id} is left half-made; remove it with: pct unlock {vm_id} && pct destroy {vm_id}"]
+
+    def start_clone(self, vm_id):
+        try:
+            self.change("pct", "start", vm_id)
+        except Problem as problem:
+            problem.error = f"VM {vm_id} was cloned but did not start: {problem.error}"
+            problem.fields["details"] = "\n".join([
+                problem.fields.get("details", ""),
+                f"VM {vm_id} exists and is stopped; start it with: pct start {vm_id}, or remove it with: pct destroy {vm_id}",
+            ]).strip()
+            raise
+
+    def forgotten_snapshots(self):
+        """Commands that remove what an earlier daemon, stopped in the middle of a clone, left behind."""
+        return [f"pct delsnapshot {vm_id} {name}" for vm_id, conf in self.confs().items()
+                for name in conf.snapshots if name.startswith(TEMPORARY_SNAPSHOT)]
+
+
+def checked(argv, result):
+    """A command's Result, or the Problem that it failed with."""
+    if result.exit == 0 and not result.overflow:
+        return result
+    problem = explain_failure([*map(str, argv)], result)
+    log.warning("failed: %s: exit %d: %s", shlex.join(map(str, argv)), result.exit, problem.fields["details"])
+    raise problem
+
+
+def number(value):
+    """The text of a whole number in a configuration -> int; None stays None."""
+    return int(value) if value and re.fullmatch(r"[0-9]{1,19}", value) else None
+
+
+def host_cpu_clock():
+    """(time, busy, total) of all processors since the start, in ticks, from /proc/stat."""
+    with open("/proc/stat", encoding="ascii") as file:
+        ticks = [int(each) for each in file.readline().split()[1:9]]
+    return time.monotonic(), sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+
+# Rate limiting
+
+class RateLimiter:
+    """Sliding window: at most `limit` requests of a client in any `window` seconds.
+
+    Clients that were idle for a window are dropped, and of more than MAX_CLIENTS the one
+    that was seen last the longest ago.
+    """
+
+    def __init__(self, limit, window, clock=time.monotonic):
+        self.limit, self.window, self.clock = limit, window, clock
+        self.lock, self.clients = threading.Lock(), {}      # in the order in which they were seen
+
+    def admit(self, client):
+        """-> (admitted, how many more would be, seconds until the oldest counted request leaves)."""
+        with self.lock:
+            now = self.clock()
+            stamps = self.clients.pop(client, None) or deque()
+            while stamps and stamps[0] <= now - self.window:
+                stamps.popleft()
+            admitted = len(stamps) < self.limit
+            if admitted:
+                stamps.append(now)
+            self.clients[client] = stamps
+            self.forget(now)
+            return admitted, self.limit - len(stamps), stamps[0] + self.window - now
+
+    def forget(self, now):
+        while True:
+            client, stamps = next(iter(self.clients.items()))
+            if stamps[-1] > now - self.window and len(self.clients) <= MAX_CLIENTS:
+                return
+            del self.clients[client]
+
+
+def plain_address(text):
+    """An address without zone, an IPv4 one in IPv6 clothes as IPv4; ValueError if it is none."""
+    found = ipaddress.ip_address(text.partition("%")[0])
+    return getattr(found, "ipv4_mapped", None) or found
+
+
+def client_of(request, trusted):
+    """-> (the client's address, whether it is never limited).
+
+    Only a proxy in `trusted` may speak for others: by the rightmost address in
+    X-Forwarded-For that is not a trusted proxy itself, or else by X-Real-IP. Whoever
+    comes through a proxy is no local program.
+    """
+    said = request.headers.get("x-forwarded-for", request.headers.get("x-real-ip"))
+    if said is None:
+        return request.peer, request.peer.startswith("127.") or request.peer == "::1"
+    peer = plain_address(request.peer)
+    if not any(peer in network for network in trusted):
+        return request.peer, peer.is_loopback
+    client = peer
+    for hop in reversed(said.split(",")):
+        try:
+            client = plain_address(hop.strip())
+        except ValueError:
+            break
+        if not any(client in network for network in trusted):
+            break
+    return str(client), False
+
+
+# Metrics
+
+class Family(NamedTuple):
+    kind: str
+    labels: tuple
+    help: str
+    buckets: tuple = ()
+
+
+REQUEST_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
+FAMILIES = {
+    "lxc_autoscale_api_requests_total": Family(
+        "counter", ("method", "endpoint", "status"), "HTTP requests answered."),
+    "lxc_autoscale_api_request_duration_seconds": Family(
+        "histogram", ("method", "endpoint"), "Time from a request's head to its answer.", REQUEST_BUCKETS),
+    "lxc_autoscale_api_connections_refused_total": Family(
+        "counter", (), "Connections refused because server.max_connections were open."),
+    "lxc_autoscale_scaling_actions_total": Family(
+        "counter", ("container_id", "resource", "action"), "Scaling actions done."),
+    "lxc_autoscale_scaling_failures_total": Family(
+        "counter", ("container_id", "resource", "reason"), "Scaling actions failed."),
+    "lxc_autoscale_container_cpu_cores": Family(
+        "gauge", ("container_id",), "CPU cores allotted to a container; absent where it has no limit."),
+    "lxc_autoscale_container_memory_mb": Family(
+        "gauge", ("container_id",), "Memory allotted to a container, in MB."),
+}
+
+
+class Metrics:
+    """Counters and histograms of this process, and their text exposition (format 0.0.4)."""
+
+    def __init__(self):
+        self.lock, self.series = threading.Lock(), {name: {} for name in FAMILIES}
+        self.series["lxc_autoscale_api_connections_refused_total"][()] = 0
+
+    def add(self, name, *labels):
+        with self.lock:
+            series = self.series[name]
+            series[labels] = series.get(labels, 0) + 1
+
+    def observe(self, name, value, *labels):
+        """Count a value in its bucket; a series is the buckets' own counts, one for what is above all, and the sum."""
+        buckets = FAMILIES[name].buckets
+        with self.lock:
+            counts = self.series[name].setdefault(labels, [0] * (len(buckets) + 1) + [0.0])
+            counts[bisect_left(buckets, value)] += 1
+            counts[-1] += value
+
+    def render(self, gauges):
+        """The exposition, with `gauges` {name: {labels: value}} that were read just now."""
+        with self.lock:
+            series = {name: {labels: list(value) if isinstance(value, list) else value for labels, value in each.items()}
+                      for name, each in self.series.items()}
+        lines = []
+        for name, family in FAMILIES.items():
+            found = {**series[name], **gauges.get(name, {})}
+            if found:
+                lines += [f"# HELP {name} {family.help}", f"# TYPE {name} {family.kind}"]
+            for labels, value in sorted(found.items()):
+                lines += exposition(name, family, labels, value)
+        return "\n".join(lines) + "\n"
+
+
+def exposition(name, family, values, value):
+    """One series -> its lines."""
+    labels = [f'{label}="{escape_label(text)}"' for label, text in zip(family.labels, values)]
+    if family.kind != "histogram":
+        return [f"{name}{braces(labels)} {value}"]
+    lines, total = [], 0
+    for bound, count in zip([*family.buckets, "+Inf"], value):
+        total += count
+        lines.append(f"{name}_bucket{braces([*labels, f'le={chr(34)}{bound}{chr(34)}'])} {total}")
+    return [*lines, f"{name}_sum{braces(labels)} {value[-1]}", f"{name}_count{braces(labels)} {total}"]
+
+
+def braces(labels):
+    return "{" + ",".join(labels) + "}" if labels else ""
+
+
+def escape_label(text):
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+# Endpoints: one short function each, then the table that drives everything
+
+def check_health(api):
+    ok, detail = api.host.health()
+    return Answer(200 if ok else 503, {
+        "status": "healthy" if ok else "unhealthy", "timestamp": utc(time.time()),
+        "checks": {"lxc_commands": {"ok": ok, "detail": detail}},
+    }, None if ok else {"Retry-After": str(PROBE_SECONDS)})
+
+
+def show_metrics(api):
+    cores, memory = {}, {}
+    for vm_id, conf in api.host.confs().items():
+        for found, key in ((cores, "cores"), (memory, "memory")):
+            if number(conf.values.get(key)) is not None:
+                found[(str(vm_id),)] = number(conf.values[key])
+    gauges = {"lxc_autoscale_container_cpu_cores": cores, "lxc_autoscale_container_memory_mb": memory}
+    return Answer(200, api.metrics.render(gauges), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def list_routes(api):
+    return Answer(200, {"status": "success", "routes": [
+        {"endpoint": path, "methods": [route.method], "description": route.summary} for path, route in PATHS.items()]})
+
+
+def set_cores(api, vm_id, cores):
+    api.host.set(vm_id, "cores", cores)
+    return success(f"CPU cores set to {cores} for VM {vm_id}")
+
+
+def set_memory(api, vm_id, memory):
+    api.host.set(vm_id, "memory", memory)
+    return success(f"Memory set to {memory} MB for VM {vm_id}")
+
+
+def grow_storage(api, vm_id, disk_size):
+    api.host.grow(vm_id, disk_size)
+    return success(f"Storage increased by {disk_size} GB for VM {vm_id}")
+
+
+def create_snapshot(api, vm_id, snapshot_name):
+    api.host.snapshot(vm_id, snapshot_name)
+    return success(f"Snapshot '{snapshot_name}' created for VM {vm_id}")
+
+
+def list_snapshots(api, vm_id):
+    found = api.host.snapshots(vm_id)
+    return success(f"Found {len(found)} snapshots for VM {vm_id}", found)
+
+
+def roll_back(api, vm_id, snapshot_name):
+    api.host.rollback(vm_id, snapshot_name)
+    return success(f"Rolled back VM {vm_id} to snapshot '{snapshot_name}'")
+
+
+def create_clone(api, vm_id, new_vm_id, new_vm_name, start):
+    if new_vm_id == vm_id:
+        raise Problem(400, "Invalid new_vm_id: must differ from vm_id")
+    left = api.host.clone(vm_id, new_vm_id, new_vm_name, start)
+    return success(f"Cloned VM {vm_id} to new VM {new_vm_id} ({new_vm_name})", {"warnings": left} if left else None)
+
+
+def delete_clone(api, vm_id):
+    api.host.delete(vm_id)
+    return success(f"Deleted VM {vm_id}")
+
+
+def show_status(api, vm_id):
+    return success(f"Retrieved status for VM {vm_id}", api.host.status(vm_id))
+
+
+def show_config(api, vm_id):
+    return success(f"Successfully retrieved configuration for VM {vm_id}", api.host.config(vm_id))
+
+
+def show_node(api, node_name):
+    return success(f"Retrieved status for node '{node_name}'", api.host.node_status(node_name))
+
+
+def show_cluster(api):
+    return success("Retrieved cluster status", api.host.cluster_status())
+
+
+class Route(NamedTuple):
+    """One endpoint. `changes` names the parameters whose containers it changes, `limit` the setting of its time."""
+    method: str
+    path: str
+    handler: Callable
+    parameters: tuple
+    summary: str
+    changes: tuple = ()
+    limit: str = "change_timeout_seconds"
+    scaling: tuple = ()                     # metrics labels: resource, action
+    key: bool = True
+    limited: bool = True
+    also: str = ""                          # the same endpoint's other spelling
+
+
+LONG = "long_change_timeout_seconds"
+ROUTES = (
+    Route("GET", "/health/check", check_health, (), "Whether Proxmox's commands work.", key=False),
+    Route("GET", "/metrics", show_metrics, (), "Metrics for Prometheus.", key=False, limited=False),
+    Route("GET", "/routes", list_routes, (), "This list."),
+    Route("POST", "/scale/cores", set_cores, (VM_ID, CORES), "Set a container's number of CPU cores.",
+          changes=("vm_id",), scaling=("cpu", "set")),
+    Route("POST", "/scale/ram", set_memory, (VM_ID, MEMORY), "Set a container's memory, in MB.",
+          changes=("vm_id",), scaling=("ram", "set")),
+    Route("POST", "/scale/storage/increase", grow_storage, (VM_ID, DISK_SIZE), "Grow a container's root disk by so many GB.",
+          changes=("vm_id",), scaling=("storage", "increase")),
+    Route("POST", "/snapshot/create", create_snapshot, (VM_ID, SNAPSHOT_NAME), "Take a snapshot of a container.",
+          changes=("vm_id",), limit=LONG),
+    Route("GET", "/snapshot/list", list_snapshots, (VM_ID,), "List a container's snapshots, oldest first."),
+    Route("POST", "/snapshot/rollback", roll_back, (VM_ID, SNAPSHOT_NAME), "Roll a container back to a snapshot.",
+          changes=("vm_id",), limit=LONG),
+    Route("POST", "/clone/create", create_clone, (VM_ID, NEW_VM_ID, NEW_VM_NAME, START), "Clone a container, running or not.",
+          changes=("vm_id", "new_vm_id"), limit=LONG),
+    Route("DELETE", "/clone/delete", delete_clone, (VM_ID,), "Destroy a container, running or not.",
+          changes=("vm_id",), limit=LONG),
+    Route("GET", "/resource/vm/status", show_status, (VM_ID,), "A container's state and what it uses.",
+          also="/resource/lxc/status"),
+    Route("GET", "/resource/vm/config", show_config, (VM_ID,), "A container's allotment, and the limits for scaling it.",
+          also="/resource/lxc/config"),
+    Route("GET", "/resource/node/status", show_node, (NODE_NAME,), "A node's load, memory and disk."),
+    Route("GET", "/resource/cluster/status", show_cluster, (), "The cluster's nodes and quorum."),
+)
+PATHS = {path: route for route in ROUTES for path in (route.path, route.also) if path}
+REASONS = {400: "refused", 404: "not_found", 409: "conflict", 503: "unavailable"}
+
+
+def allowed_methods(route):
+    return "GET, HEAD, OPTIONS" if route.method == "GET" else f"{route.method}, OPTIONS"
+
+
+# From a request to an answer
+
+class Api:
+    """Request -> Answer; the one place where a Problem becomes an Answer."""
+
+    def __init__(self, config, host, operations, metrics):
+        self.host, self.operations, self.metrics = host, operations, metrics
+        self.configure(config)
+
+    def configure(self, config):
+        rates = config.rate_limiting
+        self.config = config
+        self.limiter = RateLimiter(rates.max_requests_per_minute, rates.time_window_seconds) if rates.enabled else None
+        self.digests = [digest(key.encode()) for key in config.keys]
+
+    def answer(self, request):
+        started, headers = time.perf_counter(), {}
+        route = PATHS.get(request.path)
+        try:
+            answer = self.dispatch(request, route, headers)
+        except Problem as problem:
+            answer = problem.answer()
+        except Exception as error:
+            log.exception("internal error in %s %s", request.method, loggable_path(request.path))
+            answer = internal_error(error).answer()
+        answer.headers.update(headers)
+        self.count(request.method, route, answer.status, time.perf_counter() - started)
+        return answer
+
+    def count(self, method, route, status, seconds):
+        method = method if method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS") else "other"
+        endpoint = route.path if route else "unknown"
+        self.metrics.add("lxc_autoscale_api_requests_total", method, endpoint, str(status))
+        self.metrics.observe("lxc_autoscale_api_request_duration_seconds", seconds, method, endpoint)
+
+    def dispatch(self, request, route, headers):
+        if self.limiter and not (route and not route.limited):
+            self.limit(request, headers)
+        query = self.authenticate(request, route)
+        if not route:
+            raise Problem(404, "Unknown path; GET /routes lists the endpoints")
+        if request.method == "OPTIONS":
+            return Answer(204, "", {"Allow": allowed_methods(route)})
+        if request.method != route.method and (request.method, route.method) != ("HEAD", "GET"):
+            raise Problem(405, f"Wrong method; {request.path} takes {allowed_methods(route)}", {"Allow": allowed_methods(route)})
+        if isinstance(query, ValueError):
+            raise Problem(400, f"Invalid query: {query}")
+        if route.method == "GET":
+            values = parse_parameters(route.parameters, query)
+        elif query:
+            raise Problem(400, f"Unknown query parameter; {route.method} {route.path} takes its parameters from a JSON body")
+        else:
+            values = parse_parameters(route.parameters, read_object(request))
+        if not route.changes:
+            return route.handler(self, **values)
+        return self.change(request, route, values)
+
+    def limit(self, request, headers):
+        client, exempt = client_of(request, self.config.server.trusted_proxies)
+        if exempt:
+            return
+        admitted, remaining, wait = self.limiter.admit(client)
+        headers.update({"X-RateLimit-Limit": str(self.limiter.limit), "X-RateLimit-Remaining": str(remaining),
+                        "X-RateLimit-Reset": str(math.ceil(time.time() + wait))})
+        if not admitted:
+            seconds = max(1, math.ceil(wait))
+            raise Problem(429, "Rate limit exceeded", {"Retry-After": str(seconds)}, retry_after_seconds=seconds,
+                          limit=self.limiter.limit, window_seconds=self.limiter.window)
+
+    def authenticate(self, request, route):
+        """-> the query's pairs without the key (or the ValueError that it cannot be read with), or Problem 401."""
+        try:
+            pairs = parse_query(request.query) if request.query else []
+        except ValueError as error:
+            pairs, query = [], ValueError("not percent-encoded UTF-8" if isinstance(error, UnicodeDecodeError) else str(error))
+        else:
+            query = [pair for pair in pairs if pair[0] != "api_key"]
+        if not self.config.authentication.enabled or (route and not route.key):
+            return query
+        given = request.headers.get("x-api-key")
+        if given is None:
+            keys = [value for name, value in pairs if name == "api_key"]
+            given = keys[0] if len(keys) == 1 else ""
+        given = digest(given.encode("utf-8", "surrogateescape"))
+        if not any([hmac.compare_digest(given, known) for known in self.digests]):      # a list: all are compared
+            raise Problem(401, "Missing or invalid API key", {"WWW-Authenticate": 'ApiKey realm="lxc_autoscale_api"'})
+        return query
+
+    def change(self, request, route, values):
+        """Run a handler that changes containers, in their turn."""
+        shown = " ".join(f"{name}={value}" for name, value in values.items())
+        client, _ = client_of(request, self.config.server.trusted_proxies)
+        operation = Operation(f"{route.method} {route.path} {shown}", client)
+        seconds = getattr(self.config.proxmox, route.limit)
+        return self.operations.run(operation, {values[name] for name in route.changes}, seconds,
+                                   lambda: self.perform(route, values))
+
+    def perform(self, route, values):
+        try:
+            answer = route.handler(self, **values)
+        except Problem as problem:
+            if route.scaling:               # an id that no container has would make series without end
+                container = "unknown" if problem.status == 404 else str(values["vm_id"])
+                self.metrics.add("lxc_autoscale_scaling_failures_total", container, route.scaling[0],
+                                 REASONS.get(problem.status, "failed"))
+            raise
+        if route.scaling:
+            self.metrics.add("lxc_autoscale_scaling_actions_total", str(values["vm_id"]), *route.scaling)
+        return answer
+
+
+def digest(key):
+    """Keys are compared by their digests, so that neither their length nor their bytes tell in time."""
+    return hashlib.sha256(key).digest()
+
+
+def read_object(request):
+    """The pairs of a request's JSON body, or Problem; the body is read only when it will be taken."""
+    if request.length is None:
+        raise Problem(411, "Missing Content-Length: send the parameters as a JSON object, with Content-Type: application/json")
+    if request.length > MAX_BODY:
+        raise Problem(413, f"The body is too large: at most {MAX_BODY} bytes are taken")
+    kind = re.sub(r"\s", "", request.headers.get("content-type", "")).lower()
+    if not re.fullmatch(r'application/json(;charset="?utf-8"?|;(?!charset)[^;]*)*', kind):
+        raise Problem(415, "The body must be JSON: send Content-Type: application/json")
+    return parse_object(request.read_body())
+
+
+def loggable_path(path):
+    """A path for the log: of one that is no endpoint only what cannot hold a key behind some mistyped '?'."""
+    return path if path in PATHS else re.split(r"[^A-Za-z0-9/._~-]", path, maxsplit=1)[0][:100]
+
+
+# HTTP/1.1
+
+REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (/[!-~]*) HTTP/1\.([01])")
+FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)")
+STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {phrase}\r\n"
+                for status, (phrase, _) in BaseHTTPRequestHandler.responses.items()}
+COMMON_HEADERS = f"Server: lxc_autoscale_api/{VERSION}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+
+
+class Gone(Exception):
+    """The client has left, or was shown the door."""
+
+
+def parse_request_line(line):
+    """A request line's bytes -> (method, path, query, minor version), or Problem."""
+    match = REQUEST_LINE.fullmatch(line)
+    if match:
+        path, _, query = match[2].decode("ascii").partition("?")
+        return match[1].decode("ascii"), path, query, int(match[3])
+    if re.fullmatch(rb"[^ ]+ [^ ]+ HTTP/[0-9]+\.[0-9]+", line) and not re.search(rb" HTTP/1\.[0-9]$", line):
+        raise Problem(505, "Only HTTP/1.1 and HTTP/1.0 are spoken here")
+    raise Problem(400, "Bad request line: expected METHOD /path HTTP/1.1, in visible ASCII")
+
+
+def parse_head(block, minor):
+    """The header lines of a request -> {lower-case name: value}, or Problem.
+
+    Stricter than RFC 9112 allows where leniency lets two parsers see two requests: no
+    bare CR or LF, no folding, no space before a colon. Repeated fields are joined, so
+    that two lengths or hosts are one that cannot be right.
+    """
+    headers = {}
+    for line in block.decode("latin-1").split("\r\n") if block else ():
+        field = FIELD.fullmatch(line)
+        if not field:
+            raise Problem(400, "Bad header: expected 'Name: value' on a line of its own")
+        name, value = field[1].lower(), field[2].rstrip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    if "transfer-encoding" in headers:
+        raise Problem(411, "Transfer-Encoding is not taken; send a Content-Length")
+    if not re.fullmatch(r"[0-9]{1,15}", headers.get("content-length", "0")):
+        raise Problem(400, "Bad Content-Length: must be given once, in digits")
+    if not re.fullmatch(r"[A-Za-z0-9._:%\[\]-]*", headers.get("host", "" if minor == 0 else " ")):
+        raise Problem(400, "Bad Host: HTTP/1.1 needs exactly one")
+    if headers.get("expect", "100-continue").lower() != "100-continue":
+        raise Problem(417, "The only expectation met here is 100-continue")
+    return headers
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection: bytes in, Requests; Answers, bytes out.
+
+    Of http.server the loop over requests is used, and not its parser, which is lenient
+    and waits anew with every byte: here each request has one deadline.
+    """
+
+    def setup(self):
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.peer = str(plain_address(self.client_address[0]))
+        self.buffer, self.unread, self.continues, self.linger = bytearray(), 0, False, False
+        self.deadline = time.monotonic() + REQUEST_SECONDS
+
+    def handle_one_request(self):
+        """Answer one request, and say in `close_connection` whether there may be another."""
+        self.close_connection = True
+        try:
+            request = self.read_request()
+        except Problem as problem:
+            self.linger = True
+            self.server.api.count("other", None, problem.status, 0)
+            return self.respond(problem.answer(), "-", "-", 0)
+        except (Gone, OSError):
+            return None
+        if not self.server.begin(self.request):
+            return None
+        started = time.perf_counter()
+        answer = self.server.api.answer(request)
+        self.close_connection = self.server.stopping or self.wants_close(request) or not self.can_drain()
+        self.respond(answer, request.method, request.path, started, client_of(request, self.server.trusted)[0])
+        self.server.end(self.request)
+        if not self.close_connection:
+            self.drain()
+            self.deadline = time.monotonic() + (REQUEST_SECONDS if self.buffer else IDLE_SECONDS)
+        return None
+
+    def wants_close(self, request):
+        options = {each.strip() for each in request.headers.get("connection", "").lower().split(",")}
+        return "close" in options or (self.minor == 0 and "keep-alive" not in options)
+
+    def read_request(self):
+        """The next well-framed Request; Problem, or Gone if the client left before it began one."""
+        if not self.buffer:
+            try:
+                self.receive()
+            except Problem:                 # idle, not slow
+                raise Gone from None
+            self.deadline = min(self.deadline, time.monotonic() + REQUEST_SECONDS)
+        line_end = self.read_until(b"\r\n", MAX_LINE, Problem(414, f"The request line is longer than {MAX_LINE} bytes"))
+        method, path, query, self.minor = parse_request_line(bytes(self.buffer[:line_end]))
+        end = self.read_until(b"\r\n\r\n", MAX_HEAD, Problem(431, f"The headers are longer than {MAX_HEAD} bytes"))
+        headers = parse_head(bytes(self.buffer[line_end + 2:end]), self.minor)
+        del self.buffer[:end + 4]
+        length = int(headers["content-length"]) if "content-length" in headers else None
+        self.unread, self.continues = length or 0, "expect" in headers and self.minor == 1
+        return Request(method, path, query, headers, self.peer, length, self.read_body)
+
+    def read_until(self, marker, limit, problem):
+        """-> where `marker` begins in the buffer; `problem` if it is not among the first `limit` bytes."""
+        while True:
+            end = self.buffer.find(marker)
+            if 0 <= end <= limit:
+                return end
+            if end > limit or len(self.buffer) > limit + len(marker):
+                raise problem
+            if re.search(rb"(?<!\r)\n|\r(?!\n|\Z)", self.buffer):
+                raise Problem(400, "Bad line ending: a line ends in CR LF, and neither stands alone")
+            self.receive()
+
+    def receive(self):
+        """Add what comes to the buffer; Problem 408 at the deadline, Gone at the end."""
+        seconds = self.deadline - time.monotonic()
+        if seconds <= 0:
+            raise Problem(408, f"The request did not arrive within {REQUEST_SECONDS} s")
+        self.request.settimeout(seconds)
+        try:
+            data = self.request.recv(65536)
+        except socket.timeout:
+            raise Problem(408, f"The request did not arrive within {REQUEST_SECONDS} s") from None
+        if not data:
+            raise Gone
+        self.buffer += data
+
+    def read_body(self):
+        if self.continues:
+            self.continues = False
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while len(self.buffer) < self.unread:
+            self.receive()
+        body = bytes(self.buffer[:self.unread])
+        del self.buffer[:self.unread]
+        self.unread = 0
+        return body
+
+    def can_drain(self):
+        """Whether the rest of this request's body may be read and dropped, to keep the connection."""
+        self.linger = bool(self.unread)
+        return self.unread <= MAX_BODY and not (self.unread and self.continues)
+
+    def drain(self):
+        """Drop a body that was not asked for: its bytes must never be taken for a request."""
+        self.continues = False
+        try:
+            self.read_body()
+        except (Problem, Gone, OSError):
+            self.close_connection = True
+
+    def respond(self, answer, method, path, started, client=None):
+        """Send an answer in one write, and log the request."""
+        body = answer.body.encode()
+        headers = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
+        if answer.status != 204:
+            headers += f"Content-Type: {answer.content_type}\r\nContent-Length: {len(body)}\r\n"
+        if self.close_connection:
+            headers += "Connection: close\r\n"
+        head = f"{STATUS_LINES[answer.status]}Date: {http_date(int(time.time()))}\r\n{COMMON_HEADERS}{headers}\r\n"
+        sent = b"" if method == "HEAD" else body
+        try:
+            self.request.settimeout(REQUEST_SECONDS)
+            self.request.sendall(head.encode("latin-1") + sent)
+        except OSError:
+            self.close_connection = True
+        access_log.info("%s %s %s %d %d %.1f ms", client or self.peer, method, loggable_path(path), answer.status, len(sent),
+                        (time.perf_counter() - started) * 1000 if started else 0)
+
+    def finish(self):
+        """Let the answer arrive: closing with bytes unread resets the connection and may destroy it."""
+        if not self.linger:
+            return
+        deadline = time.monotonic() + LINGER_SECONDS
+        try:
+            self.request.shutdown(socket.SHUT_WR)
+            while time.monotonic() < deadline:
+                self.request.settimeout(LINGER_SECONDS)
+                if not self.request.recv(65536):
+                    return
+        except OSError:
+            pass
+
+
+def http_date(second):
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
+
+
+class Server(ThreadingHTTPServer):
+    """Connections, a thread each and at most `max_connections` of them."""
+    daemon_threads = True
+    request_queue_size = 512
+
+    def __init__(self, config, api):
+        server = config.server
+        self.api, self.places, self.trusted = api, server.max_connections, server.trusted_proxies
+        self.address_family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+        self.changed, self.connections = threading.Condition(), {}  # socket -> waiting for a request since; None: in work
+        self.stopping, self.refused = False, deque()                # (until, socket): told to go, not yet closed
+        super().__init__((server.host, server.port), Handler)
+
+    def server_bind(self):
+        TCPServer.server_bind(self)         # HTTPServer's asks the DNS for this host's name
+
+    def process_request(self, request, client_address):
+        with self.changed:
+            if len(self.connections) >= self.places and not self.evict():
+                return self.turn_away(request)
+            self.connections[request] = time.monotonic()
+        return super().process_request(request, client_address)
+
+    def evict(self):
+        """Take the place of the connection that has waited longest without sending a whole request."""
+        waiting = [(since, each) for each, since in self.connections.items() if since is not None]
+        since, oldest = min(waiting, key=lambda pair: pair[0], default=(math.inf, None))
+        if time.monotonic() - since < YIELD_SECONDS:
+            return False
+        self.hang_up(oldest)
+        del self.connections[oldest]
+        return True
+
+    def hang_up(self, connection):
+        """Wake a connection's thread: it reads an end. What it is answering still goes out."""
+        try:
+            connection.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass
+
+    def turn_away(self, request):
+        """Tell one too many, without a thread; it is closed when it had time to read."""
+        self.api.metrics.add("lxc_autoscale_api_connections_refused_total")
+        try:
+            request.setblocking(False)
+            request.send(TOO_MANY)
+            request.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+        self.refused.append((time.monotonic() + LINGER_SECONDS, request))
+        if len(self.refused) > self.places:
+            self.close_refused(math.inf)
+
+    def service_actions(self):
+        if self.refused:
+            self.close_refused(time.monotonic())
+
+    def close_refused(self, now):
+        while self.refused and self.refused[0][0] <= now:
+            self.refused.popleft()[1].close()
+
+    def begin(self, connection):
+        """A whole request has come -> whether it may be answered."""
+        with self.changed:
+            if self.stopping or connection not in self.connections:
+                return False
+            self.connections[connection] = None
+            return True
+
+    def end(self, connection):
+        with self.changed:
+            self.connections[connection] = time.monotonic()
+            if self.stopping:
+                self.changed.notify_all()
+
+    def shutdown_request(self, request):
+        with self.changed:
+            self.connections.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request, client_address):
+        log.exception("internal error in a connection from %s", client_address[0])
+
+    def stop_listening(self):
+        """Refuse new connections, and hang up on those that have not sent a whole request."""
+        with self.changed:
+            self.stopping = True
+            for connection, since in self.connections.items():
+                if since is not None:
+                    self.hang_up(connection)
+        self.hang_up(self.socket)           # on Linux this ends a listening socket at once
+        self.shutdown()
+        self.server_close()
+
+    def wait_for_answers(self, seconds):
+        """-> whether all requests in work were answered within so many seconds."""
+        with self.changed:
+            return self.changed.wait_for(lambda: None not in self.connections.values(), seconds)
+
+
+TOO_MANY = (f"{STATUS_LINES[503]}Retry-After: 1\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
+            '{"status": "error", "error": "Too many connections; try again later"}\n').encode()
+
+
+# Logs
+
+class SafeFormatter(logging.Formatter):
+    """One line a record, in UTC, in which nothing can forge a line or a terminal escape, and no key appears."""
+    converter = time.gmtime
+
+    def __init__(self, text, keys):
+        super().__init__(text, "%Y-%m-%dT%H:%M:%SZ")
+        self.keys = keys
+
+    def format(self, record):
+        line = super().format(record)
+        for key in self.keys:
+            line = line.replace(key, "[API key]")
+        return re.sub("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", lambda bad: ascii(bad[0])[1:-1], line)
+
+
+class LogFile(logging.handlers.WatchedFileHandler):
+    """A file that logrotate may move away; one that cannot be written is said once, and costs its lines only."""
+    broken = False
+
+    def emit(self, record):
+        try:
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+
+    def handleError(self, record):
+        if not self.broken:
+            complain(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}; going on without it")
+        self.broken = True
+
+    def flush(self):
+        super().flush()
+        self.broken = False
+
+
+def complain(text):
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        pass
+
+
+def open_logs(settings, keys):
+    """Point the loggers at their files; one that cannot be opened is said on stderr and left out."""
+    line = SafeFormatter("%(asctime)s %(levelname)s %(message)s", keys)
+    for logger, path, level in ((log, settings.log_file, settings.log_level), (log, settings.error_log, "WARNING"),
+                                (access_log, settings.access_log, "INFO")):
+        try:
+            handler = LogFile(path, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            complain(f"{path} cannot be opened: {error.strerror}; going on without it")
+            handler = logging.NullHandler()
+        handler.setFormatter(line if logger is log else SafeFormatter("%(asctime)s %(message)s", keys))
+        handler.setLevel(level)
+        logger.addHandler(handler)
+        logger.propagate = False
+    log.setLevel(min(logging.getLevelName(settings.log_level), logging.WARNING))
+    access_log.setLevel(logging.INFO)
+
+
+# The daemon
+
+def build(config):
+    """Settings -> a Server that listens."""
+    metrics = Metrics()
+    commands = Commands(config.proxmox.max_commands, config.proxmox.read_timeout_seconds, metrics)
+    host = Proxmox(commands, config.proxmox.pve_dir, config.proxmox.cgroup_dir)
+    return Server(config, Api(config, host, Operations(commands), metrics))
+
+
+def serve(server):
+    """Answer until SIGTERM or SIGINT; then let requests in work finish, and leave what still runs alone."""
+    signals = SimpleQueue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: signals.put(number))
+    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+    log.info("lxc_autoscale_api %s listens on %s port %d", VERSION, *server.server_address[:2])
+    for command in server.api.host.forgotten_snapshots():
+        log.warning("a temporary snapshot was left by an earlier stop; once no clone runs, remove it with: %s", command)
+    number = signals.get()
+    log.info("stopping on %s", signal_name(number))
+    server.stop_listening()
+    server.api.operations.refuse_waiting()
+    if not server.wait_for_answers(STOP_SECONDS - 5):
+        server.api.operations.leave_running()
+        server.wait_for_answers(5)
+    log.info("stopped")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--config", metavar="PATH", default=CONFIG_PATH, help="configuration file (default: %(default)s)")
+    parser.add_argument("--check-config", action="store_true", help="check the configuration file and exit")
+    parser.add_argument("--version", action="version", version=f"lxc_autoscale_api {VERSION}")
+    arguments = parser.parse_args()
+    try:
+        config = read_config(arguments.config)
+    except ConfigError as error:
+        complain(error.text)
+        return EX_CONFIG
+    if arguments.check_config:
+        print(f"{arguments.config}: ok")
+        return 0
+    os.umask(0o077)
+    open_logs(config.logging, config.keys)
+    try:
+        server = build(config)
+    except OSError as error:
+        complain(f"cannot listen on {config.server.host} port {config.server.port}: {error.strerror}")
+        return 1
+    serve(server)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
