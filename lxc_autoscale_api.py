@@ -1726,7 +1726,8 @@ class Handler(BaseHTTPRequestHandler):
             return None
         started = time.perf_counter()
         answer = self.server.api.answer(request)
-        self.close_connection = self.server.stopping or self.wants_close(request) or not self.can_drain()
+        self.close_connection = (self.server.stopping or self.wants_close(request) or not self.can_drain()
+                                 or answer.status == 411)      # it may yet send a body without a length
         self.respond(answer, request.method, request.path, started, client_of(request, self.server.trusted)[0])
         self.server.end(self.request)
         if not self.close_connection:

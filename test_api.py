@@ -175,7 +175,7 @@ def task(work, code_of_failure=255):
         try:
             work()
             sys.stdout.flush()
-            os._exit(0)
+            os._exit(1 if FAULTS.get(ARGV[1], {}).get("dies_after") else 0)
         except Refused as refused:
             sys.stdout.flush()
             sys.stderr.write(refused.text + "\n")
@@ -218,6 +218,9 @@ def dawdle():
     time.sleep(fault.get("delay", 0))
     if "work_fails" in fault:
         raise Refused(fault["work_fails"])
+    if "kills_pct" in fault:
+        os.kill(os.getppid(), signal.SIGKILL)
+        os._exit(1)
 
 
 def options_of(words):
@@ -614,28 +617,31 @@ class Host:
         return [" ".join(row["argv"]) for row in self.rows(event)]
 
 
-CONFIG = """
-server:
-  host: "127.0.0.1"
-  port: {port}
-authentication:
-  api_key: "{key}"
-logging:
-  log_file: "{root}/main.log"
-  access_log: "{root}/access.log"
-  error_log: "{root}/error.log"
-proxmox:
-  pve_dir: "{root}/pve"
-  cgroup_dir: "{root}/cgroup"
-"""
+def config_text(host, port, key, **sections):
+    """A configuration as YAML; `sections` add to or replace what the tests need, None leaves a setting out."""
+    settings = {
+        "server": {"host": "127.0.0.1", "port": port},
+        "authentication": {"api_key": key},
+        "logging": {name: f"{host.root}/{path}" for name, path in (
+            ("log_file", "main.log"), ("access_log", "access.log"), ("error_log", "error.log"))},
+        "proxmox": {"pve_dir": str(host.pve), "cgroup_dir": str(host.cgroup)},
+    }
+    for section, values in sections.items():
+        settings.setdefault(section, {}).update(values)
+    return "".join(f"{section}:\n" + "".join(f"  {key}: {json.dumps(value)}\n" for key, value in values.items() if value is not None)
+                   for section, values in settings.items())
 
 
-def start_daemon(host, config, **popen):
-    """Start the daemon with the simulated commands on its PATH."""
+def start_daemon(host, config, constants=None, **popen):
+    """Start the daemon with the simulated commands on its PATH, and with other constants than its own if asked."""
     path = host.root / "api.yaml"
     path.write_text(config)
-    env = {**os.environ, "PATH": f"{host.root}/bin:{os.environ['PATH']}"}
-    return subprocess.Popen([sys.executable, str(MODULE), "--config", str(path)], env=env, **popen)
+    env = {**os.environ, "PATH": f"{host.root}/bin:{os.environ['PATH']}", **popen.pop("env", {})}
+    command = [str(MODULE)]
+    if constants:
+        patched = "; ".join(f"daemon.{name} = {value!r}" for name, value in constants.items())
+        command = ["-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); import lxc_autoscale_api as daemon; {patched}; sys.exit(daemon.main())"]
+    return subprocess.Popen([sys.executable, *command, "--config", str(path)], env=env, **popen)
 
 
 def free_port():
@@ -672,7 +678,7 @@ def demo(port=5000):
         host.add(104, "web-01", running=True)
         host.add(106, "db-01", running=True, cores=4, memory=8192)
         host.add(107, "batch", cores=None)
-        daemon = start_daemon(host, CONFIG.format(port=port, key=key, root=root))
+        daemon = start_daemon(host, config_text(host, port, key))
         try:
             wait_until(lambda: daemon.poll() is not None or answers(port), 10)
             if daemon.poll() is not None:
@@ -708,3 +714,1628 @@ def wait_until(condition, seconds=10):
 
 if __name__ == "__main__":
     sys.exit(demo() if sys.argv[1:] == ["--demo"] else __doc__)
+
+import concurrent.futures  # noqa: E402  (the simulated host above needs Python alone)
+import http.client  # noqa: E402
+import math  # noqa: E402
+import random  # noqa: E402
+import re  # noqa: E402
+import shlex  # noqa: E402
+import threading  # noqa: E402
+from collections import Counter, namedtuple  # noqa: E402
+
+import pytest  # noqa: E402
+
+import lxc_autoscale_api as module  # noqa: E402
+
+KEY = "test-key-0123456789abcdef"
+Reply = namedtuple("Reply", "status body headers")
+
+
+class Daemon:
+    """The daemon as a process on a free port, and a client for it."""
+
+    def __init__(self, host, constants=None, env=None, key=KEY, **sections):
+        self.host, self.key, self.port = host, key, free_port()
+        self.stderr = open(host.root / "stderr.txt", "w+")
+        self.process = start_daemon(host, config_text(host, self.port, key, **sections), constants, env=env or {}, stderr=self.stderr)
+        wait_until(lambda: self.process.poll() is not None or answers(self.port), 15)
+        assert self.process.poll() is None, self.said()
+
+    def said(self):
+        self.stderr.seek(0)
+        return self.stderr.read()
+
+    def connect(self, timeout=30):
+        return socket.create_connection(("127.0.0.1", self.port), timeout)
+
+    def request(self, method, path, body=None, headers=None, key=KEY, timeout=60):
+        headers = dict(headers or {})
+        if key:
+            headers.setdefault("X-API-Key", key)
+        if body is not None and not isinstance(body, (bytes, str)):
+            body, headers = json.dumps(body), {"Content-Type": "application/json", **headers}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            connection.request(method, path, body, headers)
+            reply = connection.getresponse()
+            text = reply.read()
+            is_json = reply.headers.get("Content-Type") == "application/json" and text
+            return Reply(reply.status, json.loads(text) if is_json else text.decode(), dict(reply.headers))
+        finally:
+            connection.close()
+
+    def get(self, path, **options):
+        return self.request("GET", path, **options)
+
+    def post(self, path, body, **options):
+        return self.request("POST", path, body, **options)
+
+    def delete(self, path, body, **options):
+        return self.request("DELETE", path, body, **options)
+
+    def raw(self, data, timeout=15):
+        """Send bytes as they are -> all bytes that come until the daemon closes."""
+        with self.connect(timeout) as sock:
+            with contextlib.suppress(OSError):
+                sock.sendall(data)
+            return read_all(sock)
+
+    def log(self, name="main"):
+        return (self.host.root / f"{name}.log").read_text()
+
+    def stop(self, number=signal.SIGTERM, seconds=40):
+        """-> the exit status after a signal."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        code = self.process.wait(seconds)
+        self.stderr.close()
+        return code
+
+
+def read_all(sock):
+    data = b""
+    with contextlib.suppress(ConnectionError):
+        while True:
+            more = sock.recv(65536)
+            if not more:
+                break
+            data += more
+    return data
+
+
+def read_answer(sock, head=False):
+    """One answer from a connection that stays open -> Reply."""
+    reply = http.client.HTTPResponse(sock, method="HEAD" if head else "GET")
+    reply.begin()
+    text = reply.read()
+    return Reply(reply.status, json.loads(text) if text.startswith(b"{") else text.decode(), dict(reply.headers))
+
+
+def statuses(data):
+    """The status codes of all answers in a byte string, and the last answer's JSON body."""
+    codes, body = [], b""
+    while data:
+        head, _, rest = data.partition(b"\r\n\r\n")
+        codes.append(int(head.split()[1]))
+        length = re.search(rb"Content-Length: (\d+)", head)
+        size = int(length[1]) if length else len(rest)
+        body, data = rest[:size], rest[size:]
+    return codes, json.loads(body) if body.startswith(b"{") else None
+
+
+@pytest.fixture
+def host(tmp_path):
+    """A simulated host: 104 runs, 106 is stopped, 105 does not exist."""
+    host = Host(tmp_path / "host")
+    host.add(104, "web-01", running=True)
+    host.add(106, "db-01")
+    return host
+
+
+@pytest.fixture
+def launch(host):
+    """Start daemons on the host; at the end each must stop on SIGTERM with status 0."""
+    started = []
+
+    def launch(**options):
+        started.append(Daemon(host, **options))
+        return started[-1]
+    yield launch
+    host.faults()
+    codes = [daemon.stop() for daemon in started if daemon.process.returncode is None]
+    assert codes == [0] * len(codes)
+
+
+@pytest.fixture
+def api(launch):
+    return launch()
+
+
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory):
+    """One daemon for all tests that change nothing."""
+    host = Host(tmp_path_factory.mktemp("steady") / "host")
+    host.add(104, "web-01", running=True)
+    daemon = Daemon(host, rate_limiting={"enabled": False})
+    yield daemon
+    assert daemon.stop() == 0
+    assert "internal error" not in daemon.log("error")
+
+
+def ok(message, data=None):
+    return {"status": "success", "message": message, **({} if data is None else {"data": data})}
+
+
+def error(text, **fields):
+    return {"status": "error", "error": text, **fields}
+
+
+# Configuration
+
+SCALARS = """
+    5000 0 -1 +7 127.0.0.1 0.0.0.0 ::1 text two_words a-b a.b a/b /var/log/x.log 1.5 -0.25 .5 1. 1.5e+3 1.5e3 1e3 08 09
+    true True TRUE false False FALSE yes Yes YES no No NO on On ON off Off OFF y n Y N tRUE ~ null Null NULL nULL
+    "double" 'single' "" '' "5000" '5000' "true" 'yes' "a\\"b" 'it''s' "tab\\tnew\\nline" "\\x41\\u00e9\\U0001F600" "\\\\" "\\/" "\\0"
+    "#no" '#no' a#b http://host:80/x key=value 10.0.0.0/8 2001:db8::1 1:x a:b -x -- a--b ?x -1x 5GB 1,5x é ü-ß 日本
+""".split() + [
+    '"a: b"', "'a: b'",
+    "two words", "a  b", "text with spaces", "a # b", '"a b" # comment', "'x'   # comment", "1 2", "no way", "5000 # port", "a 'b' c", 'a "b" c',
+    "x,y", "a]b", "a{b}", "50%", "a&b", "a*b", "a!b", "a|b", "a>b", "a@b", "a`b", "\\n", "C:\\dir", "\"\\e[0m\"", "'#'"]
+ACCEPTED = [f"key: {scalar}\n" for scalar in SCALARS] + [f"key:\n  - {scalar}\n  - last\n" for scalar in SCALARS] + [
+    "key: []\n", "key: [a]\n", "key: [a, b]\n", "key: [a, b,]\n", "key: [ a , b ]\n", 'key: ["a", \'b\', 3, true, ~, 1.5]\n', "key: [a b, c]\n",
+    'key: ["127.0.0.1", "::1"]\n', "key: [a] # comment\n", "key: [-1, x-y, 10.0.0.0/8]\n", "key: [5000,6000]\n", "key: ['a,b', \"c]d\"]\n", "key: [a'b, c\"d]\n",
+    "a: 1\nb: 2\n", "a:\n  b: 1\n  c: 2\nd: 3\n", "a:\n    b: 1\nc:\n  d: 2\n", "a:\n  b:\n    c:\n      d: deep\ne: 1\n",
+    "a:\n- 1\n- 2\n", "a:\n  - 1\n  - 2\nb: 3\n", "a:\n- 1\nb:\n- 2\n", "a:\n  b:\n  - 1\n  c: 2\n", "- a\n- b\n", "- 1\n-\n- 2\n", "-\n",
+    "a:\nb: 1\n", "a:\n", "a: # nothing\nb: 1\n", "a: # comment\n  b: 1\n", "", "\n\n", "# only a comment\n", "---\na: 1\n", "--- # start\na: 1\n", "# c\n---\na: 1\n",
+    "a: 1\r\nb: 2\r\n", "a: 1\rb: 2\r", "\ufeffa: 1\n", "\n\na: 1\n\n\n# end\n", "a: 1   \n", "  # indented comment\na: 1\n", "a:\n  # inside\n  b: 1\n\n  c: 2\n",
+    '"a": 1\n', "'a': 1\n", '"a b": 1\n', "'yes': 1\n", '"1": x\n', "a : 1\n", "a-b: 1\na.c: 2\na_d: 3\n", "a:    1\n", "a: 1", "  a: 1\n  b: 2\n", "a: 'x'\nb: \"y\"\n",
+    "#\tcomment with a tab\na: 1\n", "a:\n  - x # c\n  - 'y' # c\n",
+]
+REFUSED = [                             # (document, line of what is refused)
+    ("\ta: 1\n", 1), ("a:\n\tb: 1\n", 2), ("a: 1\nb:\t2\n", 2), ("a: &x 1\n", 1), ("a: 1\nb: *x\n", 2), ("a: !!str 1\n", 1), ("a: !x 1\n", 1),
+    ("a: |\n  text\n", 1), ("a: >\n  text\n", 1), ("a: one\n  two\n", 2), ("a: 'one\n  two'\n", 1), ('a: "one\n  two"\n', 1), ("a: {b: 1}\n", 1), ("a: {}\n", 1),
+    ("a: 1\na: 2\n", 2), ("a:\n  b: 1\n  b: 2\n", 3), ("a: 1\n---\nb: 2\n", 2), ("a: 1\n...\n", 2), ("%YAML 1.1\n---\na: 1\n", 1), ("? a\n: b\n", 1),
+    ("a: [b\n", 1), ("a: [b,\n  c]\n", 1), ("a: [[b]]\n", 1), ("a: [b: c]\n", 1), ("a: [{b: 1}]\n", 1), ("a: [,]\n", 1), ("a: [a b\n", 1), ("a: [a] b\n", 1),
+    ("- a\nb: 1\n", 2), ("a: 1\n- b\n", 2), ("- - a\n", 1), ("- a: 1\n", 1), ("- [a]\n", 1), ("a:\n  - b: 1\n", 2), ("a\n", 1), ("a:1\n", 1), ("just text\n", 1),
+    ("a:\n    b: 1\n  c: 2\n", 3), ("a: 1\n  b: 2\n", 2), ("a:\n  b: 1\n c: 2\n", 3), ("a: b: c\n", 1), ("a: 'b' c\n", 1), ('a: "b"c\n', 1), ("a: 'b'#c\n", 1),
+    ('a: "\\q"\n', 1), ('a: "\\ud800"\n', 1), ('a: "\\U00110000"\n', 1), ("a: @x\n", 1), ("a: `x\n", 1), ("a: %x\n", 1), ("a: ,x\n", 1), ("a: ]\n", 1), ("a: }\n", 1),
+    ("a: 0x1F\n", 1), ("a: 017\n", 1), ("a: 0b11\n", 1), ("a: 1_000\n", 1), ("a: 12:30\n", 1), ("a: 2024-12-24\n", 1), ("a: .inf\n", 1), ("a: .nan\n", 1),
+    ("a: <<\n", 1), ("a: =\n", 1), ("<<: 1\n", 1), ("1: a\n", 1), ("yes: a\n", 1), ("~: a\n", 1), ("[a]: b\n", 1), ("a: \x1b[0m\n", 1), ("a: 1\nb: \x00\n", 2),
+    ("a: b\u2028c\n", 1), ("a: - b\n", 1), ("a: ? b\n", 1), ("a: 12345678901234567890\n", 1), ("é: 1\n", 1), ("- a\n  b\n", 2),
+]
+
+
+def test_yaml_documents_are_read_as_pyyaml_reads_them():
+    yaml = pytest.importorskip("yaml")
+    assert len(set(ACCEPTED)) >= 150
+    different = [(document, module.load_yaml(document)[0], yaml.safe_load(document)) for document in ACCEPTED
+                 if repr(module.load_yaml(document)[0]) != repr(yaml.safe_load(document))]
+    assert different == []
+
+
+def test_what_yaml_accepts_of_random_documents_is_what_pyyaml_reads():
+    yaml = pytest.importorskip("yaml")
+    chance, accepted = random.Random(1), 0
+    pieces = ["a", "b", "key", ": ", ":", "- ", "-", " ", "  ", "\n", "\n  ", "#", " # c", "'", '"', "[", "]", ", ", "1", "0", "1.5", "yes", "~", "\\", "::1", ".",
+              "x y", "_", "?", "!", "&", "*", "é", "e+1", "+", "---", "\r\n", "{", "}", "%", "@", "|", ">", "=", "<<", "2024-01-01", "1:2"]
+    for _ in range(30000):
+        document = "".join(chance.choice(pieces) for _ in range(chance.randint(1, 9)))
+        if chance.random() < 0.7:
+            document = "k: " + document
+        try:
+            value = module.load_yaml(document)[0]
+        except module.ConfigError:
+            continue
+        accepted += 1
+        assert repr(value) == repr(yaml.safe_load(document)), document
+    assert accepted > 5000
+
+
+@pytest.mark.parametrize("document, line", REFUSED)
+def test_yaml_that_is_not_taken_is_refused_with_its_line(document, line):
+    with pytest.raises(module.ConfigError) as refusal:
+        module.load_yaml(document)
+    assert refusal.value.line == line
+
+
+def check_config(tmp_path, document):
+    path = tmp_path / "api.yaml"
+    path.write_bytes(document if isinstance(document, bytes) else document.encode())
+    done = subprocess.run([sys.executable, MODULE, "--config", path, "--check-config"], capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+GOOD_KEY = 'authentication:\n  api_key: "0123456789abcdef"\n'
+
+
+@pytest.mark.parametrize("document, line, says", [
+    ("", 1, "authentication.api_key is missing"),
+    ("authentication:\n  enabled: true\n", 1, "authentication.api_key is missing"),
+    ('authentication:\n  api_key: ""\n', 2, "authentication.api_key is missing"),
+    ('authentication:\n  api_key: "your-secret-api-key"\n', 2, "still the sample value"),
+    ('authentication:\n  api_key: "short-key"\n', 2, "at least 16 visible ASCII characters"),
+    ("authentication:\n  api_key: 12345678901234567\n", 2, "must be text"),
+    ('authentication:\n  api_keys: ["0123456789abcdef", "short"]\n', 2, "at least 16 visible ASCII characters"),
+    (GOOD_KEY + "server:\n  port: 0\n", 4, "server.port must be an integer between 1 and 65535"),
+    (GOOD_KEY + "server:\n  port: 65536\n", 4, "server.port must be"),
+    (GOOD_KEY + 'server:\n  port: "5000"\n', 4, "server.port must be"),
+    (GOOD_KEY + "server:\n  port: true\n", 4, "server.port must be"),
+    (GOOD_KEY + "server:\n  port: 5000.0\n", 4, "server.port must be"),
+    (GOOD_KEY + "server:\n  port:\n", 4, "server.port must be"),
+    (GOOD_KEY + "server:\n  host: nowhere\n", 4, "server.host must be an IP address"),
+    (GOOD_KEY + "server:\n  prot: 5000\n", 4, "unknown key 'server.prot'; known here: host, port"),
+    (GOOD_KEY + "sever:\n  port: 5000\n", 3, "unknown key 'sever'"),
+    (GOOD_KEY + "server: 5000\n", 3, "server must hold"),
+    (GOOD_KEY + 'server:\n  trusted_proxies: "127.0.0.1"\n', 4, "must be a list of IP addresses"),
+    (GOOD_KEY + "server:\n  trusted_proxies: [1]\n", 4, "must be a list of IP addresses"),
+    (GOOD_KEY + "rate_limiting:\n  enabled: 1\n", 4, "rate_limiting.enabled must be true or false"),
+    (GOOD_KEY + "rate_limiting:\n  max_requests_per_minute: 0\n", 4, "must be an integer between 1 and"),
+    (GOOD_KEY + "logging:\n  log_level: LOUD\n", 4, "must be DEBUG, INFO"),
+    (GOOD_KEY + "logging:\n  log_file: main.log\n", 4, "must be an absolute path"),
+    (GOOD_KEY + "proxmox:\n  max_commands: -1\n", 4, "must be an integer between 0 and"),
+    (GOOD_KEY + "proxmox:\n\tmax_commands: 4\n", 4, "tab"),
+    (GOOD_KEY.encode() + b"server:\n  host: \xff\n", 4, "not UTF-8"),
+    ("- a\n", 1, "expected sections"),
+])
+def test_a_bad_configuration_stops_the_start_with_file_and_line(tmp_path, document, line, says):
+    code, said = check_config(tmp_path, document)
+    assert code == 78
+    assert said.startswith(f"{tmp_path}/api.yaml:{line}: ") and says in said
+    assert "0123456789abcdef" not in said and "short-key" not in said
+
+
+def test_a_good_configuration_passes_and_a_missing_one_is_said(tmp_path):
+    assert check_config(tmp_path, GOOD_KEY) == (0, f"{tmp_path}/api.yaml: ok\n")
+    assert check_config(tmp_path, "authentication:\n  enabled: false\nserver:\n") == (0, f"{tmp_path}/api.yaml: ok\n")
+    done = subprocess.run([sys.executable, MODULE, "--config", tmp_path / "none.yaml"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (78, f"{tmp_path}/none.yaml: cannot be read: No such file or directory\n")
+
+
+def test_the_shipped_configuration_has_every_setting_with_its_default():
+    tree, _ = module.load_yaml((HERE / "lxc_autoscale_api.yaml").read_text())
+    defaults = {section: {key: default for key, (default, _) in keys.items()} for section, keys in module.SETTINGS.items()}
+    assert tree["authentication"].pop("api_key") == module.SAMPLE_KEY
+    defaults["authentication"].pop("api_key")
+    assert tree == defaults
+
+
+def test_the_sample_key_is_refused_as_shipped(tmp_path):
+    code, said = check_config(tmp_path, (HERE / "lxc_autoscale_api.yaml").read_text())
+    assert code == 78 and "authentication.api_key is still the sample value" in said
+
+
+def test_version_and_help_are_told():
+    run = [subprocess.run([sys.executable, MODULE, word], capture_output=True, text=True) for word in ("--version", "--help")]
+    assert run[0].stdout == f"lxc_autoscale_api {module.VERSION}\n"
+    assert all(word in run[1].stdout for word in ("--config PATH", "--check-config", module.CONFIG_PATH))
+
+
+# Parameters
+
+INTEGERS = [104, "104", "0104"]
+NOT_INTEGERS = [True, 104.0, "104.0", "1e3", "+104", "-104", " 104", "104 ", "1_04", "104\n", "١٠٤", "", None, [104], {}, 99, 1000000, "99", "9" * 5000, 10**19]
+SNAPSHOT_NAMES = ["backup_20241224", "a", "_x", "0-1", "x" * 100]
+NOT_SNAPSHOT_NAMES = ["", "-x", "x" * 101, "a b", "a.b", "a/b", "ä", "x\n", "٣", "a;b", None, 5, ["x"]]
+
+
+@pytest.mark.parametrize("value", INTEGERS)
+def test_an_integer_may_be_a_number_or_digits(value):
+    assert module.VM_ID.parse(value) == 104
+
+
+@pytest.mark.parametrize("value", NOT_INTEGERS)
+def test_what_is_no_integer_is_refused(value):
+    with pytest.raises(ValueError, match="must be an integer between 100 and 999999"):
+        module.VM_ID.parse(value)
+
+
+def test_names_are_ascii_and_never_look_like_an_option():
+    assert [module.SNAPSHOT_NAME.parse(value) for value in SNAPSHOT_NAMES] == SNAPSHOT_NAMES
+    assert module.NEW_VM_NAME.parse("web-01.example_x") == "web-01.example_x"
+    for value in NOT_SNAPSHOT_NAMES:
+        with pytest.raises(ValueError, match="must be 1 to 100 letters"):
+            module.SNAPSHOT_NAME.parse(value)
+    for value in (1, 0, "true", None, "false"):
+        with pytest.raises(ValueError, match="must be true or false"):
+            module.START.parse(value)
+
+
+BOUNDS = [("/scale/cores", "cores", 1, 128), ("/scale/ram", "memory", 64, 1048576), ("/scale/storage/increase", "disk_size", 1, 16384),
+          ("/scale/cores", "vm_id", 100, 999999)]
+
+
+@pytest.mark.parametrize("path, name, low, high", BOUNDS)
+def test_bounds_are_named_in_the_refusal(steady, path, name, low, high):
+    given = {parameter: 64 for route, parameter, _, _ in BOUNDS if route == path}
+    for value in (low - 1, high + 1, "x", 1.5, None, True):
+        reply = steady.post(path, {**given, "vm_id": 104, name: value})
+        assert (reply.status, reply.body) == (400, error(f"Invalid {name}: must be an integer between {low} and {high}"))
+
+
+@pytest.mark.parametrize("body, says", [
+    ({"vm_id": 104}, "Missing cores: must be an integer between 1 and 128"),
+    ({"cores": 4}, "Missing vm_id: must be an integer between 100 and 999999"),
+    ({"vm_id": 104, "cores": 4, "corse": 4}, "Unknown parameter 'corse'; this endpoint takes: vm_id, lxc_id, cores"),
+    ({"vm_id": 104, "cores": 4, "api_key": "x"}, "Unknown parameter 'api_key'; this endpoint takes: vm_id, lxc_id, cores"),
+    ({"vm_id": 104, "lxc_id": 105, "cores": 4}, "Invalid lxc_id: vm_id and lxc_id must not differ"),
+    ({"lxc_id": 5, "cores": 4}, "Invalid lxc_id: must be an integer between 100 and 999999"),
+    ('{"vm_id": 104, "vm_id": 104, "cores": 4}', "Invalid vm_id: must be given once"),
+    ("[1]", 'Invalid JSON: must be an object, such as {"vm_id": 104}'),
+    ("", 'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}'),
+    ('{"vm_id": NaN, "cores": 1}', 'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}'),
+    ('{"vm_id": 104, "cores": 4} x', 'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}'),
+    (b'{"vm_id": 104, "cores": "\xff"}', 'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}'),
+    ("[" * 60000, 'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}'),
+    ('{"vm_id": ' + "1" * 10000 + ', "cores": 4}', "Invalid vm_id: must be an integer between 100 and 999999"),
+    ('{"vm_id": 104, "cores": "\\ud800"}', "Invalid cores: must be an integer between 1 and 128"),
+    ('{"\\ud800": 104}', "Unknown parameter; this endpoint takes: vm_id, lxc_id, cores"),
+])
+def test_a_bad_body_is_refused_by_its_rule(steady, body, says):
+    reply = steady.post("/scale/cores", body, headers={"Content-Type": "application/json"})
+    assert (reply.status, reply.body) == (400, error(says))
+
+
+@pytest.mark.parametrize("query, says", [
+    ("", "Missing vm_id: must be an integer between 100 and 999999"),
+    ("?vm_id=", "Invalid vm_id: must be an integer between 100 and 999999"),
+    ("?vm_id=104&vm_id=104", "Invalid vm_id: must be given once"),
+    ("?vm_id=104&x=1", "Unknown parameter 'x'; this endpoint takes: vm_id, lxc_id"),
+    ("?vm_id=%ff", "Invalid query: not percent-encoded UTF-8"),
+    ("?vm_id=%zz", "Invalid query: a % that is not followed by two hexadecimal digits"),
+    ("?vm_id=104%00", "Invalid vm_id: must be an integer between 100 and 999999"),
+    ("?" + "&".join(["a=1"] * 500), "Invalid query: Max number of fields exceeded"),
+])
+def test_a_bad_query_is_refused_by_its_rule(steady, query, says):
+    reply = steady.get("/resource/vm/config" + query)
+    assert (reply.status, reply.body) == (400, error(says))
+
+
+def test_parameters_come_from_one_place_only(steady):
+    assert steady.post("/scale/cores?vm_id=104", {"cores": 4}).status == 400
+    assert steady.get("/resource/vm/config", body={"vm_id": 104}).status == 400
+    assert steady.post(f"/scale/cores?api_key={KEY}", {"vm_id": 104, "cores": 0}, key=None).body["error"].startswith("Invalid cores")
+
+
+@pytest.mark.parametrize("kind, status", [
+    ("application/json", 400), ("application/json; charset=utf-8", 400), ("Application/JSON;charset=UTF-8", 400), ('application/json; charset="utf-8"', 400),
+    ("application/json; charset=latin-1", 415), ("text/plain", 415), ("application/x-www-form-urlencoded", 415), ("application/jsonx", 415), ("", 415),
+    ("application/json, text/plain", 415),
+])
+def test_only_json_is_taken(steady, kind, status):
+    assert steady.post("/scale/cores", "{}", headers={"Content-Type": kind}).status == status
+
+
+# What pct prints
+
+def transcript(name):
+    """What the real commands printed, shortened to what is parsed."""
+    return {
+        "listsnapshot":
+            "`-> backup_20241224             2026-11-23 19:10:31     no-description\n"
+            " `-> second                     2026-11-23 19:12:51     line one\n"
+            "  `-> current                                           You are here!\n",
+        "conf":
+            "#first line\n#second%3A line\narch: amd64\ncores: 4\nhostname: web-01\nmemory: 4096\nparent: second\n"
+            "rootfs: local-lvm:vm-504-disk-0,size=8G\nswap: 512\nlxc.apparmor.profile: unconfined\n\n"
+            "[pve:pending]\ncores: 6\ndelete: swap,!searchdomain\n\n"
+            "[backup_20241224]\ncores: 2\nsnaptime: 1795461031\nmemory: 2048\n\n"
+            "[second]\n#line one\n#line two\ncores: 2\nparent: backup_20241224\nsnaptime: 1795461171\n",
+    }[name]
+
+
+def test_a_configuration_file_is_read_with_its_pending_changes_and_snapshots():
+    conf = module.parse_config(transcript("conf"))
+    assert conf.values == {"arch": "amd64", "cores": "6", "hostname": "web-01", "memory": "4096", "parent": "second",
+                           "rootfs": "local-lvm:vm-504-disk-0,size=8G", "description": "first line\nsecond: line"}
+    assert module.snapshots_of(conf) == [
+        {"name": "backup_20241224", "timestamp": "2026-11-23T19:10:31Z", "description": None, "parent": None},
+        {"name": "second", "timestamp": "2026-11-23T19:12:51Z", "description": "line one\nline two", "parent": "backup_20241224"}]
+
+
+@pytest.mark.parametrize("zone, hours", [("UTC", 0), ("Europe/Berlin", -1), ("America/New_York", 5)])
+def test_a_snapshot_tree_in_local_time_is_told_in_utc(zone, hours, monkeypatch):
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        found = module.parse_snapshots(transcript("listsnapshot"))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    first, second = (module.utc(moment + hours * 3600) for moment in (1795461031, 1795461171))
+    assert found == [{"name": "backup_20241224", "timestamp": first, "description": None, "parent": None},
+                     {"name": "second", "timestamp": second, "description": "line one", "parent": "backup_20241224"}]
+
+
+def test_a_tree_with_branches_gives_each_snapshot_its_parent():
+    tree = ("`-> a    2026-01-01 00:00:00     x\n `-> b   2026-01-02 00:00:00     x\n  `-> c  2026-01-03 00:00:00     x\n"
+            " `-> d   2026-01-04 00:00:00     x\n`-> e    2026-01-05 00:00:00     x\n")
+    assert [(row["name"], row["parent"]) for row in module.parse_snapshots(tree)] == [
+        ("a", None), ("b", "a"), ("c", "b"), ("d", "a"), ("e", None)]
+
+
+@pytest.mark.parametrize("text, gigabytes", [("8G", 8), ("512M", 0.5), ("1T", 1024), ("921602G", 921602), ("1073741824", 1), ("1.5G", 1.5),
+                                             (None, None), ("", None), ("big", None)])
+def test_volume_sizes_are_told_in_gb(text, gigabytes):
+    assert module.size_in_gb(text) == gigabytes
+
+
+@pytest.mark.parametrize("stderr, status, says", [
+    ("Configuration file 'nodes/pve/lxc/999.conf' does not exist\n", 404, "VM 999 does not exist on node 'pve'"),
+    ("snapshot 'nosuch' does not exist\n", 404, "Snapshot 'nosuch' does not exist"),
+    ("hostname lookup 'nosuch' failed - failed to get address info for: nosuch: Name or service not known\n", 404, "Node 'nosuch' does not exist"),
+    ("CT is locked (backup)\n", 409, "The container is locked by Proxmox (backup); try again when that has ended"),
+    ("CT is locked (snapshot-delete)\n", 409, "The container is locked by Proxmox (snapshot-delete); try again when that has ended"),
+    ("can't lock file '/run/lock/lxc/pve-config-104.lock' - got timeout\n", 409,
+     "Another Proxmox command holds the container; try again when it has ended"),
+    ("snapshot name 'backup_20241224' already used\n", 409, "Snapshot 'backup_20241224' exists already"),
+    ("unable to create CT 105 - CT 105 already exists on node 'pve'\n", 409, "The id 105 is taken"),
+    ("unable to create CT 105 - VM 105 already exists on node 'pve'\n", 409, "The id 105 is taken"),
+    ("CT 505 not running\n", 409, "VM 505 is not running"),
+    ("CT 505 already running\n", 409, "VM 505 is already running"),
+    ("unable to destroy CT 105 - container is running\n", 409, "VM 105 is running"),
+    ("can't remove CT 105 - protection mode enabled\n", 409, "The container is protected (protection: 1); lift that in Proxmox first"),
+    ("snapshot feature is not available\n", 409, "The container's storage (or a bind mount) cannot take snapshots"),
+    ("Full clone of a running container is only possible from a snapshot\n", 409,
+     "The container runs, and its storage can clone it from a snapshot only"),
+    ("Linked clone feature for 'local:1/x' is not available\n", 409, "The volume 'local:1/x' cannot be cloned as a linked clone"),
+    ("unable to shrink disk size\n", 409, "A disk cannot shrink"),
+    ("disk is already at specified size\n", 409, "The disk has this size already"),
+    ("you can't take a snapshot if it's a template\n", 409, "The container is a template"),
+    ("unable to use snapshot name 'current' (reserved name)\n", 400, "Invalid snapshot_name: Proxmox reserves the name 'current'"),
+    ("400 Parameter verification failed.\ncores: value must have a maximum value of 8192\npct set <vmid> [OPTIONS]\n", 400,
+     "Invalid cores: value must have a maximum value of 8192"),
+    ("400 Parameter verification failed.\nsnapname: invalid format - invalid configuration ID 'x'\n\npct snapshot <vmid> <snapname> [OPTIONS]\n", 400,
+     "Invalid snapshot_name: Proxmox takes 2 to 40 characters: a letter, then letters, digits, _ and -"),
+    ("400 Parameter verification failed.\nhostname: invalid format - value does not look like a valid DNS name\n\npct clone <vmid> <newid> [OPTIONS]\n", 400,
+     "Invalid new_vm_name: Proxmox takes a DNS name: labels of letters, digits and inner hyphens, joined by dots"),
+    ("cluster not ready - no quorum?\n", 503, "The Proxmox cluster has no quorum, so nothing can be changed"),
+    ("ipcc_send_rec[1] failed: Connection refused\nUnable to load access control list: Connection refused\n", 503,
+     "Proxmox's cluster file system does not answer; see: systemctl status pve-cluster"),
+    ("please run as root\n", 500, "The daemon must run as root"),
+    ("something new\n", 500, "pct set 104 failed with exit status 255"),
+])
+def test_each_known_refusal_has_its_code_and_text(stderr, status, says):
+    problem = module.explain_failure(["pct", "set", "104"], module.Result(255, "", stderr, False))
+    assert (problem.status, problem.error, problem.fields["details"]) == (status, says, stderr.strip())
+    assert ("Retry-After" in problem.headers) == (status == 503)
+
+
+# Waiting, limiting, counting
+
+def test_a_gate_lets_in_as_many_as_it_is_wide_and_the_others_in_order():
+    gate, order = module.Gate(2), []
+    assert gate.enter(0) and gate.enter(0) and not gate.enter(0.001)
+
+    def wait(number):
+        assert gate.enter(10)
+        order.append(number)
+        gate.leave()
+    threads = []
+    for number in range(5):
+        threads.append(threading.Thread(target=wait, args=(number,)))
+        threads[-1].start()
+        wait_until(lambda: len(gate.queue) == number + 1)
+    gate.leave()
+    for thread in threads:
+        thread.join(10)
+    assert order == [0, 1, 2, 3, 4] and gate.free == 1 and not gate.queue
+
+
+def test_the_limiter_agrees_with_a_recount_of_all_requests():
+    chance, now, history = random.Random(2), [0.0], []
+    limiter = module.RateLimiter(5, 10, clock=lambda: now[0])
+    for _ in range(5000):
+        now[0] += chance.choice([0, 0.1, 0.5, 3])
+        client = chance.choice("abc")
+        counted = [moment for who, moment in history if who == client and moment > now[0] - 10]
+        admitted, remaining, wait = limiter.admit(client)
+        assert admitted == (len(counted) < 5)
+        if admitted:
+            history.append((client, now[0]))
+            counted.append(now[0])
+        assert (remaining, wait) == (5 - len(counted), counted[0] + 10 - now[0])
+
+
+def test_the_limiter_forgets_idle_clients_and_is_bounded(monkeypatch):
+    monkeypatch.setattr(module, "MAX_CLIENTS", 100)
+    now = [0.0]
+    limiter = module.RateLimiter(5, 10, clock=lambda: now[0])
+    for number in range(1000):
+        limiter.admit(str(number))
+    assert list(limiter.clients) == [str(number) for number in range(900, 1000)]
+    now[0] = 11
+    limiter.admit("new")
+    assert list(limiter.clients) == ["new"]
+
+
+def limited(launch, **rates):
+    """A daemon whose limiter counts its only client: from behind a trusted proxy nobody is local."""
+    return launch(rate_limiting={"max_requests_per_minute": 3, "time_window_seconds": 60, **rates})
+
+
+def test_a_client_over_its_limit_is_told_when_to_come_back(launch):
+    api = limited(launch)
+    via = {"X-Forwarded-For": "198.51.100.7"}
+    replies = [api.get("/resource/cluster/status", headers=via, key=key) for key in (KEY, "wrong-key-wrong-key", KEY, KEY)]
+    assert [reply.status for reply in replies] == [200, 401, 200, 429]      # a wrong key counts as well
+    assert [reply.headers["X-RateLimit-Remaining"] for reply in replies] == ["2", "1", "0", "0"]
+    last = replies[-1]
+    seconds = last.body["retry_after_seconds"]
+    assert last.body == error("Rate limit exceeded", retry_after_seconds=seconds, limit=3, window_seconds=60)
+    assert 55 <= seconds <= 60 and last.headers["Retry-After"] == str(seconds)
+    assert abs(int(last.headers["X-RateLimit-Reset"]) - time.time() - seconds) < 3
+    assert last.headers["X-RateLimit-Limit"] == "3"
+    assert api.get("/metrics", headers=via, key=None).status == 200
+    assert "X-RateLimit-Limit" not in api.get("/metrics", headers=via).headers
+    assert api.get("/nowhere", headers=via).status == 429
+    assert api.get("/routes", headers={"X-Forwarded-For": "198.51.100.8"}).status == 200
+
+
+def test_the_window_slides(launch):
+    api = limited(launch, max_requests_per_minute=1, time_window_seconds=1)
+    via = {"X-Real-IP": "198.51.100.7"}
+    assert [api.get("/health/check", headers=via).status for _ in range(2)] == [200, 429]
+    wait_until(lambda: api.get("/health/check", headers=via).status == 200, 5)
+
+
+def test_a_local_client_is_never_limited_and_a_proxied_one_always(launch):
+    api = limited(launch)
+    assert [api.get("/routes").status for _ in range(10)] == [200] * 10
+    assert "X-RateLimit-Limit" not in api.get("/routes").headers
+    codes = [api.get("/routes", headers={"X-Forwarded-For": "127.0.0.1"}).status for _ in range(4)]
+    assert codes == [200, 200, 200, 429]
+
+
+@pytest.mark.parametrize("peer, headers, client", [
+    ("127.0.0.1", {}, ("127.0.0.1", True)),
+    ("::1", {}, ("::1", True)),
+    ("192.0.2.1", {}, ("192.0.2.1", False)),
+    ("192.0.2.1", {"x-forwarded-for": "198.51.100.1"}, ("192.0.2.1", False)),
+    ("127.0.0.1", {"x-forwarded-for": "198.51.100.1"}, ("198.51.100.1", False)),
+    ("127.0.0.1", {"x-forwarded-for": "203.0.113.9, 198.51.100.1"}, ("198.51.100.1", False)),
+    ("127.0.0.1", {"x-forwarded-for": "198.51.100.1, 127.0.0.1, ::1"}, ("198.51.100.1", False)),
+    ("127.0.0.1", {"x-forwarded-for": "127.0.0.1"}, ("127.0.0.1", False)),
+    ("127.0.0.1", {"x-forwarded-for": "nonsense"}, ("127.0.0.1", False)),
+    ("127.0.0.1", {"x-forwarded-for": ""}, ("127.0.0.1", False)),
+    ("127.0.0.1", {"x-forwarded-for": "198.51.100.1, nonsense"}, ("127.0.0.1", False)),
+    ("127.0.0.1", {"x-real-ip": "198.51.100.2"}, ("198.51.100.2", False)),
+    ("127.0.0.1", {"x-forwarded-for": "198.51.100.1", "x-real-ip": "198.51.100.2"}, ("198.51.100.1", False)),
+    ("127.0.0.1", {"x-forwarded-for": "::ffff:198.51.100.1"}, ("198.51.100.1", False)),
+    ("127.0.0.2", {"x-forwarded-for": "198.51.100.1"}, ("127.0.0.2", True)),
+])
+def test_only_a_trusted_proxy_speaks_for_others(peer, headers, client):
+    trusted = module.networks(["127.0.0.1", "::1"])
+    request = module.Request("GET", "/", "", headers, peer, None, None)
+    assert module.client_of(request, trusted) == client
+
+
+def test_an_ipv4_address_in_ipv6_clothes_is_the_same_client():
+    assert str(module.plain_address("::ffff:127.0.0.9")) == "127.0.0.9"
+    assert str(module.plain_address("fe80::1%eth0")) == "fe80::1"
+
+
+def parse_exposition(text):
+    """Prometheus text -> {name: type}, {series: value}; asserts the format on the way."""
+    types, values = {}, {}
+    for line in text.splitlines():
+        kind = re.fullmatch(r"# TYPE (\S+) (counter|gauge|histogram)", line)
+        if kind:
+            assert kind[1] not in types
+            types[kind[1]] = kind[2]
+        elif not re.fullmatch(r"# HELP \S+ .+", line):
+            name, value = re.fullmatch(r'([a-z_]+(?:\{(?:[a-z_]+="(?:[^"\\\n]|\\[\\"n])*",?)+\})?) (\S+)', line).groups()
+            assert name not in values
+            values[name] = float(value)
+            assert re.sub(r"\{.*|_(bucket|sum|count)(?=\{|$)", "", name) in types or name.split("{")[0] in types
+    return types, values
+
+
+def test_histograms_are_cumulative_and_labels_are_escaped():
+    metrics = module.Metrics()
+    metrics.add("lxc_autoscale_api_requests_total", 'a"b\\c\nd', "/x", "200")
+    for value in (0.0005, 0.001, 0.02, 7200):
+        metrics.observe("lxc_autoscale_api_request_duration_seconds", value, "GET", "/x")
+    _, values = parse_exposition(metrics.render({}))
+    buckets = [value for name, value in values.items() if "_bucket" in name]
+    assert buckets == [2, 2, 3] + [3] * (len(module.REQUEST_BUCKETS) - 3) + [4]
+    assert values['lxc_autoscale_api_request_duration_seconds_count{method="GET",endpoint="/x"}'] == 4
+    assert values['lxc_autoscale_api_request_duration_seconds_sum{method="GET",endpoint="/x"}'] == pytest.approx(7200.0215)
+    assert values['lxc_autoscale_api_requests_total{method="a\\"b\\\\c\\nd",endpoint="/x",status="200"}'] == 1
+
+
+# Endpoints
+
+def test_cores_and_memory_are_set(api, host):
+    reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4})
+    assert (reply.status, reply.body) == (200, ok("CPU cores set to 4 for VM 104"))
+    reply = api.post("/scale/ram", {"vm_id": "104", "memory": "4096"})
+    assert (reply.status, reply.body) == (200, ok("Memory set to 4096 MB for VM 104"))
+    assert (host.conf(104)["cores"], host.conf(104)["memory"]) == ("4", "4096")
+    assert host.calls() == ["pct set 104 --cores 4", "pct set 104 --memory 4096"]
+
+
+def test_both_spellings_work_and_may_come_together(api, host):
+    assert api.post("/scale/cores", {"lxc_id": 104, "cores": 3}).status == 200
+    assert api.post("/scale/cores", {"vm_id": "104", "lxc_id": 104, "cores": 3}).status == 200
+    for path in ("/resource/vm/config?lxc_id=104", "/resource/lxc/config?vm_id=104", "/resource/lxc/config?vm_id=104&lxc_id=104"):
+        assert api.get(path).body["data"]["cores"] == 3
+    assert api.get("/resource/lxc/status?lxc_id=104").body["data"]["name"] == "web-01"
+    reply = api.post("/clone/create", {"lxc_id": 106, "new_lxc_id": 105, "new_lxc_name": "test_clone"})
+    assert reply.body == ok("Cloned VM 106 to new VM 105 (test_clone)")
+
+
+def test_storage_grows_by_what_was_asked(api, host):
+    reply = api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 5})
+    assert (reply.status, reply.body) == (200, ok("Storage increased by 5 GB for VM 104"))
+    assert host.conf(104)["rootfs"] == "local-lvm:vm-104-disk-0,size=13G"
+    assert host.calls() == ["pct resize 104 rootfs +5G"]
+
+
+def test_a_resize_that_fails_with_exit_status_0_is_a_failure(api, host):
+    host.add(107, rootfs="local-lvm:vm-107-disk-0,size=16380G")
+    reply = api.post("/scale/storage/increase", {"vm_id": 107, "disk_size": 16384})
+    assert (reply.status, reply.body["error"]) == (500, "The volume of VM 107 has grown to 32764G, but its file system has not followed")
+    assert "Failed to update the container's filesystem" in reply.body["details"]
+    host.faults(resize={"work_fails": "error resizing volume '/dev/pve/vm-104-disk-0':   Error during parsing of command line."})
+    reply = api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 5})
+    assert (reply.status, reply.body) == (500, error("The disk of VM 104 was not grown as asked; its size is now 8G",
+                                                     details="error resizing volume '/dev/pve/vm-104-disk-0':   Error during parsing of command line."))
+    host.faults(resize={"exit": 0, "stdout": "nothing happened\n"})
+    assert api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 5}).status == 500
+    metrics = api.get("/metrics").body
+    assert 'lxc_autoscale_scaling_failures_total{container_id="104",resource="storage",reason="failed"} 2' in metrics
+    assert 'lxc_autoscale_scaling_actions_total' not in metrics.replace("# ", "").split("lxc_autoscale_scaling_actions_total{")[0]
+
+
+def test_snapshots_are_taken_listed_and_rolled_back(api, host):
+    before = int(time.time())
+    reply = api.post("/snapshot/create", {"vm_id": 104, "snapshot_name": "backup_20241224"})
+    assert (reply.status, reply.body) == (200, ok("Snapshot 'backup_20241224' created for VM 104"))
+    subprocess.run([host.root / "bin/pct", "snapshot", "104", "second", "--description", "line one\nline two: x"], check=True)
+    reply = api.get("/snapshot/list?vm_id=104")
+    times = [row["timestamp"] for row in reply.body["data"]]
+    assert reply.body == ok("Found 2 snapshots for VM 104", [
+        {"name": "backup_20241224", "timestamp": times[0], "description": None, "parent": None},
+        {"name": "second", "timestamp": times[1], "description": "line one\nline two: x", "parent": "backup_20241224"}])
+    assert all(module.utc(before) <= moment <= module.utc(time.time()) for moment in times)
+    api.post("/scale/cores", {"vm_id": 104, "cores": 8})
+    reply = api.post("/snapshot/rollback", {"vm_id": 104, "snapshot_name": "backup_20241224"})
+    assert (reply.status, reply.body) == (200, ok("Rolled back VM 104 to snapshot 'backup_20241224'"))
+    assert host.conf(104)["cores"] == "2" and host.running(104)
+
+
+def test_a_rolled_back_container_runs_again_only_if_it_ran(api, host):
+    for vm_id, ran in ((104, True), (106, False)):
+        api.post("/snapshot/create", {"vm_id": vm_id, "snapshot_name": "s1"})
+        assert api.post("/snapshot/rollback", {"vm_id": vm_id, "snapshot_name": "s1"}).status == 200
+        assert host.running(vm_id) == ran
+    assert [call for call in host.calls() if "rollback" in call] == ["pct rollback 104 s1 --start 1", "pct rollback 106 s1"]
+
+
+@pytest.mark.parametrize("name, says", [
+    ("2024-backup", "Invalid snapshot_name: Proxmox takes 2 to 40 characters: a letter, then letters, digits, _ and -"),
+    ("x", "Invalid snapshot_name: Proxmox takes 2 to 40 characters: a letter, then letters, digits, _ and -"),
+    ("x" * 41, "Invalid snapshot_name: Proxmox takes 2 to 40 characters: a letter, then letters, digits, _ and -"),
+    ("current", "Invalid snapshot_name: Proxmox reserves the name 'current'"),
+])
+def test_snapshot_names_that_pct_refuses_are_a_clear_400(api, name, says):
+    reply = api.post("/snapshot/create", {"vm_id": 104, "snapshot_name": name})
+    assert (reply.status, reply.body["error"]) == (400, says)
+
+
+@pytest.mark.parametrize("source", [104, 106])
+def test_a_container_is_cloned_running_or_not(api, host, source):
+    reply = api.post("/clone/create", {"vm_id": source, "new_vm_id": 105, "new_vm_name": "test_clone"})
+    assert (reply.status, reply.body) == (200, ok(f"Cloned VM {source} to new VM 105 (test_clone)"))
+    assert host.conf(105)["hostname"] == "test-clone" and not host.running(105)
+    assert host.snapshots(source) == [] and "lock" not in host.conf(source)
+    assert api.delete("/clone/delete", {"vm_id": 105}).body == ok("Deleted VM 105")
+    assert not host.path(105).exists()
+
+
+def test_a_clone_is_started_if_asked(api, host):
+    body = {"vm_id": 106, "new_vm_id": 105, "new_vm_name": "test_clone"}
+    assert api.post("/clone/create", {**body, "start": "true"}).status == 400
+    assert api.post("/clone/create", {**body, "start": True}).status == 200
+    assert host.running(105)
+    assert api.delete("/clone/delete", {"vm_id": 105}).status == 200            # a running one is stopped and destroyed
+    assert host.calls()[-1] == "pct destroy 105 --force 1" and not host.running(105)
+    host.faults(start={"work_fails": "unable to get PID for CT 105 (not running?)"})
+    reply = api.post("/clone/create", {**body, "start": True})
+    assert (reply.status, reply.body["error"]) == (500, "VM 105 was cloned but did not start: pct start 105 failed with exit status 255")
+    assert reply.body["details"].endswith("start it with: pct start 105, or remove it with: pct destroy 105")
+
+
+def test_a_clone_needs_an_id_of_its_own(api, host):
+    body = {"vm_id": 104, "new_vm_id": 104, "new_vm_name": "x"}
+    assert api.post("/clone/create", body).body == error("Invalid new_vm_id: must differ from vm_id")
+    assert api.post("/clone/create", {**body, "new_vm_id": 106}).body["error"] == "The id 106 is taken"
+    assert api.post("/clone/create", {**body, "new_vm_id": 105, "new_vm_name": "a..b"}).body["error"].startswith("Invalid new_vm_name: Proxmox takes a DNS name")
+    assert host.snapshots(104) == [] and not host.path(105).exists()
+
+
+@pytest.mark.parametrize("method, path, body", [
+    ("POST", "/scale/cores", {"cores": 4}), ("POST", "/scale/ram", {"memory": 512}), ("POST", "/scale/storage/increase", {"disk_size": 1}),
+    ("POST", "/snapshot/create", {"snapshot_name": "s1"}), ("POST", "/snapshot/rollback", {"snapshot_name": "s1"}),
+    ("POST", "/clone/create", {"new_vm_id": 105, "new_vm_name": "x"}), ("DELETE", "/clone/delete", {}),
+    ("GET", "/resource/vm/status?vm_id=999", None), ("GET", "/resource/vm/config?vm_id=999", None), ("GET", "/snapshot/list?vm_id=999", None),
+])
+def test_a_container_that_does_not_exist_is_404(steady, method, path, body):
+    reply = steady.request(method, path, None if body is None else {"vm_id": 999, **body})
+    assert (reply.status, reply.body["error"]) == (404, "VM 999 does not exist on node 'proxmox'")
+
+
+def test_status_tells_what_the_container_has_and_uses(api, host):
+    reply = api.get("/resource/vm/status?vm_id=104")
+    data = reply.body["data"]
+    assert 0 < data.pop("cpu_usage") < 100
+    assert 3600 <= data.pop("uptime") < 3700
+    assert reply.body == ok("Retrieved status for VM 104", {
+        "vm_id": 104, "lxc_id": 104, "name": "web-01", "status": "running", "cpu": 2, "memory": 2048, "memory_used": 500, "swap": 512, "swap_used": 0,
+        "disk": 8, "disk_used": 1.2, "network_in": 12345, "network_out": 67890, "disk_read": 1048576, "disk_write": 2097152})
+    stopped = api.get("/resource/vm/status?vm_id=106").body["data"]
+    assert (stopped["status"], stopped["cpu_usage"], stopped["uptime"]) == ("stopped", 0, 0)
+    shutil.rmtree(host.cgroup / "lxc/106", ignore_errors=True)
+    host.faults(status={"stdout": "status: running\ncpus: 2\nnew-key: of some later version\n", "exit": 0})
+    data = api.get("/resource/vm/status?vm_id=106").body["data"]
+    assert data == {**dict.fromkeys(data), "vm_id": 106, "lxc_id": 106, "status": "running", "cpu": 2}
+
+
+def test_config_tells_the_allotment_and_its_limits(api, host):
+    reply = api.get("/resource/vm/config?vm_id=104")
+    memory = min(1048576, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20)
+    limits = {"cores": {"min": 1, "max": min(128, os.cpu_count())}, "memory_mb": {"min": 64, "max": memory}, "disk_gb": {"min": 8}}
+    assert reply.body == ok("Successfully retrieved configuration for VM 104", {
+        "vm_id": 104, "lxc_id": 104, "cores": 2, "memory_mb": 2048, "swap_mb": 512, "disk_gb": 8, "hostname": "web-01", "limits": limits})
+    assert host.calls() == []                               # the file says it all
+    host.add(107, cores=None, rootfs="local-lvm:vm-107-disk-0,size=512M")
+    data = api.get("/resource/vm/config?vm_id=107").body["data"]
+    assert (data["cores"], data["disk_gb"]) == (None, 0.5)
+
+
+def test_without_files_the_same_is_asked_of_pct(host, launch):
+    subprocess.run([host.root / "bin/pct", "snapshot", "104", "first"], check=True)
+    subprocess.run([host.root / "bin/pct", "snapshot", "104", "second", "--description", "one line"], check=True)
+    with open(host.path(106), "a") as file:
+        file.write("\n[pve:pending]\ncores: 7\ndelete: swap\n")
+    with_files = launch()
+    without = launch(proxmox={"pve_dir": str(host.root / "nowhere"), "cgroup_dir": str(host.root / "nowhere")})
+    for path in ("/resource/vm/config?vm_id=104", "/resource/vm/config?vm_id=106", "/snapshot/list?vm_id=104"):
+        assert with_files.get(path).body == without.get(path).body
+    assert host.calls()[-3:] == ["pct config 104", "pct config 106", "pct listsnapshot 104"]
+    assert without.get("/resource/vm/config?vm_id=106").body["data"]["cores"] == 7
+    assert without.get("/resource/vm/status?vm_id=104").body["data"]["cpu_usage"] is None
+    assert without.post("/scale/storage/increase", {"vm_id": 106, "disk_size": 1}).status == 200
+    assert without.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"}).status == 200
+    assert "container_cpu_cores" not in without.get("/metrics").body
+
+
+def test_node_and_cluster_are_told(api, host):
+    data = api.get("/resource/node/status?node_name=proxmox").body
+    assert data["message"] == "Retrieved status for node 'proxmox'"
+    assert 0 <= data["data"].pop("cpu_usage") <= 100
+    assert data["data"] == {
+        "node": "proxmox", "cpu_count": 8, "load_average": [0.21, 0.35, 0.4], "memory_usage": 25.0, "memory_total": 32000, "memory_used": 8000,
+        "swap_total": 8192, "swap_used": 0, "disk_total": 100, "disk_used": 20, "uptime": 864000, "version": "8.3.0"}
+    reply = api.get("/resource/node/status?node_name=nosuch")
+    assert (reply.status, reply.body["error"]) == (404, "Node 'nosuch' does not exist")
+    node = {"name": "proxmox", "online": True, "local": True, "address": "192.0.2.10"}
+    assert api.get("/resource/cluster/status").body == ok("Retrieved cluster status", {"cluster": None, "quorate": True, "nodes": [node]})
+    host.write("cluster.json", [{"type": "cluster", "name": "lab", "quorate": 0, "nodes": 2}, {"type": "node", "name": "b", "online": 0, "ip": "192.0.2.11"}])
+    assert api.get("/resource/cluster/status").body["data"] == {
+        "cluster": "lab", "quorate": False, "nodes": [{"name": "b", "online": False, "local": False, "address": "192.0.2.11"}]}
+
+
+def test_health_is_what_pct_says_and_is_kept(host, launch):
+    api = launch()
+    replies = [api.get("/health/check", key=None) for _ in range(5)]
+    assert {reply.status for reply in replies} == {200}
+    body = replies[0].body
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", body.pop("timestamp"))
+    detail = body["checks"]["lxc_commands"].pop("detail")
+    assert re.fullmatch(r"pct list answered in \d+\.\d\d s", detail)
+    assert body == {"status": "healthy", "checks": {"lxc_commands": {"ok": True}}}
+    assert host.calls() == ["pct list"]
+    host.faults(list={"exit": 255, "stderr": "ipcc_send_rec[1] failed: Connection refused\n"})
+    reply = launch().get("/health/check", key=None)
+    assert (reply.status, reply.body["status"]) == (503, "unhealthy")
+    assert reply.body["checks"]["lxc_commands"] == {
+        "ok": False, "detail": "Proxmox's cluster file system does not answer; see: systemctl status pve-cluster"}
+
+
+def test_many_ask_for_health_and_one_probe_answers(host, launch):
+    host.faults(list={"pause": 0.3})
+    api = launch()
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        assert set(pool.map(lambda _: api.get("/health/check", key=None).status, range(20))) == {200}
+    assert host.calls() == ["pct list"]
+
+
+def test_routes_are_listed_from_the_table(steady):
+    rows = steady.get("/routes").body["routes"]
+    assert [(row["endpoint"], row["methods"]) for row in rows] == [
+        ("/health/check", ["GET"]), ("/metrics", ["GET"]), ("/routes", ["GET"]), ("/scale/cores", ["POST"]), ("/scale/ram", ["POST"]),
+        ("/scale/storage/increase", ["POST"]), ("/snapshot/create", ["POST"]), ("/snapshot/list", ["GET"]), ("/snapshot/rollback", ["POST"]),
+        ("/clone/create", ["POST"]), ("/clone/delete", ["DELETE"]), ("/resource/vm/status", ["GET"]), ("/resource/lxc/status", ["GET"]),
+        ("/resource/vm/config", ["GET"]), ("/resource/lxc/config", ["GET"]), ("/resource/node/status", ["GET"]), ("/resource/cluster/status", ["GET"])]
+    assert all(row["description"].endswith(".") for row in rows)
+
+
+def test_head_options_and_wrong_methods(steady):
+    with steady.connect() as sock:
+        sock.sendall(f"HEAD /routes HTTP/1.1\r\nHost: x\r\nX-API-Key: {KEY}\r\n\r\n".encode())
+        head = read_answer(sock, head=True)
+        sock.sendall(f"GET /routes HTTP/1.1\r\nHost: x\r\nX-API-Key: {KEY}\r\n\r\n".encode())
+        full = read_answer(sock)
+    assert (head.status, head.body, head.headers["Content-Length"]) == (200, "", full.headers["Content-Length"])
+    for path, allow in (("/routes", "GET, HEAD, OPTIONS"), ("/scale/cores", "POST, OPTIONS"), ("/clone/delete", "DELETE, OPTIONS")):
+        reply = steady.request("OPTIONS", path)
+        assert (reply.status, reply.body, reply.headers["Allow"]) == (204, "", allow)
+        reply = steady.request("PATCH", path)
+        assert (reply.status, reply.body, reply.headers["Allow"]) == (405, error(f"Wrong method; {path} takes {allow}"), allow)
+    for path in ("/", "/nowhere", "/routes/", "//routes", "/ROUTES", "/%72outes", "/routes%00"):
+        reply = steady.get(path)
+        assert (reply.status, reply.body) == (404, error("Unknown path; GET /routes lists the endpoints"))
+
+
+def test_scaling_and_requests_are_counted(api, host):
+    api.post("/scale/cores", {"vm_id": 104, "cores": 4})
+    api.post("/scale/ram", {"vm_id": 104, "memory": 4096})
+    api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 1})
+    api.post("/scale/cores", {"vm_id": 999, "cores": 4})
+    host.faults(set={"exit": 255, "stderr": "CT is locked (backup)\n"})
+    api.post("/scale/ram", {"vm_id": 104, "memory": 4096})
+    api.get("/nowhere/" + "x" * 50)
+    api.request("BREW", "/routes")
+    types, values = parse_exposition(api.get("/metrics").body)
+    assert {name: value for name, value in values.items() if "scaling" in name or "container" in name} == {
+        'lxc_autoscale_scaling_actions_total{container_id="104",resource="cpu",action="set"}': 1,
+        'lxc_autoscale_scaling_actions_total{container_id="104",resource="ram",action="set"}': 1,
+        'lxc_autoscale_scaling_actions_total{container_id="104",resource="storage",action="increase"}': 1,
+        'lxc_autoscale_scaling_failures_total{container_id="unknown",resource="cpu",reason="not_found"}': 1,
+        'lxc_autoscale_scaling_failures_total{container_id="104",resource="ram",reason="conflict"}': 1,
+        'lxc_autoscale_container_cpu_cores{container_id="104"}': 4, 'lxc_autoscale_container_cpu_cores{container_id="106"}': 2,
+        'lxc_autoscale_container_memory_mb{container_id="104"}': 4096, 'lxc_autoscale_container_memory_mb{container_id="106"}': 2048}
+    assert values['lxc_autoscale_api_requests_total{method="POST",endpoint="/scale/ram",status="409"}'] == 1
+    assert values['lxc_autoscale_api_requests_total{method="GET",endpoint="unknown",status="404"}'] == 1
+    assert values['lxc_autoscale_api_requests_total{method="other",endpoint="/routes",status="405"}'] == 1
+    assert values['lxc_autoscale_api_request_duration_seconds_count{method="POST",endpoint="/scale/ram"}'] == 2
+    assert types["lxc_autoscale_api_requests_total"] == "counter" and types["lxc_autoscale_api_request_duration_seconds"] == "histogram"
+
+
+# Who may come in
+
+@pytest.mark.parametrize("given", [
+    {}, {"X-API-Key": ""}, {"X-API-Key": "x"}, {"X-API-Key": KEY[:-1]}, {"X-API-Key": KEY + "x"}, {"X-API-Key": KEY.upper()}, {"X-API-Key": "é" * 20},
+    {"Authorization": f"Bearer {KEY}"},
+])
+def test_without_a_valid_key_every_path_but_two_is_401(steady, given):
+    paths = list(module.PATHS) + ["/", "/nowhere", "/health", "/metrics/", "/health/check/x", "/routes?x=%ff", "/%00", "/routes?api_key=", "/routes?api_key=x"]
+    for path in paths:
+        for method in ("GET", "POST", "DELETE", "OPTIONS", "HEAD", "PUT"):
+            reply = steady.request(method, path, headers=given, key=None)
+            if path in ("/health/check", "/metrics"):
+                assert reply.status in (200, 204, 405)
+            else:
+                assert reply.status == 401 and reply.headers["WWW-Authenticate"]
+                assert method == "HEAD" or reply.body == error("Missing or invalid API key")
+
+
+def test_a_key_may_come_in_the_header_or_in_the_query(steady):
+    assert steady.get("/routes").status == 200
+    assert steady.get(f"/routes?api_key={KEY}", key=None).status == 200
+    assert steady.get(f"/routes?api%5Fkey={KEY.replace('-', '%2D')}", key=None).status == 200
+    assert steady.get(f"/routes?api_key={KEY}&api_key={KEY}", key=None).status == 401       # one guess a request
+    assert steady.get(f"/routes?api_key={KEY}", key="wrong").status == 401
+    assert statuses(steady.raw(f"GET /routes HTTP/1.0\r\nX-API-Key: {KEY}\r\nX-API-Key: {KEY}\r\n\r\n".encode()))[0] == [401]
+
+
+def test_several_keys_are_valid_at_once_and_none_is_needed_if_switched_off(launch):
+    api = launch(authentication={"api_keys": ["second-key-0123456789", "third-key-0123456789"]})
+    assert [api.get("/routes", key=key).status for key in (KEY, "second-key-0123456789", "third-key-0123456789", "fourth-key-0123456789")] == [200, 200, 200, 401]
+    assert launch(authentication={"enabled": False, "api_key": None}).get("/routes", key=None).status == 200
+
+
+def test_time_does_not_tell_how_much_of_a_key_is_right():
+    """All keys are compared, as digests of one length, whatever was sent."""
+    config = module.load_config(f'authentication:\n  api_key: "{KEY}"\n  api_keys: ["second-key-0123456789"]\n')
+    api, compared = module.Api(config, None, None, module.Metrics()), []
+    real, module.hmac.compare_digest = module.hmac.compare_digest, lambda a, b: compared.append((len(a), len(b))) or real(a, b)
+    try:
+        for key in (KEY, KEY[:-1] + "x", "x", "second-key-0123456789"):
+            request = module.Request("GET", "/routes", "", {"x-api-key": key}, "127.0.0.1", None, None)
+            with contextlib.suppress(module.Problem):
+                api.authenticate(request, None)
+    finally:
+        module.hmac.compare_digest = real
+    assert compared == [(32, 32)] * 8
+
+
+def test_no_key_appears_in_any_log_answer_or_metric(api, host):
+    quoted = "".join(f"%{ord(char):02x}" for char in KEY)
+    for line in (f"GET /routes?api_key={KEY} HTTP/1.1", f"GET /routes?api_key={quoted} HTTP/1.1", f"GET /routes?api_key={KEY}&api_key={KEY} HTTP/1.1",
+                 f"GET /nowhere?api_key={KEY} HTTP/1.1", f"GET /routes%3Fapi_key={KEY} HTTP/1.1", f"GET /routes%3Fapi_key={quoted} HTTP/1.1",
+                 f"GET /routes&api_key={KEY} HTTP/1.1", f"GET /{KEY} HTTP/1.1", f"GET /x;api_key={KEY} HTTP/1.1", f"GET /routes?{KEY}=1 HTTP/1.1",
+                 f"GET /routes api_key={KEY} HTTP/1.1", f"{KEY} / HTTP/1.1", f"GET http://x/?api_key={KEY} HTTP/1.1", f"GET /?api_key={KEY} HTTP/{KEY}", KEY):
+        api.raw(f"{line}\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        api.raw(f"{line}\r\nHost: x\r\nConnection: close\r\nX-API-Key: {KEY}\r\nX-Forwarded-For: {KEY}\r\nReferer: {KEY}\r\n\r\n".encode())
+    answers = api.raw(f"POST /scale/cores HTTP/1.0\r\nX-API-Key: {KEY}\r\nContent-Type: application/json\r\nContent-Length: {len(KEY) + 8}\r\n\r\n"
+                      f'{{"{KEY}":1}}  '.encode())
+    everything = answers.decode() + api.get("/metrics").body + api.said() + "".join(api.log(name) for name in ("main", "access", "error"))
+    cmdline = Path(f"/proc/{api.process.pid}/cmdline").read_text()
+    for part in (KEY, quoted, KEY[:12], KEY[-12:]):
+        assert part not in everything and part not in cmdline
+
+
+def test_nothing_a_client_or_pct_says_forges_a_line_or_an_escape(api, host):
+    host.faults(set={"exit": 255, "stderr": "bad \x1b[31mred\x1b[0m\r\nforged line\n\x00\x07 \u2028 \x9b"})
+    reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4})
+    assert reply.status == 500 and "forged line" in reply.body["details"]
+    for path in ("/a%0d%0aforged", "/a%1b[31m", "/\x7f", "/a\tb"):
+        api.raw(f"GET {path} HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: \x1b[31m\r\nConnection: close\r\n\r\n".encode("latin-1"))
+    for name in ("main", "access", "error"):
+        text = api.log(name)
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028]", text)
+        assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ", line) for line in text.splitlines())
+    assert r"\x1b[31mred\x1b[0m\r\nforged line" in api.log("error")
+
+
+def test_logs_say_who_did_what(api, host):
+    api.post("/scale/cores", {"vm_id": 104, "cores": 4}, headers={"X-Forwarded-For": "198.51.100.7"})
+    main = api.log()
+    assert re.search(r"Z INFO ran pct set 104 --cores 4: exit 0 in \d+\.\d{3} s\n", main)
+    assert re.search(r"Z INFO change POST /scale/cores vm_id=104 cores=4 by 198\.51\.100\.7: done, after \d+\.\d s\n", main)
+    assert f"Z INFO lxc_autoscale_api {module.VERSION} listens on 127.0.0.1 port {api.port}\n" in main
+    assert re.search(r"Z 198\.51\.100\.7 POST /scale/cores 200 \d+ \d+\.\d ms\n", wait_until(lambda: api.log("access")))
+    api.stop()
+    assert api.log().splitlines()[-2].endswith("INFO stopping on SIGTERM") and api.log().splitlines()[-1].endswith("INFO stopped")
+
+
+# The network
+
+def framed(line="GET /routes HTTP/1.1", *headers, body=""):
+    return "\r\n".join([line, *headers, "", body]).encode("latin-1")
+
+
+LOGIN = f"X-API-Key: {KEY}"
+JSON_KIND = "Content-Type: application/json"
+BAD_FRAMES = [
+    (b"\x00\x01\x02\r\n\r\n", 400), (b"GET\r\n\r\n", 400), (b"GET /\r\n", 400), (b"GET / \r\n\r\n", 400), (b"GET  / HTTP/1.1\r\n\r\n", 400),
+    (b" GET / HTTP/1.1\r\n\r\n", 400), (b"GET / HTTP/1.1 \r\n\r\n", 400), (b"GET / http/1.1\r\n\r\n", 400), (b"G@T / HTTP/1.1\r\n\r\n", 400),
+    (b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", 505), (b"GET / HTTP/0.9\r\n\r\n", 505), (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505), (b"GET / HTTP/1.10\r\n\r\n", 505),
+    (framed("GET http://x/routes HTTP/1.1", "Host: x", LOGIN), 400), (framed("CONNECT x:80 HTTP/1.1", "Host: x"), 400), (framed("OPTIONS * HTTP/1.1", "Host: x"), 400),
+    (framed("GET /a\x80b HTTP/1.1", "Host: x"), 400), (framed("GET /a\x00b HTTP/1.1", "Host: x"), 400), (framed("GET /caf\xc3\xa9 HTTP/1.1", "Host: x"), 400),
+    (framed("GET /routes HTTP/1.1", LOGIN), 400), (framed("GET /routes HTTP/1.1", "Host: a", "Host: b", LOGIN), 400), (framed("GET /routes HTTP/1.1", "Host: a/b", LOGIN), 400),
+    (framed("GET / HTTP/1.1", "Host: x", "Bad Name: y"), 400), (framed("GET / HTTP/1.1", "Host: x", "Name : y"), 400), (framed("GET / HTTP/1.1", "Host: x", ": y"), 400),
+    (framed("GET / HTTP/1.1", "Host: x", "A: b", " folded"), 400), (framed("GET / HTTP/1.1", "Host: x", "no colon"), 400), (framed("GET / HTTP/1.1", "Host: x", "A: b\rc"), 400),
+    (framed("GET / HTTP/1.1", "Host: x", "A: b\nc: d"), 400), (framed("GET / HTTP/1.1", "Host: x", "A: b\x00c"), 400), (b"GET / HTTP/1.1\nHost: x\n\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: x\nA: b\r\n\r\n", 400), (b"GET / HTTP/1.1\rHost: x\r\r", 400),
+] + [
+    (framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, *lengths, body="{}"), status) for lengths, status in (
+        (("Content-Length: 2", "Content-Length: 3"), 400), (("Content-Length: 2", "Content-Length: 2"), 400), (("Content-Length: 2, 2",), 400), (("Content-Length: -2",), 400),
+        (("Content-Length: +2",), 400), (("Content-Length: 2 2",), 400), (("Content-Length: 0x2",), 400), (("Content-Length: \xb2",), 400), (("Content-Length:",), 400),
+        (("Content-Length: " + "0" * 500 + "2",), 400), (("Content-Length: 2.0",), 400), (("Transfer-Encoding: chunked",), 411), (("Transfer-Encoding: identity",), 411),
+        (("Transfer-Encoding: chunked", "Content-Length: 2"), 411), (("Transfer-Encoding: \x0bchunked",), 400), (("transfer-encoding: xchunked",), 411),
+        (("Content-Length: 2", "Expect: more"), 417), ((), 411), (("Content-Length: 65537",), 413), (("Content-Length: 999999999999",), 413))
+] + [
+    (framed("GET /" + "x" * 9000 + " HTTP/1.1", "Host: x"), 414), (framed("GET / HTTP/1.1", "Host: x", "A: " + "x" * 40000), 431),
+    (framed("GET / HTTP/1.1", "Host: x", *(f"A{n}: x" for n in range(5000))), 431), (b"x" * 100000, 414),
+]
+
+
+@pytest.mark.parametrize("data, status", BAD_FRAMES, ids=range(len(BAD_FRAMES)))
+def test_a_badly_framed_request_is_refused_in_json_and_ends_the_connection(steady, data, status):
+    smuggled = framed("GET /metrics HTTP/1.1", "Host: x")
+    codes, body = statuses(steady.raw(data + smuggled))
+    assert codes == [status]
+    assert body["status"] == "error" and re.fullmatch(r"[A-Z][\x20-\x7e]+", body["error"])
+
+
+@pytest.mark.parametrize("line, headers, status", [
+    ("POST /scale/cores HTTP/1.1", [], 401), ("POST /nowhere HTTP/1.1", [LOGIN], 404), ("POST /routes HTTP/1.1", [LOGIN], 405),
+    ("POST /scale/cores HTTP/1.1", [LOGIN, "Content-Type: text/plain"], 415), ("GET /routes HTTP/1.1", [LOGIN], 200),
+])
+def test_a_body_that_nobody_reads_is_never_the_next_request(steady, line, headers, status):
+    body = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+    data = framed(line, "Host: x", f"Content-Length: {len(body)}", *headers, body=body) + framed("GET /health/check HTTP/1.1", "Host: x", "Connection: close")
+    assert statuses(steady.raw(data))[0] == [status, 200]
+    big = "G" * 70000
+    data = framed(line, "Host: x", f"Content-Length: {len(big)}", *headers, body=big) + framed("GET /health/check HTTP/1.1", "Host: x", "Connection: close")
+    assert statuses(steady.raw(data))[0] == [413 if status == 415 else status]
+
+
+def test_an_over_limit_body_is_no_request_either(launch):
+    api = limited(launch, max_requests_per_minute=1)
+    via = "X-Forwarded-For: 198.51.100.7"
+    body = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+    data = framed("GET /health/check HTTP/1.1", "Host: x", via) + framed("POST /scale/cores HTTP/1.1", "Host: x", via, f"Content-Length: {len(body)}", body=body) \
+        + framed("GET /metrics HTTP/1.1", "Host: x", "Connection: close")
+    assert statuses(api.raw(data))[0] == [200, 429, 200]
+
+
+def test_pipelined_requests_are_answered_in_order(steady):
+    paths = ["/routes", "/nowhere", "/health/check", "/metrics", "/resource/vm/config?vm_id=104"] * 5
+    data = b"".join(framed(f"GET {path} HTTP/1.1", "Host: x", LOGIN) for path in paths) + framed("GET /nowhere HTTP/1.1", "Host: x", "Connection: close", LOGIN)
+    assert statuses(steady.raw(data))[0] == [200, 404, 200, 200, 200] * 5 + [404]
+
+
+def test_the_connection_is_kept_as_the_version_and_the_client_say(steady):
+    for version, headers, kept in (("1.1", [], True), ("1.1", ["Connection: close"], False), ("1.0", [], False), ("1.0", ["Connection: keep-alive"], True),
+                                   ("1.1", ["Connection: TE, Close"], False)):
+        with steady.connect(5) as sock:
+            sock.sendall(framed(f"GET /health/check HTTP/{version}", "Host: x", *headers))
+            reply = read_answer(sock)
+            assert (reply.status, reply.headers.get("Connection")) == (200, None if kept else "close")
+            if kept:
+                sock.sendall(framed("GET /health/check HTTP/1.1", "Host: x"))
+                assert read_answer(sock).status == 200
+            else:
+                assert sock.recv(1) == b""
+
+
+def test_a_body_is_asked_for_only_if_it_will_be_read(steady):
+    expect = ["Host: x", "Expect: 100-continue", "Content-Length: 27", JSON_KIND]
+    with steady.connect(5) as sock:
+        sock.sendall(framed("POST /scale/cores HTTP/1.1", *expect, LOGIN))
+        assert sock.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(b'{"vm_id": 104, "cores": 0}\n')
+        assert read_answer(sock).body["error"].startswith("Invalid cores")
+    for line, headers, status in (("POST /scale/cores HTTP/1.1", [], 401), ("POST /nowhere HTTP/1.1", [LOGIN], 404), ("GET /scale/cores HTTP/1.1", [LOGIN], 405)):
+        assert statuses(steady.raw(framed(line, *expect, *headers)))[0] == [status]
+
+
+def test_every_answer_has_the_headers_it_should(steady):
+    reply = steady.get("/routes")
+    moment = time.mktime(time.strptime(reply.headers["Date"], "%a, %d %b %Y %H:%M:%S GMT")) - time.timezone
+    assert abs(moment - time.time()) < 5
+    assert reply.headers["Server"] == f"lxc_autoscale_api/{module.VERSION}"
+    assert (reply.headers["Cache-Control"], reply.headers["X-Content-Type-Options"]) == ("no-store", "nosniff")
+    assert steady.get("/metrics").headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+
+
+def threads(daemon):
+    return len(os.listdir(f"/proc/{daemon.process.pid}/task"))
+
+
+def descriptors(daemon):
+    return len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
+
+
+def children(daemon):
+    return Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text().split()
+
+
+def resident_kb(daemon):
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{daemon.process.pid}/status").read_text())[1])
+
+
+def test_the_shipped_deadlines_are_those_of_the_documentation():
+    assert (module.REQUEST_SECONDS, module.IDLE_SECONDS, module.TURN_SECONDS, module.SLOT_SECONDS, module.PROBE_SECONDS, module.STOP_SECONDS) == (
+        10, 30, 60, 30, 10, 30)
+
+
+def test_a_request_that_trickles_is_cut_off_at_its_deadline(launch):
+    api = launch(constants={"REQUEST_SECONDS": 0.6, "IDLE_SECONDS": 1.2})
+    for data in (framed("GET /routes HTTP/1.1", "Host: x", LOGIN), framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, "Content-Length: 500", body="{" * 400)):
+        started = time.monotonic()
+        with api.connect(5) as sock:
+            sock.settimeout(0.05)
+            received = b""
+            sock.sendall(data[:-300] if len(data) > 300 else b"")
+            for byte in data[-300:]:
+                with contextlib.suppress(ConnectionError):
+                    sock.sendall(bytes([byte]))
+                with contextlib.suppress(socket.timeout, ConnectionError):
+                    received += sock.recv(1000)
+                if received:
+                    break
+        assert statuses(received) == ([408], error("The request did not arrive within 0.6 s"))
+        assert 0.5 < time.monotonic() - started < 2.5
+    with api.connect(5) as sock:                    # no byte at all: closed without a word
+        started = time.monotonic()
+        assert sock.recv(10) == b"" and 0.5 < time.monotonic() - started < 2
+    with api.connect(5) as sock:                    # idle between two requests
+        sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
+        assert read_answer(sock).status == 200
+        started = time.monotonic()
+        assert sock.recv(10) == b"" and 1.1 < time.monotonic() - started < 3
+
+
+def test_one_connection_too_many_is_told_so_at_once(launch):
+    api = launch(server={"max_connections": 4}, constants={"YIELD_SECONDS": 60})
+    held = [api.connect() for _ in range(4)]
+    wait_until(lambda: threads(api) >= 6)
+    started, before = time.monotonic(), threads(api)
+    for _ in range(20):
+        codes, body = statuses(api.raw(b""))
+        assert (codes, body) == ([503], error("Too many connections; try again later"))
+    assert threads(api) == before and time.monotonic() - started < 1
+    assert b"\r\nRetry-After: 1\r\n" in api.raw(framed("GET /health/check HTTP/1.1", "Host: x"))
+    held.pop().close()
+    wait_until(lambda: b" 200 OK" in api.raw(framed("GET /health/check HTTP/1.1", "Host: x", "Connection: close")))
+    assert "lxc_autoscale_api_connections_refused_total 2" in api.get("/metrics").body
+    for sock in held:
+        sock.close()
+
+
+def test_a_place_held_without_a_request_goes_to_an_honest_client(launch):
+    api = launch(server={"max_connections": 4}, constants={"YIELD_SECONDS": 0.2})
+    held = [api.connect() for _ in range(4)]
+    wait_until(lambda: api.get("/health/check").status == 200, 5)
+    assert held[0].recv(10) == b""                  # the one that waited longest has lost its place
+    for sock in held:
+        sock.close()
+
+
+def test_500_silent_or_slow_connections_do_not_delay_an_honest_request(launch):
+    api = launch(constants={"REQUEST_SECONDS": 3})
+    assert api.get("/health/check").status == 200
+    slow = [api.connect() for _ in range(500)]
+    begun, times = time.monotonic(), []
+    while time.monotonic() - begun < 2.5:
+        for sock in slow[::2]:
+            with contextlib.suppress(OSError):
+                sock.send(b"G")
+        started = time.monotonic()
+        status = api.get("/health/check").status
+        times.append((time.monotonic() - started, status))
+        time.sleep(0.02)
+    late = [status for _, status in times[len(times) // 2:]]
+    assert late == [200] * len(late)                # after a second, the slow ones give way
+    assert sorted(seconds for seconds, _ in times)[len(times) // 2] < 0.1
+    wait_until(lambda: threads(api) < 8 and descriptors(api) < 20, 10)
+    for sock in slow:
+        sock.close()
+
+
+def test_clients_that_leave_cost_one_line_and_end_nothing(api, host):
+    host.faults(set={"delay": 0.3})
+    body = '{"vm_id": 104, "cores": 5}'
+    with api.connect() as sock:
+        sock.sendall(framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, f"Content-Length: {len(body)}", body=body))
+        wait_until(host.calls)
+    wait_until(lambda: host.conf(104)["cores"] == "5")
+    wait_until(lambda: "POST /scale/cores vm_id=104 cores=5 by 127.0.0.1: done" in api.log())
+    lines = len((api.log("access") + api.log("error")).splitlines())
+    reset = b"\x01\x00\x00\x00\x00\x00\x00\x00"
+    for data in (b"", b"GET", framed("GET /routes HTTP/1.1", "Host: x", LOGIN), framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, "Content-Length: 50", body="{")):
+        for _ in range(10):
+            sock = api.connect()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            sock.sendall(data)
+            sock.close()
+    wait_until(lambda: threads(api) <= 4)
+    assert "Traceback" not in api.log("error") + api.said() and "internal error" not in api.log()
+    assert len((api.log("access") + api.log("error")).splitlines()) - lines <= 40
+    assert api.get("/routes").status == 200
+
+
+# Proxmox fails
+
+def kill_rest(host):
+    """End what the simulated commands left running on purpose."""
+    for row in host.rows():
+        with contextlib.suppress(OSError):
+            if str(host.root).encode() in Path(f"/proc/{row['pid']}/cmdline").read_bytes():
+                os.kill(row["pid"], signal.SIGKILL)
+
+
+def test_pct_that_is_missing_or_cannot_run_is_503(api, host):
+    pct = host.root / "bin/pct"
+    text = pct.read_text()
+    pct.unlink()
+    reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4})
+    assert (reply.status, reply.body["error"], reply.headers["Retry-After"]) == (503, "pct is not installed, or not on the daemon's PATH", "60")
+    pct.write_text("no program")
+    pct.chmod(0o644)
+    assert api.get("/resource/vm/status?vm_id=104").body == error("pct cannot be started: Permission denied")
+    pct.chmod(0o755)
+    assert api.get("/resource/vm/status?vm_id=104").body == error("pct cannot be started: Exec format error")
+    pct.write_text(text)
+    assert api.get("/resource/vm/status?vm_id=104").status == 200
+
+
+@pytest.mark.parametrize("fault, status, says", [
+    ({"signal": 9}, 500, "pct status 104 was ended by SIGKILL"),
+    ({"signal": 11}, 500, "pct status 104 was ended by SIGSEGV"),
+    ({"exit": 7, "stderr": "first line\nsecond line\n"}, 500, "pct status 104 failed with exit status 7"),
+    ({"spew": 100_000_000, "exit": 0}, 500, "pct status 104 printed more than 4 MiB"),
+    ({"exit": 1, "bytes": "fffe80", "stderr": ""}, 500, "pct status 104 failed with exit status 1"),
+    ({"exit": 255, "stderr": "cluster not ready - no quorum?\n"}, 503, "The Proxmox cluster has no quorum, so nothing can be changed"),
+])
+def test_a_read_that_fails_is_told_and_the_next_one_works(steady, fault, status, says):
+    steady.host.faults(status=fault)
+    try:
+        reply = steady.get("/resource/vm/status?vm_id=104")
+    finally:
+        steady.host.faults()
+    assert reply.status == status
+    assert reply.body["error"] == says or ("spew" in fault and reply.body["error"] == "pct status 104 failed with exit status 1")
+    assert steady.get("/resource/vm/status?vm_id=104").status == 200
+
+
+def test_a_read_that_hangs_is_killed_with_its_group(launch, host):
+    host.faults(status={"grandchild": 60, "pause": 60})
+    api = launch(proxmox={"read_timeout_seconds": 1})
+    started = time.monotonic()
+    reply = api.get("/resource/vm/status?vm_id=104")
+    assert (reply.status, reply.body["error"]) == (504, "pct status 104 did not finish in 1 s and was ended; it changes nothing")
+    assert 0.9 < time.monotonic() - started < 3
+    row, = host.rows()
+    assert row["group"] == row["session"] == row["pid"]
+    wait_until(lambda: not Path(f"/proc/{row['pid']}").exists())
+    assert children(api) == []
+
+
+def test_a_grandchild_that_holds_the_output_open_delays_nothing(api, host):
+    host.faults(status={"grandchild": 3}, set={"grandchild": 3})
+    started = time.monotonic()
+    assert api.get("/resource/vm/status?vm_id=104").status == 200
+    assert api.post("/scale/cores", {"vm_id": 104, "cores": 3}).status == 200
+    assert time.monotonic() - started < 2
+    kill_rest(host)
+
+
+def test_a_change_that_takes_too_long_goes_on_reserved_and_logged(launch, host):
+    host.faults(set={"delay": 2.5})
+    api = launch(proxmox={"change_timeout_seconds": 1}, constants={"TURN_SECONDS": 0.3})
+    reply = api.post("/scale/cores", {"vm_id": 104, "cores": 5})
+    assert (reply.status, reply.body["error"]) == (504, (
+        "POST /scale/cores vm_id=104 cores=5 did not finish in 1 s; it is still running in Proxmox, and its container stays reserved until it ends. "
+        "Ask for the container's state before trying again"))
+    busy = api.post("/scale/ram", {"vm_id": 104, "memory": 512})
+    assert busy.status == 409
+    assert re.fullmatch(r"VM 104 is busy for over 0\.3 s with: POST /scale/cores vm_id=104 cores=5, since \S+Z; nothing was done", busy.body["error"])
+    assert api.post("/scale/cores", {"vm_id": 106, "cores": 5}).status == 504         # another container is free
+    wait_until(lambda: host.conf(104)["cores"] == host.conf(106)["cores"] == "5")
+    wait_until(lambda: api.log().count("vm_id=104 cores=5 by 127.0.0.1: done, after") == 1)
+    assert 'scaling_actions_total{container_id="104",resource="cpu",action="set"} 1' in api.get("/metrics").body
+    host.faults()
+    assert api.post("/scale/ram", {"vm_id": 104, "memory": 512}).status == 200
+
+
+def test_at_most_so_many_commands_run_at_once_and_others_wait_in_order(launch, host):
+    for vm_id in range(110, 122):
+        host.add(vm_id)
+    host.faults(status={"pause": 0.15}, set={"delay": 0.15})
+    api = launch(proxmox={"max_commands": 3})
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        reads = [pool.submit(api.get, f"/resource/vm/status?vm_id={vm_id}") for vm_id in range(110, 116)]
+        changes = [pool.submit(api.post, "/scale/cores", {"vm_id": vm_id, "cores": 3}) for vm_id in range(116, 122)]
+        assert {each.result().status for each in reads + changes} == {200}
+    ends = {row["pid"]: row["at"] for row in host.rows("end")}
+    spans = [(row["at"], ends[row["pid"]]) for row in host.rows()]
+    assert len(spans) == 12
+    assert max(sum(start <= moment < end for start, end in spans) for moment, _ in spans) <= 3
+
+
+def test_who_waits_too_long_for_a_place_gets_503(launch, host):
+    host.faults(status={"pause": 1.5})
+    api = launch(proxmox={"max_commands": 1}, constants={"SLOT_SECONDS": 0.2})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(api.get, "/resource/vm/status?vm_id=104")
+        wait_until(host.calls)
+        for reply in (api.get("/resource/vm/status?vm_id=106"), api.post("/scale/cores", {"vm_id": 106, "cores": 3})):
+            assert (reply.status, reply.body["error"]) == (503, "Too many commands run on this host; nothing was done, try again later")
+            assert "Retry-After" in reply.headers
+        assert first.result().status == 200
+
+
+def test_fifty_increases_at_once_give_exactly_fifty(api, host):
+    with concurrent.futures.ThreadPoolExecutor(50) as pool:
+        codes = Counter(reply.status for reply in pool.map(lambda _: api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 1}), range(50)))
+    assert codes == {200: 50} and host.conf(104)["rootfs"].endswith("size=58G")
+
+
+def test_twenty_clones_of_a_running_container_at_once_leave_no_snapshot(api, host):
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        replies = list(pool.map(lambda n: api.post("/clone/create", {"vm_id": 104, "new_vm_id": 200 + n, "new_vm_name": f"c{n}"}), range(20)))
+    assert [reply.body for reply in replies] == [ok(f"Cloned VM 104 to new VM {200 + n} (c{n})") for n in range(20)]
+    assert host.snapshots(104) == [] and all(host.path(200 + n).exists() for n in range(20))
+
+
+def test_one_new_id_is_cloned_to_once(api, host):
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        codes = sorted(pool.map(lambda source: api.post("/clone/create", {"vm_id": source, "new_vm_id": 105, "new_vm_name": "x"}).status, [104, 106] * 2))
+    assert codes == [200, 409, 409, 409]
+
+
+NO_SPACE = "command 'mkfs.ext4 /dev/pve/vm-105-disk-0' failed: exit code 1"
+
+
+@pytest.mark.parametrize("faults, status, says", [
+    ({"snapshot": {"work_fails": "snapshot feature is not available"}}, 409, "The container's storage (or a bind mount) cannot take snapshots"),
+    ({"snapshot": {"exit": 255, "stderr": "CT is locked (backup)\n"}}, 409, "The container is locked by Proxmox (backup); try again when that has ended"),
+    ({"clone": {"work_fails": NO_SPACE}}, 500, "pct clone 104 failed with exit status 255"),
+    ({"clone": {"signal": 9}}, 500, "pct clone 104 was ended by SIGKILL"),
+    ({"status": {"exit": 255, "stderr": "broken\n"}}, 500, "pct status 104 failed with exit status 255"),
+])
+def test_a_clone_that_fails_leaves_no_snapshot(api, host, faults, status, says):
+    host.faults(**faults)
+    reply = api.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "test_clone"})
+    assert (reply.status, reply.body["error"]) == (status, says)
+    assert host.snapshots(104) == [] and not host.path(105).exists()
+    host.faults()
+    assert api.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "test_clone"}).status == 200
+
+
+def test_a_snapshot_that_was_half_taken_for_a_clone_is_removed(api, host):
+    """The worker dies after the snapshot is in the configuration."""
+    host.faults(snapshot={"dies_after": True})
+    reply = api.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
+    assert reply.status == 500 and host.snapshots(104) == []
+    assert [call.split()[1] for call in host.calls()] == ["status", "snapshot", "delsnapshot", "config"]
+
+
+def test_what_a_clone_leaves_behind_is_told_with_its_removal(api, host):
+    host.faults(delsnapshot={"exit": 255, "stderr": "lvremove failed\n"})
+    reply = api.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
+    name, = host.snapshots(104)
+    note = (f"The temporary snapshot '{name}' of VM 104 could not be removed (pct delsnapshot 104 failed with exit status 255); "
+            f"remove it with: pct delsnapshot 104 {name}")
+    assert reply.body == ok("Cloned VM 104 to new VM 105 (x)", {"warnings": [note]})
+    assert note in api.log("error")
+    host.add(107, running=False)
+    host.faults(clone={"kills_pct": True})
+    reply = api.post("/clone/create", {"vm_id": 107, "new_vm_id": 108, "new_vm_name": "y"})
+    assert (reply.status, reply.body["error"]) == (500, "pct clone 107 was ended by SIGKILL")
+    assert reply.body["details"].endswith("VM 108 is left half-made; remove it with: pct unlock 108 && pct destroy 108")
+
+
+@pytest.mark.parametrize("conf, path, body, says", [
+    ({"lock": "backup"}, "/scale/cores", {"cores": 4}, "The container is locked by Proxmox (backup); try again when that has ended"),
+    ({"lock": "disk"}, "/snapshot/create", {"snapshot_name": "s1"}, "The container is locked by Proxmox (disk); try again when that has ended"),
+    ({"protection": 1}, "/clone/delete", {}, "The container is protected (protection: 1); lift that in Proxmox first"),
+    ({"template": 1}, "/snapshot/create", {"snapshot_name": "s1"}, "The container is a template"),
+    ({"rootfs": "dir:107/vm-107-disk-0.raw,size=8G"}, "/snapshot/create", {"snapshot_name": "s1"}, "The container's storage (or a bind mount) cannot take snapshots"),
+])
+def test_a_container_in_the_wrong_state_is_409(api, host, conf, path, body, says):
+    host.add(107, **conf)
+    reply = api.request("DELETE" if "delete" in path else "POST", path, {"vm_id": 107, **body})
+    assert (reply.status, reply.body["error"]) == (409, says) and host.path(107).exists()
+
+
+def test_a_lock_held_by_another_pct_is_409(api, host):
+    host.write("faults.json", {"lock_wait": 0.1, "set": {}})
+    import fcntl
+    with open(host.root / "locks/pve-config-104.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4})
+    assert (reply.status, reply.body["error"]) == (409, "Another Proxmox command holds the container; try again when it has ended")
+
+
+def test_an_existing_or_missing_snapshot_is_told(api, host):
+    body = {"vm_id": 104, "snapshot_name": "backup_20241224"}
+    assert api.post("/snapshot/rollback", body).body["error"] == "Snapshot 'backup_20241224' does not exist"
+    assert api.post("/snapshot/rollback", body).status == 404
+    assert api.post("/snapshot/create", body).status == 200
+    reply = api.post("/snapshot/create", body)
+    assert (reply.status, reply.body) == (409, error("Snapshot 'backup_20241224' exists already", details="snapshot name 'backup_20241224' already used"))
+
+
+# The daemon's life
+
+def test_commands_get_a_session_and_a_locale_of_their_own_and_no_input(api, host):
+    (host.root / "bin/pct").write_text("#!/bin/sh\nexec >&2\nreadlink /proc/self/fd/0\nls /proc/self/fd\necho $LC_ALL $LANG\npwd\nexit 9\n")
+    details = api.get("/resource/vm/status?vm_id=104").body["details"].split("\n")
+    assert details == ["/dev/null", "0", "1", "2", "3", "C.UTF-8 C.UTF-8", "/"]        # 3 is ls's own
+
+
+def test_a_stop_lets_requests_in_work_finish(api, host):
+    host.faults(set={"delay": 0.7})
+    idle = api.connect()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(api.post, "/scale/cores", {"vm_id": 104, "cores": 5})
+        wait_until(host.calls)
+        started = time.monotonic()
+        api.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not answers(api.port), 1)
+        assert time.monotonic() - started < 0.3                 # listening stops at once
+        assert idle.recv(10) == b""
+        assert (answer.result().status, answer.result().headers["Connection"]) == (200, "close")
+    assert api.process.wait(5) == 0
+    idle.close()
+
+
+def test_a_stop_in_the_middle_of_a_clone_leaves_it_to_proxmox(launch, host):
+    host.faults(clone={"delay": 2.5})
+    api = launch(constants={"STOP_SECONDS": 5.4})
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        clone = pool.submit(api.post, "/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
+        wait_until(lambda: any("clone" in call for call in host.calls()))
+        waiting = pool.submit(api.post, "/scale/cores", {"vm_id": 104, "cores": 4})
+        wait_until(lambda: threads(api) >= 6)
+        api.process.send_signal(signal.SIGTERM)
+        assert waiting.result().body == error("The daemon is stopping; nothing was done")
+        reply = clone.result()
+        assert reply.status == 504 and "it is still running in Proxmox" in reply.body["error"]
+    assert api.process.wait(5) == 0
+    assert "left running: POST /clone/create vm_id=104 new_vm_id=105 new_vm_name=x start=False by 127.0.0.1" in api.log("error")
+    again = launch()                                            # while the old pct still runs
+    assert again.get("/routes").status == 200
+    name, = host.snapshots(104)
+    assert f"remove it with: pct delsnapshot 104 {name}" in wait_until(lambda: again.log("error"))
+    wait_until(lambda: "lock" not in host.conf(105) and "rootfs" in host.conf(105))
+    assert host.conf(104)["cores"] == "2"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_an_idle_daemon_at_once(api, number):
+    started = time.monotonic()
+    assert api.stop(number) == 0 and time.monotonic() - started < 1
+
+
+def test_a_port_in_use_is_said(api, host):
+    done = start_daemon(host, config_text(host, api.port, KEY), stderr=subprocess.PIPE, text=True)
+    assert (done.communicate(timeout=10)[1], done.returncode) == (f"cannot listen on 127.0.0.1 port {api.port}: Address already in use\n", 1)
+
+
+def test_ipv6_is_served(host):
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("no IPv6 on this machine")
+    api = Daemon(host, server={"host": "::"})
+    with socket.create_connection(("::1", api.port)) as sock:
+        sock.sendall(framed("GET /health/check HTTP/1.1", "Host: [::1]:5000", "Connection: close"))
+        assert statuses(read_all(sock))[0] == [200]
+    assert api.get("/health/check").status == 200 and api.stop() == 0
+    assert " ::1 GET /health/check 200 " in api.log("access") and " 127.0.0.1 GET /health/check 200 " in api.log("access")
+
+
+def test_logs_that_cannot_be_written_cost_only_their_lines(launch, host):
+    folder = host.root / "logs"
+    folder.mkdir()
+    api = launch(logging={"log_file": "/dev/full", "access_log": str(folder / "access.log"), "error_log": "/nowhere/error.log"})
+    assert api.get("/routes").status == 200
+    wait_until((folder / "access.log").read_text)
+    shutil.rmtree(folder)
+    assert [api.get("/routes").status for _ in range(3)] == [200] * 3
+    folder.mkdir()
+    assert api.get("/routes").status == 200
+    wait_until(lambda: (folder / "access.log").exists() and " GET /routes 200 " in (folder / "access.log").read_text())
+    assert api.stop() == 0
+    said = (host.root / "stderr.txt").read_text()
+    assert said.count("/dev/full cannot be written: [Errno 28] No space left on device; going on without it\n") == 1
+    assert said.count("/nowhere/error.log cannot be opened: No such file or directory; going on without it\n") == 1
+    assert "Traceback" not in said
+
+
+def test_a_rotated_log_loses_no_line(api, host):
+    for number in range(5):
+        api.get(f"/before{number}")
+        wait_until(lambda: f"/before{number} " in api.log("access"))
+        (host.root / "access.log").rename(host.root / f"access.log.{number}")
+        api.get(f"/after{number}")
+        wait_until(lambda: (host.root / "access.log").exists() and f"/after{number} " in api.log("access"))
+    text = "".join((host.root / f"access.log{suffix}").read_text() for suffix in ("", ".0", ".1", ".2", ".3", ".4"))
+    assert sorted(re.findall(r"GET /(\w+) 404", text)) == sorted(f"{word}{number}" for word in ("before", "after") for number in range(5))
+
+
+def fuzzed(chance):
+    """One random request: from nearly right to nonsense."""
+    path = chance.choice(list(module.PATHS) + ["/", "/x", "/%00", "//", "/routes/.."])
+    query = chance.choice(["", "", "?vm_id=104", "?vm_id=" + str(chance.randint(-5, 10**7)), "?%ff=%zz", "?" + "a&" * 50, "?node_name=-x", "?lxc_id=%31%30%34"])
+    body = chance.choice([b"", b"{}", b"[]", b'{"vm_id": 999, "cores": 4}', b'{"vm_id": "104", "memory": 1}', b'{"vm_id": 1e9}', b"{" * 200, bytes(chance.randbytes(30)),
+                          b'{"vm_id": 999, "snapshot_name": "\\ud800"}', b'{"vm_id":999,"vm_id":999}', b"\xff\xfe{}", b'{"a":' * 500])
+    headers = ["Host: x"] * chance.choice([1, 1, 1, 1, 1, 0, 2])
+    headers += [LOGIN] * chance.choice([1, 1, 1, 0, 2]) + [JSON_KIND] * chance.choice([1, 1, 0])
+    headers += chance.choice([[f"Content-Length: {len(body)}"]] * 8 + [[], ["Content-Length: x"], ["Transfer-Encoding: chunked"], ["Expect: 100-continue", f"Content-Length: {len(body)}"]])
+    headers += chance.choice([[]] * 5 + [["X-Forwarded-For: " + chance.choice(["1.2.3.4", "x", "::1, 5.6.7.8", "\x1b"])], ["A b: c"], ["Connection: close"]])
+    data = framed(f"{chance.choice(['GET', 'GET', 'POST', 'POST', 'DELETE', 'HEAD', 'OPTIONS', 'PUT', 'get'])} {path}{query} HTTP/1.1", *headers) + body
+    if chance.random() < 0.1:
+        place = chance.randrange(len(data))
+        data = data[:place] + chance.randbytes(chance.randint(0, 3)) + data[place + chance.randint(0, 3):]
+    return data
+
+
+def fuzz(api, count, seed, workers=4):
+    """Send random requests, a few in a row on each connection -> Counter of status codes."""
+    def work(number):
+        chance, codes = random.Random(seed * 1000 + number), Counter()
+        for _ in range(count // workers // 5):
+            with api.connect(10) as sock:
+                with contextlib.suppress(OSError):
+                    sock.sendall(b"".join(fuzzed(chance) for _ in range(5)))
+                    if chance.random() < 0.95:
+                        sock.shutdown(socket.SHUT_WR)
+                        for line in re.findall(rb"HTTP/1\.1 (\d+) ", read_all(sock)):
+                            codes[int(line)] += 1
+        return codes
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        return sum(pool.map(work, range(workers)), Counter())
+
+
+def test_random_requests_crash_and_leak_nothing(launch, host):
+    api = launch(constants={"REQUEST_SECONDS": 2, "IDLE_SECONDS": 2})
+    (host.root / "bin/pct").write_text("#!/bin/sh\nexit 1\n")           # the HTTP layer is what is asked here
+    fuzz(api, 500, 1)
+    wait_until(lambda: threads(api) <= 3)
+    before = threads(api), descriptors(api), children(api)
+    codes = fuzz(api, 2000, 2)
+    wait_until(lambda: threads(api) <= 3)
+    assert before == (threads(api), descriptors(api), children(api))
+    assert {200, 204, 400, 401, 404, 405, 411} <= set(codes)
+    unexpected = [line for line in api.log("error").splitlines() if "internal error" in line]
+    assert unexpected == [] and "Traceback" not in api.said()
+    assert api.get("/routes").status == 200
+
+
+# What is installed
+
+def install(folder, *arguments, **env):
+    """Run install.sh below a folder of its own."""
+    return subprocess.run([str(HERE / "install.sh"), *arguments], capture_output=True, text=True, env={**os.environ, "DESTDIR": str(folder), **env})
+
+
+MODULE_PATH, CONFIG_PATH, UNIT_PATH, LOGROTATE_PATH = (
+    "usr/local/bin/lxc_autoscale_api.py", "etc/lxc_autoscale_ml/lxc_autoscale_api.yaml", "etc/systemd/system/lxc_autoscale_api.service",
+    "etc/logrotate.d/lxc_autoscale_api")
+
+
+def test_an_installation_is_repeatable_and_keeps_the_key(tmp_path):
+    first = install(tmp_path)
+    assert first.returncode == 0, first.stderr
+    config = tmp_path / CONFIG_PATH
+    key = module.read_config(config).keys[0]
+    assert re.fullmatch("[0-9a-f]{64}", key) and stat.S_IMODE(config.stat().st_mode) == 0o600
+    again = install(tmp_path)
+    assert again.returncode == 0 and f"kept {config}" in again.stdout
+    assert module.read_config(config).keys == [key]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(
+        [MODULE_PATH, CONFIG_PATH, UNIT_PATH, LOGROTATE_PATH])
+    assert (tmp_path / MODULE_PATH).read_bytes() == MODULE.read_bytes()
+    config.write_text(config.read_text().replace("port: 5000", "port: 5001"))
+    changed = config.read_text()
+    assert install(tmp_path).returncode == 0
+    assert config.read_text() == changed
+    assert (tmp_path / (CONFIG_PATH + ".new")).read_bytes() == (HERE / "lxc_autoscale_api.yaml").read_bytes()
+    assert key not in first.stdout + first.stderr
+
+
+def test_an_uninstallation_keeps_what_is_the_administrators_and_a_purge_does_not(tmp_path):
+    install(tmp_path)
+    log = tmp_path / "var/log/autoscaleapi.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("x")
+    assert install(tmp_path, "--uninstall").returncode == 0
+    assert [path for path in (MODULE_PATH, UNIT_PATH, LOGROTATE_PATH, CONFIG_PATH) if (tmp_path / path).exists()] == [CONFIG_PATH]
+    assert log.exists()
+    assert install(tmp_path, "--purge").returncode == 0
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_an_installation_without_what_it_needs_changes_nothing(tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("sh", "dirname", "id", "cat"):
+        (tools / name).symlink_to(shutil.which(name))
+    done = install("", PATH=str(tools))
+    assert done.returncode == 1 and "nothing was changed; missing:" in done.stderr
+    assert "Python-3.9-or-later" in done.stderr and "pct-(this-must-be-a-Proxmox-VE-host)" in done.stderr
+    assert install(tmp_path, "--what").stderr == "install.sh: unknown option '--what'; known: --uninstall, --purge\n"
+    assert not (tmp_path / "usr").exists()
+
+
+def test_the_shipped_logrotate_file_names_the_shipped_logs(tmp_path):
+    install(tmp_path)
+    defaults = [default for key, (default, _) in module.SETTINGS["logging"].items() if key != "log_level"]
+    assert (tmp_path / LOGROTATE_PATH).read_text().splitlines()[0].split() == [*defaults, "{"]
+
+
+def test_the_unit_is_accepted_by_systemd(tmp_path):
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("systemd-analyze is not installed")
+    (tmp_path / "lxc_autoscale_api.service").write_text((HERE / "lxc_autoscale_api.service").read_text().replace(
+        "/usr/bin/python3 /usr/local/bin/lxc_autoscale_api.py", "/bin/true"))
+    done = subprocess.run(["systemd-analyze", "verify", str(tmp_path / "lxc_autoscale_api.service")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_install_sh_is_accepted_by_shells_and_shellcheck():
+    for command in (["sh", "-n"], ["bash", "-n"], ["shellcheck"]):
+        if shutil.which(command[0]):
+            done = subprocess.run([*command, str(HERE / "install.sh")], capture_output=True, text=True)
+            assert (done.returncode, done.stdout) == (0, "")
