@@ -2339,3 +2339,63 @@ def test_install_sh_is_accepted_by_shells_and_shellcheck():
         if shutil.which(command[0]):
             done = subprocess.run([*command, str(HERE / "install.sh")], capture_output=True, text=True)
             assert (done.returncode, done.stdout) == (0, "")
+
+
+# The README
+
+README = (HERE / "README.md").read_text()
+VARIES = [(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME"), (r"answered in [\d.]+ s", "answered in SECONDS"), (r'"cpu_usage": [\d.]+', '"cpu_usage": PERCENT'),
+          (r'"uptime": 36\d\d', '"uptime": SECONDS'), (r'"max": \d+', '"max": HOST')]
+
+
+def steadied(text):
+    for pattern, word in VARIES:
+        text = re.sub(pattern, word, text)
+    return text.rstrip("\n")
+
+
+def test_every_curl_of_the_readme_answers_as_printed(launch, host):
+    host.path(106).unlink()
+    host.add(106, "db-01", running=True, cores=4, memory=8192)
+    api, block = launch(), re.search(r"```console\n(\$ curl.*?)```", README, re.DOTALL)[1]
+    examples = re.findall(r"^\$ (curl .*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
+    paths = {re.search(r"127\.0\.0\.1:5000(/[a-z/]+)", command)[1] for command, _ in examples}
+    assert paths == {route.path for route in module.ROUTES}
+    for command, answer in examples:
+        done = subprocess.run(["bash", "-c", command.replace("127.0.0.1:5000", f"127.0.0.1:{api.port}")], capture_output=True, text=True,
+                              env={**os.environ, "KEY": KEY})
+        assert steadied(done.stdout) == steadied(answer), command
+
+
+def test_the_readme_lists_the_endpoints_and_settings_that_there_are():
+    rows = re.findall(r"^\| (GET|POST|DELETE) \| `(\S+)` \| (.*?)\| (.*) \|$", README, re.MULTILINE)
+    assert [(method, path, re.findall(r"`(\w+)`", names), summary) for method, path, names, summary in rows] == [
+        (route.method, route.path, [parameter.name for parameter in route.parameters], route.summary) for route in module.ROUTES]
+    settings = re.findall(r"^\| `(\w+\.\w+)` \|", README, re.MULTILINE)
+    assert settings == [f"{section}.{key}" for section, keys in module.SETTINGS.items() for key in keys]
+
+
+def test_the_demo_starts_prints_its_key_and_stops(tmp_path):
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", 5000)) == 0:
+            pytest.skip("port 5000 is in use")
+    demo = subprocess.Popen([sys.executable, HERE / "test_api.py", "--demo"], stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
+    try:
+        lines = [demo.stdout.readline() for _ in range(20)]
+        key = next(line for line in lines if line.startswith("KEY="))[4:].strip()
+        command = next(line for line in lines if "resource/vm/config" in line)
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "KEY": key})
+        assert json.loads(done.stdout)["data"]["hostname"] == "web-01"
+    finally:
+        demo.send_signal(signal.SIGINT)
+        demo.communicate(timeout=15)
+    assert demo.returncode == 0 and list(tmp_path.iterdir()) == []
+
+
+def test_the_readme_s_prometheus_rules_are_accepted(tmp_path):
+    if not shutil.which("promtool"):
+        pytest.skip("promtool is not installed")
+    rules, = (block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if block.startswith("groups:"))
+    (tmp_path / "rules.yml").write_text(rules)
+    done = subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
