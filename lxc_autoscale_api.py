@@ -19,6 +19,7 @@ are from its sources: pve-container (PVE::CLI::pct, PVE::LXC::Config), pve-guest
 and pve-cluster, and from runs of the real pct.
 """
 import argparse
+import errno
 import fcntl
 import hashlib
 import hmac
@@ -42,7 +43,6 @@ from concurrent.futures import Future, InvalidStateError, TimeoutError as Future
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from socketserver import TCPServer
 from types import SimpleNamespace
 from typing import Callable, NamedTuple, Optional
@@ -764,7 +764,10 @@ class Output:
     """
 
     def __init__(self, bounded):
-        self.fd = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            self.fd = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            raise busy(f"The host has no room for a command's output: {error.strerror}", SLOT_SECONDS) from None
         if bounded:                         # a write past the size fails with EPERM
             os.ftruncate(self.fd, MAX_OUTPUT)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
@@ -1859,6 +1862,14 @@ class Server(ThreadingHTTPServer):
     def server_bind(self):
         TCPServer.server_bind(self)         # HTTPServer's asks the DNS for this host's name
 
+    def get_request(self):
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.1)             # the connection stays in the backlog; asking again at once would only burn CPU
+            raise
+
     def process_request(self, request, client_address):
         with self.changed:
             if len(self.connections) >= self.places and not self.evict():
@@ -2019,17 +2030,27 @@ def build(config):
     return Server(config, Api(config, host, Operations(commands), metrics))
 
 
-def serve(server):
-    """Answer until SIGTERM or SIGINT; then let requests in work finish, and leave what still runs alone."""
-    signals = SimpleQueue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: signals.put(number))
+def catch_signals(*numbers):
+    """A socket from which each of these signals is read as a byte.
+
+    A handler alone could be missed: Python runs it between two steps of the main thread,
+    which may be about to wait.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.detach())
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
+    return reader
+
+
+def serve(server, signals):
+    """Answer until a signal; then let requests in work finish, and leave what still runs alone."""
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     log.info("lxc_autoscale_api %s listens on %s port %d", VERSION, *server.server_address[:2])
     for command in server.api.host.forgotten_snapshots():
         log.warning("a temporary snapshot was left by an earlier stop; once no clone runs, remove it with: %s", command)
-    number = signals.get()
-    log.info("stopping on %s", signal_name(number))
+    log.info("stopping on %s", signal_name(signals.recv(1)[0]))
     server.stop_listening()
     server.api.operations.refuse_waiting()
     if not server.wait_for_answers(STOP_SECONDS - 5):
@@ -2054,12 +2075,13 @@ def main():
         return 0
     os.umask(0o077)
     open_logs(config.logging, config.keys)
+    signals = catch_signals(signal.SIGTERM, signal.SIGINT)
     try:
         server = build(config)
     except OSError as error:
         complain(f"cannot listen on {config.server.host} port {config.server.port}: {error.strerror}")
         return 1
-    serve(server)
+    serve(server, signals)
     return 0
 
 
