@@ -5,11 +5,18 @@
 #   ./install.sh --uninstall    remove it; configuration and logs stay
 #   ./install.sh --purge        remove it with configuration and logs
 #
-# DESTDIR=/some/folder installs below that folder, without root and without systemd.
+# An upgrade keeps configuration, key and logs. The service is restarted only if the
+# configuration passes the new version's check, and the old version is put back if the
+# new one does not become healthy.
+#
+# DESTDIR=/some/folder installs below that folder, without root and without systemd
+# (SYSTEMCTL names a systemctl to call all the same).
 set -eu
 
 NAME=lxc_autoscale_api
 DESTDIR=${DESTDIR:-}
+if [ -n "$DESTDIR" ]; then SYSTEMCTL=${SYSTEMCTL:-}; else SYSTEMCTL=${SYSTEMCTL:-systemctl}; fi
+HEALTH_TRIES=${HEALTH_TRIES:-20}
 HERE=$(cd "$(dirname "$0")" && pwd)
 
 MODULE=/usr/local/bin/$NAME.py
@@ -35,7 +42,7 @@ require_host() {
     if [ -z "$DESTDIR" ]; then
         [ "$(id -u)" -eq 0 ] || missing="$missing root-rights"
         command -v pct >/dev/null 2>&1 || missing="$missing pct-(this-must-be-a-Proxmox-VE-host)"
-        command -v systemctl >/dev/null 2>&1 || missing="$missing systemctl"
+        command -v "$SYSTEMCTL" >/dev/null 2>&1 || missing="$missing systemctl"
     fi
     [ -z "$missing" ] || fail "nothing was changed; missing:$missing"
 }
@@ -52,7 +59,23 @@ put() {
     mv -f "$DESTDIR$3.tmp" "$DESTDIR$3"
 }
 
+# keep FILE: a copy of what is installed, to put back if the new version fails.
+keep() {
+    rm -f "$DESTDIR$1.old"
+    [ ! -e "$DESTDIR$1" ] || cp -p "$DESTDIR$1" "$DESTDIR$1.old"
+}
+
+put_back() {
+    for file in "$MODULE" "$UNIT"; do
+        [ ! -e "$DESTDIR$file.old" ] || mv -f "$DESTDIR$file.old" "$DESTDIR$file"
+    done
+}
+
+drop_kept() { rm -f "$DESTDIR$MODULE.old" "$DESTDIR$UNIT.old"; }
+
 install_files() {
+    keep "$MODULE"
+    keep "$UNIT"
     put 0755 "$HERE/$NAME.py" "$MODULE"
     say "installed $DESTDIR$MODULE"
     put 0644 "$HERE/$NAME.service" "$UNIT"
@@ -99,16 +122,17 @@ END
     say "installed $DESTDIR$LOGROTATE"
 }
 
+# The configuration that is there must suit the version that is about to be installed.
 check_config() {
-    python3 "$DESTDIR$MODULE" --config "$DESTDIR$CONFIG" --check-config >/dev/null ||
-        fail "the configuration is not valid for this version; mend it and run install.sh again."
+    [ -e "$DESTDIR$CONFIG" ] || return 0
+    python3 "$HERE/$NAME.py" --config "$DESTDIR$CONFIG" --check-config >/dev/null ||
+        fail "nothing was changed; mend the configuration and run install.sh again."
 }
 
-start_service() {
-    systemctl daemon-reload
-    systemctl enable --quiet $NAME.service
-    systemctl restart $NAME.service
-    say "enabled and started $NAME.service"
+restart_service() {
+    "$SYSTEMCTL" daemon-reload
+    "$SYSTEMCTL" enable --quiet $NAME.service
+    "$SYSTEMCTL" restart $NAME.service
 }
 
 # health: the URL and the answer of /health/check, as the configuration says where.
@@ -135,22 +159,28 @@ wait_until_healthy() {
     tries=0
     until url=$(health); do
         tries=$((tries + 1))
-        [ "$tries" -lt 20 ] || fail "the service does not answer as healthy; see: journalctl -u $NAME"
+        [ "$tries" -lt "$HEALTH_TRIES" ] || return 1
         sleep 1
     done
-    say "the service is healthy; try:"
-    say "  KEY=\$(sed -n 's/^  api_key: \"\\(.*\\)\"/\\1/p' $CONFIG)"
-    say "  curl -s -H \"X-API-Key: \$KEY\" $url/routes"
+}
+
+start_service() {
+    if restart_service && wait_until_healthy; then
+        say "enabled and started $NAME.service; it is healthy. Try:"
+        say "  KEY=\$(sed -n 's/^  api_key: \"\\(.*\\)\"/\\1/p' $CONFIG)"
+        say "  curl -s -H \"X-API-Key: \$KEY\" $url/routes"
+        return
+    fi
+    [ -e "$DESTDIR$MODULE.old" ] || fail "the service does not become healthy; see: journalctl -u $NAME"
+    put_back
+    restart_service || true
+    fail "the new version did not become healthy, and the old one was put back; see: journalctl -u $NAME"
 }
 
 uninstall() {
-    if [ -z "$DESTDIR" ] && command -v systemctl >/dev/null 2>&1; then
-        systemctl disable --now --quiet $NAME.service 2>/dev/null || true
-    fi
+    [ -z "$SYSTEMCTL" ] || "$SYSTEMCTL" disable --now --quiet $NAME.service 2>/dev/null || true
     rm -f "$DESTDIR$MODULE" "$DESTDIR$UNIT" "$DESTDIR$LOGROTATE"
-    if [ -z "$DESTDIR" ] && command -v systemctl >/dev/null 2>&1; then
-        systemctl daemon-reload
-    fi
+    [ -z "$SYSTEMCTL" ] || "$SYSTEMCTL" daemon-reload 2>/dev/null || true
     say "removed $NAME"
 }
 
@@ -167,14 +197,12 @@ main() {
     case "${1:-}" in
     "")
         require_host
+        check_config
         install_files
         install_config
         install_logrotate
-        check_config
-        if [ -z "$DESTDIR" ]; then
-            start_service
-            wait_until_healthy
-        fi
+        [ -z "$SYSTEMCTL" ] || start_service
+        drop_kept
         ;;
     --uninstall)
         require_root

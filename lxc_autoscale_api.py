@@ -30,6 +30,7 @@ import logging.handlers
 import math
 import os
 import re
+import resource
 import shlex
 import signal
 import socket
@@ -346,6 +347,12 @@ def api_keys(value):
     return [api_key(each) for each in listed(value)]
 
 
+def container_ids(value):
+    if not all(type(each) is int and 100 <= each <= 999999 for each in listed(value)):
+        raise ValueError("must be a list of container ids, such as [100, 101]")
+    return frozenset(value)
+
+
 def log_level(value):
     if text(value).upper() not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
         raise ValueError("must be DEBUG, INFO, WARNING, ERROR or CRITICAL")
@@ -375,6 +382,12 @@ SETTINGS = {                                # section -> key -> (default, check)
         "access_log": ("/var/log/autoscaleapi_access.log", absolute_path),
         "error_log": ("/var/log/autoscaleapi_error.log", absolute_path),
     },
+    "containers": {
+        "protected": ([], container_ids),
+        "allowed": ([], container_ids),
+        "max_cores": (128, whole(1, 128)),
+        "max_memory_mb": (1048576, whole(64, 1048576)),
+    },
     "proxmox": {
         "pve_dir": ("/etc/pve", absolute_path),
         "cgroup_dir": ("/sys/fs/cgroup", absolute_path),
@@ -386,10 +399,11 @@ SETTINGS = {                                # section -> key -> (default, check)
 }
 
 
-def load_config(document):
+def load_config(document, credential=None):
     """A configuration's text -> a namespace of sections, or ConfigError.
 
-    Beside the settings it has `keys`, all API keys that are in force.
+    Beside the settings it has `keys`, all API keys that are in force; `credential` is the
+    one that counts if the text has none.
     """
     tree, where = load_yaml(document)
     config = SimpleNamespace()
@@ -411,6 +425,11 @@ def load_config(document):
         setattr(config, section, values)
     login = config.authentication
     config.keys = [key for key in [login.api_key, *login.api_keys] if key]
+    if credential and not config.keys:
+        try:
+            config.keys = [api_key(credential)]
+        except ValueError as error:
+            raise ConfigError(1, f"no key here, and the credential api_key {error}") from None
     if login.enabled and not config.keys:
         line = where.get(("authentication", "api_key")) or where.get(("authentication",)) or 1
         raise ConfigError(line, "authentication.api_key is missing; set one, such as from: openssl rand -hex 32")
@@ -429,7 +448,7 @@ def read_config(path):
     """A configuration file -> its settings; an error's text names the file and the line."""
     try:
         raw = Path(path).read_bytes()
-        return load_config(raw.decode("utf-8"))
+        return load_config(raw.decode("utf-8"), read_credential())
     except OSError as error:
         raise ConfigError(0, f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -437,6 +456,14 @@ def read_config(path):
         raise ConfigError(line, f"{path}:{line}: this is not UTF-8") from None
     except ConfigError as error:
         raise ConfigError(error.line, f"{path}:{error.line}: {error.text}") from None
+
+
+def read_credential():
+    """The key that systemd passes with LoadCredential=api_key:…, or None."""
+    try:
+        return Path(os.environ["CREDENTIALS_DIRECTORY"], "api_key").read_text(encoding="utf-8").strip()
+    except (KeyError, OSError, UnicodeDecodeError):
+        return None
 
 
 # Parameters
@@ -448,6 +475,9 @@ class Integer:
     def __init__(self, name, low, high, also=None):
         self.name, self.also, self.low, self.high = name, also, low, high
         self.rule = f"must be an integer between {low} and {high}"
+
+    def schema(self):
+        return {"type": "integer", "minimum": self.low, "maximum": self.high}
 
     def parse(self, value):
         if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}", value):
@@ -462,9 +492,14 @@ class Name:
     default = None
 
     def __init__(self, name, marks, longest, also=None):
-        self.name, self.also = name, also
+        self.name, self.also, self.marks, self.longest = name, also, marks, longest
         self.pattern = re.compile(rf"(?!-)[A-Za-z0-9{re.escape(marks)}]{{1,{longest}}}")
         self.rule = (f"must be 1 to {longest} letters, digits or {' '.join(marks)} (ASCII), and must not start with -")
+
+    def schema(self):
+        marks = self.marks.replace(".", "\\.").replace("-", "\\-")
+        first = marks.replace("\\-", "")
+        return {"type": "string", "pattern": f"^[A-Za-z0-9{first}][A-Za-z0-9{marks}]*$", "minLength": 1, "maxLength": self.longest}
 
     def parse(self, value):
         if isinstance(value, str) and self.pattern.fullmatch(value):
@@ -479,6 +514,9 @@ class Flag:
 
     def __init__(self, name, default):
         self.name, self.default = name, default
+
+    def schema(self):
+        return {"type": "boolean", "default": self.default}
 
     def parse(self, value):
         if isinstance(value, bool):
@@ -793,8 +831,12 @@ class Commands:
     """
 
     def __init__(self, width, read_seconds, metrics):
-        self.gate, self.read_seconds, self.metrics = Gate(width), read_seconds, metrics
+        self.width, self.gate, self.read_seconds, self.metrics = width, Gate(width), read_seconds, metrics
         self.here = threading.local()
+
+    def gauges(self):
+        return {"lxc_autoscale_api_commands_in_progress": {(): self.width - self.gate.free},
+                "lxc_autoscale_api_commands_waiting": {(): len(self.gate.queue)}}
 
     @contextmanager
     def place(self):
@@ -832,6 +874,8 @@ class Commands:
                 result = "timeout"
             took = time.monotonic() - started
             log.info("ran %s: exit %d in %.3f s", shlex.join(argv), process.returncode, took)
+            self.metrics.add("lxc_autoscale_api_commands_total", " ".join(argv[:2]), result)
+            self.metrics.observe("lxc_autoscale_api_command_duration_seconds", took, " ".join(argv[:2]))
             if result == "timeout":
                 raise Problem(504, f"{' '.join(argv[:3])} did not finish in {seconds} s and was ended; it changes nothing")
             (out, out_full), (err, err_full) = stdout.read(), stderr.read()
@@ -843,10 +887,11 @@ class Commands:
         try:
             return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
                                     start_new_session=True, cwd="/", env=env)
-        except FileNotFoundError:
-            raise busy(f"{argv[0]} is not installed, or not on the daemon's PATH", 60) from None
         except OSError as error:
-            raise busy(f"{argv[0]} cannot be started: {error.strerror}", 60) from None
+            self.metrics.add("lxc_autoscale_api_commands_total", " ".join(argv[:2]), "not_started")
+            missing = isinstance(error, FileNotFoundError)
+            what = "is not installed, or not on the daemon's PATH" if missing else f"cannot be started: {error.strerror}"
+            raise busy(f"{argv[0]} {what}", 60) from None
 
 
 class Turn:
@@ -962,6 +1007,39 @@ def internal_error(error):
 
 # The host
 
+CONTAINER_USAGE = (                         # metric, key of Proxmox.usage
+    ("cpu_seconds_total", "cpu"), ("memory_usage_bytes", "memory"), ("disk_read_bytes_total", "disk_read"),
+    ("disk_write_bytes_total", "disk_write"), ("oom_kills_total", "oom_kills"), ("pids", "pids"),
+)
+
+
+def read_text(path):
+    """A small file's text, or None if it cannot be read; far cheaper than open() where a thousand are read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        chunks = []
+        while not chunks or chunks[-1]:
+            chunks.append(os.read(fd, 65536))
+    except OSError:                         # such as the files of a cgroup that has just gone
+        return None
+    finally:
+        os.close(fd)
+    return b"".join(chunks).decode("utf-8", "replace")
+
+
+def find_number(pattern, text):
+    """The first group of a pattern in a text, as an integer, or None."""
+    match = text and re.search(pattern, text, re.MULTILINE)
+    return int(match[1]) if match else None
+
+
+def listed_container(vm_id, name, status, cores, memory, uptime):
+    return {"vm_id": vm_id, "lxc_id": vm_id, "name": name, "status": status, "cores": cores, "memory": memory, "uptime": uptime}
+
+
 class Proxmox:
     """What the API needs from the host. Ids are integers; what fails is a Problem."""
 
@@ -988,11 +1066,8 @@ class Proxmox:
         return self.file_conf(vm_id) or parse_config(self.ask("pct", "config", vm_id))
 
     def file_conf(self, vm_id):
-        try:
-            with open(f"{self.pve_dir}/lxc/{vm_id}.conf", encoding="utf-8", errors="replace") as file:
-                return parse_config(file.read())
-        except OSError:
-            return None
+        document = read_text(f"{self.pve_dir}/lxc/{vm_id}.conf")
+        return None if document is None else parse_config(document)
 
     def confs(self):
         """{id: Conf} of all containers whose files are there."""
@@ -1000,10 +1075,11 @@ class Proxmox:
             names = os.listdir(f"{self.pve_dir}/lxc")
         except OSError:
             return {}
-        found = {int(name[:-5]): self.file_conf(name[:-5]) for name in names if re.fullmatch(r"[1-9][0-9]{2,8}\.conf", name)}
-        return {vm_id: found[vm_id] for vm_id in sorted(found) if found[vm_id]}
+        ids = sorted(int(name[:-5]) for name in names if re.fullmatch(r"[1-9][0-9]{2,8}\.conf", name))
+        return {vm_id: conf for vm_id in ids for conf in [self.file_conf(vm_id)] if conf}   # one may vanish meanwhile
 
-    def config(self, vm_id):
+    def config(self, vm_id, max_cores, max_memory):
+        """What is allotted, and what a scaling call makes sense with: the bounds, or what the host has."""
         values = self.conf(vm_id).values
         size = size_in_gb(option(values.get("rootfs"), "size"))
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB
@@ -1011,8 +1087,8 @@ class Proxmox:
             "vm_id": vm_id, "lxc_id": vm_id, "cores": number(values.get("cores")), "memory_mb": number(values.get("memory")),
             "swap_mb": number(values.get("swap")), "disk_gb": size, "hostname": values.get("hostname"),
             "limits": {
-                "cores": {"min": CORES.low, "max": min(CORES.high, os.cpu_count() or CORES.high)},
-                "memory_mb": {"min": MEMORY.low, "max": min(MEMORY.high, memory)},
+                "cores": {"min": CORES.low, "max": min(max_cores, os.cpu_count() or max_cores)},
+                "memory_mb": {"min": MEMORY.low, "max": min(max_memory, memory)},
                 "disk_gb": {"min": size},
             },
         }
@@ -1033,11 +1109,71 @@ class Proxmox:
 
     def cpu_clock(self, vm_id):
         """(time, processor time used so far), in seconds, from the container's cgroup (v2), or None."""
-        try:
-            with open(f"{self.cgroup_dir}/lxc/{vm_id}/cpu.stat", encoding="ascii") as file:
-                return time.monotonic(), int(re.search(r"^usage_usec (\d+)", file.read(), re.MULTILINE)[1]) / 1e6
-        except (OSError, TypeError, ValueError):
+        used = find_number(r"^usage_usec (\d+)", read_text(f"{self.cgroup_dir}/lxc/{vm_id}/cpu.stat"))
+        return None if used is None else (time.monotonic(), used / 1e6)
+
+    def usage(self, vm_id):
+        """What the cgroup (v2) of a running container says, in bytes and seconds; None where it does not run."""
+        folder = f"{self.cgroup_dir}/lxc/{vm_id}/"
+        cpu, memory, cache, swap, disk, events, pids = (read_text(folder + name) for name in (
+            "cpu.stat", "memory.current", "memory.stat", "memory.swap.current", "io.stat", "memory.events", "pids.current"))
+        if (cpu, memory, pids) == (None, None, None):
             return None
+        used, cached = find_number(r"(\d+)", memory), find_number(r"^file (\d+)", cache)
+        read, written = (disk and sum(map(int, re.findall(rf" {key}=(\d+)", disk))) for key in ("rbytes", "wbytes"))
+        seconds = find_number(r"^usage_usec (\d+)", cpu)
+        return {
+            "cpu": seconds and seconds / 1e6, "memory": used and max(0, used - (cached or 0)),      # as pct counts it
+            "swap": find_number(r"(\d+)", swap), "disk_read": read, "disk_write": written,
+            "oom_kills": find_number(r"^oom_kill (\d+)", events), "pids": find_number(r"(\d+)", pids),
+        }
+
+    def uptime(self, vm_id):
+        """Seconds since the container's init started, or since its cgroup was made."""
+        folder = f"{self.cgroup_dir}/lxc/{vm_id}"
+        pid = find_number(r"^(\d+)", read_text(f"{folder}/ns/init.scope/cgroup.procs"))
+        stat = pid and read_text(f"/proc/{pid}/stat")
+        if stat:
+            started = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+            return int(float(read_text("/proc/uptime").split()[0]) - started)
+        try:
+            return max(0, int(time.time() - os.stat(folder).st_ctime))
+        except OSError:
+            return 0
+
+    def up(self, vm_id):
+        """Whether a container runs: its cgroup is there while it does."""
+        return os.path.isdir(f"{self.cgroup_dir}/lxc/{vm_id}")
+
+    def list(self):
+        """All containers of this node, from their files and cgroups, else from pvesh."""
+        if not os.path.isdir(f"{self.pve_dir}/lxc") or not os.path.isdir(self.cgroup_dir):
+            node = self.node_name() or socket.gethostname().split(".")[0]
+            rows = sorted(self.ask_json(f"/nodes/{node}/lxc"), key=lambda row: int(row["vmid"]))
+            return [listed_container(int(row["vmid"]), row.get("name"), row.get("status"), row.get("cpus"),
+                                     in_unit(row.get("maxmem"), MIB), row.get("uptime")) for row in rows]
+        return [listed_container(vm_id, values.get("hostname"), "running" if up else "stopped", number(values.get("cores")),
+                                 number(values.get("memory")), self.uptime(vm_id) if up else 0)
+                for vm_id, (values, _) in self.confs().items() for up in [self.up(vm_id)]]
+
+    def gauges(self):
+        """The container families at this moment, without a process; of what files do not say, nothing."""
+        families = {name: {} for name in FAMILIES if name.startswith("lxc_autoscale_container_")}
+
+        def tell(name, value, *labels):
+            if value is not None:
+                families["lxc_autoscale_container_" + name][labels] = value
+        has_cgroups = os.path.isdir(self.cgroup_dir)
+        for vm_id, (values, _) in self.confs().items():
+            label, usage, memory = str(vm_id), self.usage(vm_id), number(values.get("memory"))
+            tell("info", 1, label, values.get("hostname", ""))
+            tell("up", int(usage is not None) if has_cgroups else None, label)
+            tell("cpu_cores", number(values.get("cores")), label)
+            tell("memory_mb", memory, label)
+            tell("memory_limit_bytes", memory and memory * MIB, label)
+            for name, key in CONTAINER_USAGE if usage else ():
+                tell(name, usage[key], label)
+        return families
 
     def cpu_usage(self, vm_id, values, before):
         """Percent of the allotted processors, over the time since `before` or 0.1 s, whichever is longer.
@@ -1086,9 +1222,8 @@ class Proxmox:
 
     def node_name(self):
         try:
-            with open(f"{self.pve_dir}/.members", encoding="utf-8") as file:
-                return json.load(file).get("nodename")
-        except (OSError, ValueError, AttributeError):
+            return json.loads(read_text(f"{self.pve_dir}/.members")).get("nodename")
+        except (TypeError, ValueError, AttributeError):
             return None
 
     def cluster_status(self):
@@ -1147,6 +1282,9 @@ class Proxmox:
     def snapshot(self, vm_id, name):
         self.change("pct", "snapshot", vm_id, name)
 
+    def delete_snapshot(self, vm_id, name):
+        self.change("pct", "delsnapshot", vm_id, name)
+
     def rollback(self, vm_id, name):
         """Roll back; a container that ran is started again, for pct leaves it stopped."""
         start = ("--start", 1) if self.running(vm_id) else ()
@@ -1185,7 +1323,7 @@ class Proxmox:
         finally:
             try:
                 if made or any(each["name"] == name for each in self.snapshots(vm_id)):
-                    self.change("pct", "delsnapshot", vm_id, name)
+                    self.delete_snapshot(vm_id, name)
             except Problem as problem:
                 left.append(f"The temporary snapshot '{name}' of VM {vm_id} could not be removed ({problem.error}); "
                             f"remove it with: pct delsnapshot {vm_id} {name}")
@@ -1233,8 +1371,7 @@ def number(value):
 
 def host_cpu_clock():
     """(time, busy, total) of all processors since the start, in ticks, from /proc/stat."""
-    with open("/proc/stat", encoding="ascii") as file:
-        ticks = [int(each) for each in file.readline().split()[1:9]]
+    ticks = [int(each) for each in read_text("/proc/stat").partition("\n")[0].split()[1:9]]
     return time.monotonic(), sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
@@ -1313,21 +1450,46 @@ class Family(NamedTuple):
 
 
 REQUEST_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
+COMMAND_BUCKETS = (0.3, 0.6, 1, 2, 5, 10, 15, 30, 60, 300, 900, 3600)
+ONE = ("container_id",)
 FAMILIES = {
+    "lxc_autoscale_api_build_info": Family("gauge", ("version", "python_version"), "The daemon's version; always 1."),
     "lxc_autoscale_api_requests_total": Family(
         "counter", ("method", "endpoint", "status"), "HTTP requests answered."),
     "lxc_autoscale_api_request_duration_seconds": Family(
         "histogram", ("method", "endpoint"), "Time from a request's head to its answer.", REQUEST_BUCKETS),
+    "lxc_autoscale_api_requests_in_progress": Family("gauge", (), "HTTP requests that are being answered."),
+    "lxc_autoscale_api_rate_limited_total": Family("counter", (), "Requests refused because of the rate limit."),
+    "lxc_autoscale_api_auth_failures_total": Family("counter", (), "Requests refused without a valid API key."),
     "lxc_autoscale_api_connections_refused_total": Family(
         "counter", (), "Connections refused because server.max_connections were open."),
+    "lxc_autoscale_api_commands_total": Family(
+        "counter", ("command", "result"), "Commands run: ok, failed, timeout or not_started."),
+    "lxc_autoscale_api_command_duration_seconds": Family(
+        "histogram", ("command",), "Time that commands took.", COMMAND_BUCKETS),
+    "lxc_autoscale_api_commands_in_progress": Family("gauge", (), "Places for commands that are taken."),
+    "lxc_autoscale_api_commands_waiting": Family("gauge", (), "Commands that wait for a place."),
     "lxc_autoscale_scaling_actions_total": Family(
         "counter", ("container_id", "resource", "action"), "Scaling actions done."),
     "lxc_autoscale_scaling_failures_total": Family(
         "counter", ("container_id", "resource", "reason"), "Scaling actions failed."),
-    "lxc_autoscale_container_cpu_cores": Family(
-        "gauge", ("container_id",), "CPU cores allotted to a container; absent where it has no limit."),
-    "lxc_autoscale_container_memory_mb": Family(
-        "gauge", ("container_id",), "Memory allotted to a container, in MB."),
+    "lxc_autoscale_container_info": Family("gauge", ("container_id", "name"), "A container and its hostname; always 1."),
+    "lxc_autoscale_container_up": Family("gauge", ONE, "Whether the container runs."),
+    "lxc_autoscale_container_cpu_cores": Family("gauge", ONE, "CPU cores allotted; absent where there is no limit."),
+    "lxc_autoscale_container_memory_mb": Family("gauge", ONE, "Memory allotted, in MB."),
+    "lxc_autoscale_container_memory_limit_bytes": Family("gauge", ONE, "Memory allotted."),
+    "lxc_autoscale_container_memory_usage_bytes": Family("gauge", ONE, "Memory used, without the page cache."),
+    "lxc_autoscale_container_cpu_seconds_total": Family("counter", ONE, "Processor time used since the container's start."),
+    "lxc_autoscale_container_disk_read_bytes_total": Family("counter", ONE, "Bytes read from block devices."),
+    "lxc_autoscale_container_disk_write_bytes_total": Family("counter", ONE, "Bytes written to block devices."),
+    "lxc_autoscale_container_oom_kills_total": Family("counter", ONE, "Processes killed for want of memory."),
+    "lxc_autoscale_container_pids": Family("gauge", ONE, "Processes and threads."),
+    "process_cpu_seconds_total": Family("counter", (), "Total user and system CPU time spent in seconds."),
+    "process_open_fds": Family("gauge", (), "Number of open file descriptors."),
+    "process_max_fds": Family("gauge", (), "Maximum number of open file descriptors."),
+    "process_virtual_memory_bytes": Family("gauge", (), "Virtual memory size in bytes."),
+    "process_resident_memory_bytes": Family("gauge", (), "Resident memory size in bytes."),
+    "process_start_time_seconds": Family("gauge", (), "Start time of the process since unix epoch in seconds."),
 }
 
 
@@ -1336,12 +1498,14 @@ class Metrics:
 
     def __init__(self):
         self.lock, self.series = threading.Lock(), {name: {} for name in FAMILIES}
-        self.series["lxc_autoscale_api_connections_refused_total"][()] = 0
+        self.series["lxc_autoscale_api_build_info"][VERSION, platform_version()] = 1
+        for name in ("requests_in_progress", "rate_limited_total", "auth_failures_total", "connections_refused_total"):
+            self.series["lxc_autoscale_api_" + name][()] = 0
 
-    def add(self, name, *labels):
+    def add(self, name, *labels, amount=1):
         with self.lock:
             series = self.series[name]
-            series[labels] = series.get(labels, 0) + 1
+            series[labels] = series.get(labels, 0) + amount
 
     def observe(self, name, value, *labels):
         """Count a value in its bucket; a series is the buckets' own counts, one for what is above all, and the sum."""
@@ -1352,18 +1516,34 @@ class Metrics:
             counts[-1] += value
 
     def render(self, gauges):
-        """The exposition, with `gauges` {name: {labels: value}} that were read just now."""
+        """The exposition, with the families `gauges` {name: {labels: value}} that were read just now."""
         with self.lock:
             series = {name: {labels: list(value) if isinstance(value, list) else value for labels, value in each.items()}
                       for name, each in self.series.items()}
         lines = []
         for name, family in FAMILIES.items():
-            found = {**series[name], **gauges.get(name, {})}
+            found = gauges.get(name) or series[name]
             if found:
                 lines += [f"# HELP {name} {family.help}", f"# TYPE {name} {family.kind}"]
             for labels, value in sorted(found.items()):
                 lines += exposition(name, family, labels, value)
         return "\n".join(lines) + "\n"
+
+
+def platform_version():
+    return ".".join(map(str, sys.version_info[:3]))
+
+
+def process_metrics():
+    """The process_* families, as Prometheus's own clients read them from /proc."""
+    fields = read_text("/proc/self/stat").rpartition(")")[2].split()       # from field 3 of proc(5) on
+    boot, tick = int(re.search(r"^btime (\d+)", read_text("/proc/stat"), re.MULTILINE)[1]), os.sysconf("SC_CLK_TCK")
+    values = {
+        "cpu_seconds_total": (int(fields[11]) + int(fields[12])) / tick, "open_fds": len(os.listdir("/proc/self/fd")) - 1,
+        "max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0], "virtual_memory_bytes": int(fields[20]),
+        "resident_memory_bytes": int(fields[21]) * os.sysconf("SC_PAGE_SIZE"), "start_time_seconds": boot + int(fields[19]) / tick,
+    }
+    return {"process_" + name: {(): value} for name, value in values.items()}
 
 
 def exposition(name, family, values, value):
@@ -1397,12 +1577,7 @@ def check_health(api):
 
 
 def show_metrics(api):
-    cores, memory = {}, {}
-    for vm_id, conf in api.host.confs().items():
-        for found, key in ((cores, "cores"), (memory, "memory")):
-            if number(conf.values.get(key)) is not None:
-                found[(str(vm_id),)] = number(conf.values[key])
-    gauges = {"lxc_autoscale_container_cpu_cores": cores, "lxc_autoscale_container_memory_mb": memory}
+    gauges = {**api.host.gauges(), **api.host.commands.gauges(), **process_metrics()}
     return Answer(200, api.metrics.render(gauges), content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -1436,6 +1611,11 @@ def list_snapshots(api, vm_id):
     return success(f"Found {len(found)} snapshots for VM {vm_id}", found)
 
 
+def delete_snapshot(api, vm_id, snapshot_name):
+    api.host.delete_snapshot(vm_id, snapshot_name)
+    return success(f"Snapshot '{snapshot_name}' of VM {vm_id} deleted")
+
+
 def roll_back(api, vm_id, snapshot_name):
     api.host.rollback(vm_id, snapshot_name)
     return success(f"Rolled back VM {vm_id} to snapshot '{snapshot_name}'")
@@ -1453,12 +1633,19 @@ def delete_clone(api, vm_id):
     return success(f"Deleted VM {vm_id}")
 
 
+def list_containers(api):
+    found = api.host.list()
+    return success(f"Found {len(found)} containers", found)
+
+
 def show_status(api, vm_id):
     return success(f"Retrieved status for VM {vm_id}", api.host.status(vm_id))
 
 
 def show_config(api, vm_id):
-    return success(f"Successfully retrieved configuration for VM {vm_id}", api.host.config(vm_id))
+    bounds = api.config.containers
+    return success(f"Successfully retrieved configuration for VM {vm_id}",
+                   api.host.config(vm_id, bounds.max_cores, bounds.max_memory_mb))
 
 
 def show_node(api, node_name):
@@ -1467,6 +1654,10 @@ def show_node(api, node_name):
 
 def show_cluster(api):
     return success("Retrieved cluster status", api.host.cluster_status())
+
+
+def show_openapi(api):
+    return Answer(200, openapi())
 
 
 class Route(NamedTuple):
@@ -1489,6 +1680,7 @@ ROUTES = (
     Route("GET", "/health/check", check_health, (), "Whether Proxmox's commands work.", key=False),
     Route("GET", "/metrics", show_metrics, (), "Metrics for Prometheus.", key=False, limited=False),
     Route("GET", "/routes", list_routes, (), "This list."),
+    Route("GET", "/openapi.json", show_openapi, (), "This API's description in OpenAPI 3.1."),
     Route("POST", "/scale/cores", set_cores, (VM_ID, CORES), "Set a container's number of CPU cores.",
           changes=("vm_id",), scaling=("cpu", "set")),
     Route("POST", "/scale/ram", set_memory, (VM_ID, MEMORY), "Set a container's memory, in MB.",
@@ -1498,12 +1690,15 @@ ROUTES = (
     Route("POST", "/snapshot/create", create_snapshot, (VM_ID, SNAPSHOT_NAME), "Take a snapshot of a container.",
           changes=("vm_id",), limit=LONG),
     Route("GET", "/snapshot/list", list_snapshots, (VM_ID,), "List a container's snapshots, oldest first."),
+    Route("DELETE", "/snapshot/delete", delete_snapshot, (VM_ID, SNAPSHOT_NAME), "Delete a snapshot of a container.",
+          changes=("vm_id",), limit=LONG),
     Route("POST", "/snapshot/rollback", roll_back, (VM_ID, SNAPSHOT_NAME), "Roll a container back to a snapshot.",
           changes=("vm_id",), limit=LONG),
     Route("POST", "/clone/create", create_clone, (VM_ID, NEW_VM_ID, NEW_VM_NAME, START), "Clone a container, running or not.",
           changes=("vm_id", "new_vm_id"), limit=LONG),
     Route("DELETE", "/clone/delete", delete_clone, (VM_ID,), "Destroy a container, running or not.",
           changes=("vm_id",), limit=LONG),
+    Route("GET", "/resource/vm/list", list_containers, (), "All containers of this node.", also="/resource/lxc/list"),
     Route("GET", "/resource/vm/status", show_status, (VM_ID,), "A container's state and what it uses.",
           also="/resource/lxc/status"),
     Route("GET", "/resource/vm/config", show_config, (VM_ID,), "A container's allotment, and the limits for scaling it.",
@@ -1519,6 +1714,69 @@ def allowed_methods(route):
     return "GET, HEAD, OPTIONS" if route.method == "GET" else f"{route.method}, OPTIONS"
 
 
+# The table as OpenAPI 3.1
+
+STATUSES = {                                # every answer but success, and what it means
+    400: "A parameter is missing, unknown or invalid, or Proxmox refuses it.", 401: "The key is missing or wrong.",
+    403: "The configuration forbids changing this container.", 404: "No such container, snapshot or node.",
+    405: "Wrong method.", 408: "The request did not arrive in time.", 409: "The container's state does not allow it.",
+    411: "The request has no Content-Length.", 413: "The body is too large.", 414: "The request line is too long.",
+    415: "The body is not JSON.", 417: "An expectation that is not met here.", 429: "Too many requests.",
+    431: "The headers are too long.", 500: "A command failed.", 503: "Not now; nothing was done.",
+    504: "A command did not finish in time; `error` says whether it goes on.", 505: "Not HTTP/1.",
+}
+
+
+def openapi():
+    """ROUTES -> the API's description."""
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "lxc_autoscale_api", "version": VERSION, "description": __doc__.partition("\n")[0]},
+        "paths": {path: {route.method.lower(): describe_route(path, route)} for path, route in PATHS.items()},
+        "components": {
+            "securitySchemes": {"header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+                                "query": {"type": "apiKey", "in": "query", "name": "api_key"}},
+            "schemas": {
+                "Success": {"type": "object", "required": ["status", "message"], "properties": {
+                    "status": {"const": "success"}, "message": {"type": "string"}, "data": {"type": ["object", "array"]}}},
+                "Error": {"type": "object", "required": ["status", "error"], "properties": {
+                    "status": {"const": "error"}, "error": {"type": "string"}, "details": {"type": "string"}}},
+            },
+            "responses": {str(status): {"description": text, "content": {"application/json": {
+                "schema": {"$ref": "#/components/schemas/Error"}}}} for status, text in STATUSES.items()},
+        },
+    }
+
+
+def describe_route(path, route):
+    good = {"application/json": {"schema": {"$ref": "#/components/schemas/Success"}}}
+    if route.handler in (check_health, list_routes, show_openapi):
+        good = {"application/json": {"schema": {"type": "object"}}}
+    if route.handler is show_metrics:
+        good = {"text/plain": {"schema": {"type": "string"}}}
+    described = {
+        "operationId": path.strip("/").replace("/", "_").replace(".", "_"), "summary": route.summary,
+        "security": [{"header": []}, {"query": []}] if route.key else [],
+        "responses": {"200": {"description": "Done.", "content": good},
+                      **{str(status): {"$ref": f"#/components/responses/{status}"} for status in STATUSES}},
+    }
+    if route.handler is check_health:
+        described["responses"]["503"] = {"description": "Proxmox's commands do not work.", "content": good}
+    if route.method == "GET":
+        described["parameters"] = [{"name": each.name, "in": "query", "required": True, "description": describe_parameter(each),
+                                    "schema": each.schema()} for each in route.parameters]
+    else:
+        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": {
+            "type": "object", "additionalProperties": False,
+            "required": [each.name for each in route.parameters if each.default is None],
+            "properties": {each.name: {"description": describe_parameter(each), **each.schema()} for each in route.parameters}}}}}
+    return described
+
+
+def describe_parameter(parameter):
+    return parameter.rule + (f"; {parameter.also} is the same" if parameter.also else "")
+
+
 # From a request to an answer
 
 class Api:
@@ -1526,17 +1784,22 @@ class Api:
 
     def __init__(self, config, host, operations, metrics):
         self.host, self.operations, self.metrics = host, operations, metrics
+        self.limiter = self.bounds = None
         self.configure(config)
 
     def configure(self, config):
+        """Take over settings; a limiter whose bounds stay goes on counting."""
         rates = config.rate_limiting
-        self.config = config
-        self.limiter = RateLimiter(rates.max_requests_per_minute, rates.time_window_seconds) if rates.enabled else None
+        bounds = (rates.max_requests_per_minute, rates.time_window_seconds) if rates.enabled else None
+        if bounds != self.bounds:
+            self.limiter = RateLimiter(*bounds) if bounds else None
+        self.config, self.bounds = config, bounds
         self.digests = [digest(key.encode()) for key in config.keys]
 
     def answer(self, request):
         started, headers = time.perf_counter(), {}
         route = PATHS.get(request.path)
+        self.metrics.add("lxc_autoscale_api_requests_in_progress")
         try:
             answer = self.dispatch(request, route, headers)
         except Problem as problem:
@@ -1545,6 +1808,7 @@ class Api:
             log.exception("internal error in %s %s", request.method, loggable_path(request.path))
             answer = internal_error(error).answer()
         answer.headers.update(headers)
+        self.metrics.add("lxc_autoscale_api_requests_in_progress", amount=-1)
         self.count(request.method, route, answer.status, time.perf_counter() - started)
         return answer
 
@@ -1576,14 +1840,18 @@ class Api:
             return route.handler(self, **values)
         return self.change(request, route, values)
 
+    def client(self, request):
+        return client_of(request, self.config.server.trusted_proxies)
+
     def limit(self, request, headers):
-        client, exempt = client_of(request, self.config.server.trusted_proxies)
+        client, exempt = self.client(request)
         if exempt:
             return
         admitted, remaining, wait = self.limiter.admit(client)
         headers.update({"X-RateLimit-Limit": str(self.limiter.limit), "X-RateLimit-Remaining": str(remaining),
                         "X-RateLimit-Reset": str(math.ceil(time.time() + wait))})
         if not admitted:
+            self.metrics.add("lxc_autoscale_api_rate_limited_total")
             seconds = max(1, math.ceil(wait))
             raise Problem(429, "Rate limit exceeded", {"Retry-After": str(seconds)}, retry_after_seconds=seconds,
                           limit=self.limiter.limit, window_seconds=self.limiter.window)
@@ -1604,13 +1872,29 @@ class Api:
             given = keys[0] if len(keys) == 1 else ""
         given = digest(given.encode("utf-8", "surrogateescape"))
         if not any([hmac.compare_digest(given, known) for known in self.digests]):      # a list: all are compared
+            self.metrics.add("lxc_autoscale_api_auth_failures_total")
             raise Problem(401, "Missing or invalid API key", {"WWW-Authenticate": 'ApiKey realm="lxc_autoscale_api"'})
         return query
 
+    def guard(self, route, values):
+        """Hold a caller to the configuration's `containers`, or Problem 403 or 400."""
+        rules = self.config.containers
+        for name in route.changes:
+            if values[name] in rules.protected:
+                raise Problem(403, f"VM {values[name]} is protected: containers.protected in the daemon's configuration names it")
+            if rules.allowed and values[name] not in rules.allowed:
+                raise Problem(403, f"VM {values[name]} must not be changed: containers.allowed in the daemon's configuration "
+                                   "does not name it")
+        for parameter, setting in ((CORES, "max_cores"), (MEMORY, "max_memory_mb")):
+            if values.get(parameter.name, 0) > getattr(rules, setting):
+                raise Problem(400, f"Invalid {parameter.name}: must be an integer between {parameter.low} and "
+                                   f"{getattr(rules, setting)} (containers.{setting} in the daemon's configuration)")
+
     def change(self, request, route, values):
         """Run a handler that changes containers, in their turn."""
+        self.guard(route, values)
         shown = " ".join(f"{name}={value}" for name, value in values.items())
-        client, _ = client_of(request, self.config.server.trusted_proxies)
+        client, _ = self.client(request)
         operation = Operation(f"{route.method} {route.path} {shown}", client)
         seconds = getattr(self.config.proxmox, route.limit)
         return self.operations.run(operation, {values[name] for name in route.changes}, seconds,
@@ -1731,7 +2015,7 @@ class Handler(BaseHTTPRequestHandler):
         answer = self.server.api.answer(request)
         self.close_connection = (self.server.stopping or self.wants_close(request) or not self.can_drain()
                                  or answer.status == 411)      # it may yet send a body without a length
-        self.respond(answer, request.method, request.path, started, client_of(request, self.server.trusted)[0])
+        self.respond(answer, request.method, request.path, started, self.server.api.client(request)[0])
         self.server.end(self.request)
         if not self.close_connection:
             self.drain()
@@ -1853,7 +2137,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, config, api):
         server = config.server
-        self.api, self.places, self.trusted = api, server.max_connections, server.trusted_proxies
+        self.api, self.places = api, server.max_connections
         self.address_family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
         self.changed, self.connections = threading.Condition(), {}  # socket -> waiting for a request since; None: in work
         self.stopping, self.refused = False, deque()                # (until, socket): told to go, not yet closed
@@ -1937,6 +2221,16 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         log.exception("internal error in a connection from %s", client_address[0])
 
+    def answers(self):
+        """Whether a request to ourselves is answered: what the watchdog is fed for."""
+        host, port = self.server_address[:2]
+        try:
+            with socket.create_connection(({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port), REQUEST_SECONDS) as sock:
+                sock.sendall(b"OPTIONS /health/check HTTP/1.0\r\n\r\n")
+                return sock.recv(9).startswith(b"HTTP/1.1")
+        except OSError:
+            return False
+
     def stop_listening(self):
         """Refuse new connections, and hang up on those that have not sent a whole request."""
         with self.changed:
@@ -2004,6 +2298,7 @@ def complain(text):
 
 def open_logs(settings, keys):
     """Point the loggers at their files; one that cannot be opened is said on stderr and left out."""
+    fresh = []
     line = SafeFormatter("%(asctime)s %(levelname)s %(message)s", keys)
     for logger, path, level in ((log, settings.log_file, settings.log_level), (log, settings.error_log, "WARNING"),
                                 (access_log, settings.access_log, "INFO")):
@@ -2014,8 +2309,12 @@ def open_logs(settings, keys):
             handler = logging.NullHandler()
         handler.setFormatter(line if logger is log else SafeFormatter("%(asctime)s %(message)s", keys))
         handler.setLevel(level)
-        logger.addHandler(handler)
-        logger.propagate = False
+        fresh.append((logger, handler))
+    for logger in (log, access_log):
+        old, logger.propagate = logger.handlers, False
+        logger.handlers = [handler for each, handler in fresh if each is logger]    # at once: no line goes nowhere
+        for handler in old:
+            handler.close()
     log.setLevel(min(logging.getLevelName(settings.log_level), logging.WARNING))
     access_log.setLevel(logging.INFO)
 
@@ -2044,13 +2343,64 @@ def catch_signals(*numbers):
     return reader
 
 
-def serve(server, signals):
+def notify(state):
+    """Tell systemd, if it started us, as sd_notify(3) does; an address with @ is an abstract one."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path[:1] not in ("/", "@"):
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.settimeout(1)
+            sock.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
+    except OSError as error:
+        log.warning("systemd cannot be told %s: %s", state.partition("\n")[0], error.strerror)
+
+
+def watchdog_seconds():
+    """How often systemd wants to hear from us, with a margin, or None."""
+    usec = os.environ.get("WATCHDOG_USEC", "")
+    mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    return int(usec) / 3e6 if mine and re.fullmatch(r"[1-9][0-9]{0,15}", usec) else None
+
+
+def reload(server, path):
+    """Take over keys, rate limits, container rules and logs from the file; a bad one changes nothing."""
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+    old = server.api.config
+    try:
+        config = read_config(path)
+    except ConfigError as error:
+        log.error("not reloaded, the old settings stay: %s", error.text)
+        complain(f"not reloaded, the old settings stay: {error.text}")
+    else:
+        open_logs(config.logging, config.keys)
+        server.api.configure(config)
+        log.info("reloaded %s", path)
+        if (config.server, config.proxmox) != (old.server, old.proxmox):
+            log.warning("changed settings under server: or proxmox: may need a restart to count")
+    notify("READY=1")
+
+
+def serve(server, signals, config_path):
     """Answer until a signal; then let requests in work finish, and leave what still runs alone."""
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     log.info("lxc_autoscale_api %s listens on %s port %d", VERSION, *server.server_address[:2])
+    notify("READY=1")
     for command in server.api.host.forgotten_snapshots():
         log.warning("a temporary snapshot was left by an earlier stop; once no clone runs, remove it with: %s", command)
-    log.info("stopping on %s", signal_name(signals.recv(1)[0]))
+    signals.settimeout(watchdog_seconds())
+    while True:
+        try:
+            number = signals.recv(1)[0]
+        except socket.timeout:
+            if server.answers():
+                notify("WATCHDOG=1")
+            continue
+        if number != signal.SIGHUP:
+            break
+        reload(server, config_path)
+    notify("STOPPING=1")
+    log.info("stopping on %s", signal_name(number))
     server.stop_listening()
     server.api.operations.refuse_waiting()
     if not server.wait_for_answers(STOP_SECONDS - 5):
@@ -2075,13 +2425,13 @@ def main():
         return 0
     os.umask(0o077)
     open_logs(config.logging, config.keys)
-    signals = catch_signals(signal.SIGTERM, signal.SIGINT)
+    signals = catch_signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     try:
         server = build(config)
     except OSError as error:
         complain(f"cannot listen on {config.server.host} port {config.server.port}: {error.strerror}")
         return 1
-    serve(server, signals)
+    serve(server, signals, arguments.config)
     return 0
 
 

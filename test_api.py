@@ -653,6 +653,7 @@ def free_port():
 DEMO_CURL = """
 curl -s {url}/health/check
 curl -s -H "X-API-Key: $KEY" {url}/routes
+curl -s -H "X-API-Key: $KEY" {url}/resource/vm/list
 curl -s -H "X-API-Key: $KEY" "{url}/resource/vm/status?vm_id=104"
 curl -s -H "X-API-Key: $KEY" "{url}/resource/vm/config?vm_id=104"
 curl -s -H "X-API-Key: $KEY" -H "Content-Type: application/json" -d '{{"vm_id": 104, "cores": 4}}' {url}/scale/cores
@@ -661,6 +662,7 @@ curl -s -H "X-API-Key: $KEY" -H "Content-Type: application/json" -d '{{"vm_id": 
 curl -s -H "X-API-Key: $KEY" -H "Content-Type: application/json" -d '{{"vm_id": 104, "snapshot_name": "backup_20241224"}}' {url}/snapshot/create
 curl -s -H "X-API-Key: $KEY" "{url}/snapshot/list?vm_id=104"
 curl -s -H "X-API-Key: $KEY" -H "Content-Type: application/json" -d '{{"vm_id": 104, "snapshot_name": "backup_20241224"}}' {url}/snapshot/rollback
+curl -s -X DELETE -H "X-API-Key: $KEY" -H "Content-Type: application/json" -d '{{"vm_id": 104, "snapshot_name": "backup_20241224"}}' {url}/snapshot/delete
 curl -s -H "X-API-Key: $KEY" -H "Content-Type: application/json" -d '{{"vm_id": 104, "new_vm_id": 105, "new_vm_name": "test_clone"}}' {url}/clone/create
 curl -s -X DELETE -H "X-API-Key: $KEY" -H "Content-Type: application/json" -d '{{"vm_id": 105}}' {url}/clone/delete
 curl -s -H "X-API-Key: $KEY" "{url}/resource/node/status?node_name=proxmox"
@@ -1555,9 +1557,10 @@ def test_many_ask_for_health_and_one_probe_answers(host, launch):
 def test_routes_are_listed_from_the_table(steady):
     rows = steady.get("/routes").body["routes"]
     assert [(row["endpoint"], row["methods"]) for row in rows] == [
-        ("/health/check", ["GET"]), ("/metrics", ["GET"]), ("/routes", ["GET"]), ("/scale/cores", ["POST"]), ("/scale/ram", ["POST"]),
-        ("/scale/storage/increase", ["POST"]), ("/snapshot/create", ["POST"]), ("/snapshot/list", ["GET"]), ("/snapshot/rollback", ["POST"]),
-        ("/clone/create", ["POST"]), ("/clone/delete", ["DELETE"]), ("/resource/vm/status", ["GET"]), ("/resource/lxc/status", ["GET"]),
+        ("/health/check", ["GET"]), ("/metrics", ["GET"]), ("/routes", ["GET"]), ("/openapi.json", ["GET"]), ("/scale/cores", ["POST"]), ("/scale/ram", ["POST"]),
+        ("/scale/storage/increase", ["POST"]), ("/snapshot/create", ["POST"]), ("/snapshot/list", ["GET"]), ("/snapshot/delete", ["DELETE"]),
+        ("/snapshot/rollback", ["POST"]), ("/clone/create", ["POST"]), ("/clone/delete", ["DELETE"]), ("/resource/vm/list", ["GET"]), ("/resource/lxc/list", ["GET"]),
+        ("/resource/vm/status", ["GET"]), ("/resource/lxc/status", ["GET"]),
         ("/resource/vm/config", ["GET"]), ("/resource/lxc/config", ["GET"]), ("/resource/node/status", ["GET"]), ("/resource/cluster/status", ["GET"])]
     assert all(row["description"].endswith(".") for row in rows)
 
@@ -1589,7 +1592,7 @@ def test_scaling_and_requests_are_counted(api, host):
     api.get("/nowhere/" + "x" * 50)
     api.request("BREW", "/routes")
     types, values = parse_exposition(api.get("/metrics").body)
-    assert {name: value for name, value in values.items() if "scaling" in name or "container" in name} == {
+    assert {name: value for name, value in values.items() if "scaling" in name or "cpu_cores" in name or "memory_mb" in name} == {
         'lxc_autoscale_scaling_actions_total{container_id="104",resource="cpu",action="set"}': 1,
         'lxc_autoscale_scaling_actions_total{container_id="104",resource="ram",action="set"}': 1,
         'lxc_autoscale_scaling_actions_total{container_id="104",resource="storage",action="increase"}': 1,
@@ -2289,6 +2292,279 @@ def test_random_requests_crash_and_leak_nothing(launch, host):
     assert api.get("/routes").status == 200
 
 
+# Metrics, the description, the rails
+
+def test_containers_are_measured_without_a_process(api, host):
+    host.add(107, "batch", cores=None, lock="backup")
+    types, values = parse_exposition(api.get("/metrics").body)
+    assert host.calls() == []
+    found = {name: value for name, value in values.items() if 'container_id="104"' in name or 'container_id="107"' in name}
+    assert found == {
+        'lxc_autoscale_container_info{container_id="104",name="web-01"}': 1, 'lxc_autoscale_container_info{container_id="107",name="batch"}': 1,
+        'lxc_autoscale_container_up{container_id="104"}': 1, 'lxc_autoscale_container_up{container_id="107"}': 0,
+        'lxc_autoscale_container_cpu_cores{container_id="104"}': 2,
+        'lxc_autoscale_container_memory_mb{container_id="104"}': 2048, 'lxc_autoscale_container_memory_mb{container_id="107"}': 2048,
+        'lxc_autoscale_container_memory_limit_bytes{container_id="104"}': 2**31, 'lxc_autoscale_container_memory_limit_bytes{container_id="107"}': 2**31,
+        'lxc_autoscale_container_memory_usage_bytes{container_id="104"}': 524288000, 'lxc_autoscale_container_cpu_seconds_total{container_id="104"}': 5,
+        'lxc_autoscale_container_disk_read_bytes_total{container_id="104"}': 1048576, 'lxc_autoscale_container_disk_write_bytes_total{container_id="104"}': 2097152,
+        'lxc_autoscale_container_oom_kills_total{container_id="104"}': 0, 'lxc_autoscale_container_pids{container_id="104"}': 42}
+    assert types["lxc_autoscale_container_cpu_seconds_total"] == "counter" and types["lxc_autoscale_container_pids"] == "gauge"
+    (host.cgroup / "lxc/104/io.stat").write_text("253:1 rbytes=1 wbytes=2\n253:2 rbytes=10 wbytes=20 rios=1\n8:0\n")
+    (host.cgroup / "lxc/104/pids.current").unlink()             # a file that is not there is a family less
+    _, values = parse_exposition(api.get("/metrics").body)
+    assert values['lxc_autoscale_container_disk_write_bytes_total{container_id="104"}'] == 22
+    assert not any("_pids" in name for name in values)
+    shutil.rmtree(host.cgroup)
+    assert "lxc_autoscale_container_up" not in api.get("/metrics").body
+
+
+def test_the_daemon_tells_about_itself(launch, host):
+    api = limited(launch, max_requests_per_minute=1)
+    via = {"X-Forwarded-For": "198.51.100.7"}
+    api.get("/resource/vm/status?vm_id=104", headers=via)
+    api.get("/routes", headers=via)
+    api.get("/routes", key="wrong")
+    host.faults(set={"delay": 1})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        change = pool.submit(api.post, "/scale/cores", {"vm_id": 104, "cores": 3})
+        wait_until(lambda: len(host.calls()) == 2)
+        busy = parse_exposition(api.get("/metrics").body)[1]
+        change.result()
+    (host.root / "bin/pct").unlink()
+    api.post("/scale/cores", {"vm_id": 104, "cores": 3})
+    types, values = parse_exposition(api.get("/metrics").body)
+    name = "lxc_autoscale_api_"
+    assert (busy[name + "commands_in_progress"], busy[name + "commands_waiting"], busy[name + "requests_in_progress"]) == (1, 0, 2)
+    assert (values[name + "commands_in_progress"], values[name + "requests_in_progress"]) == (0, 1)
+    assert (values[name + "rate_limited_total"], values[name + "auth_failures_total"]) == (1, 1)
+    assert values[name + 'commands_total{command="pct status",result="ok"}'] == values[name + 'commands_total{command="pct set",result="ok"}'] == 1
+    assert values[name + 'commands_total{command="pct set",result="not_started"}'] == 1
+    assert values[name + 'command_duration_seconds_bucket{command="pct set",le="0.6"}'] == 0
+    assert values[name + 'command_duration_seconds_count{command="pct set"}'] == 1
+    assert values[f'{name}build_info{{version="{module.VERSION}",python_version="{module.platform_version()}"}}'] == 1
+    assert values["process_resident_memory_bytes"] == pytest.approx(resident_kb(api) * 1024, rel=0.2)
+    assert values["process_open_fds"] == pytest.approx(descriptors(api), abs=3) and values["process_max_fds"] > 100
+    assert abs(values["process_start_time_seconds"] - time.time()) < 60 and 0 < values["process_cpu_seconds_total"] < 60
+    assert values["process_virtual_memory_bytes"] > values["process_resident_memory_bytes"]
+    assert [kind for name, kind in types.items() if name.endswith("_total")] == ["counter"] * sum(name.endswith("_total") for name in types)
+
+
+def test_promtool_has_nothing_to_say_but_of_the_kept_name(api, host):
+    if not shutil.which("promtool"):
+        pytest.skip("promtool is not installed")
+    api.post("/scale/cores", {"vm_id": 104, "cores": 3})
+    done = subprocess.run(["promtool", "check", "metrics"], input=api.get("/metrics").body, capture_output=True, text=True)
+    assert [line for line in (done.stdout + done.stderr).splitlines() if "lxc_autoscale_container_memory_mb" not in line] == []
+
+
+def test_a_real_prometheus_scrapes_it(api, host, tmp_path):
+    if not shutil.which("prometheus"):
+        pytest.skip("prometheus is not installed")
+    port = free_port()
+    (tmp_path / "prometheus.yml").write_text(
+        f"scrape_configs:\n  - job_name: lxc_autoscale_api\n    scrape_interval: 1s\n    static_configs:\n      - targets: ['127.0.0.1:{api.port}']\n")
+    server = subprocess.Popen(["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data",
+                               f"--web.listen-address=127.0.0.1:{port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def ask(query):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            connection.request("GET", "/api/v1/query?query=" + query)
+            return [(row["metric"].get("container_id"), row["value"][1]) for row in json.loads(connection.getresponse().read())["data"]["result"]]
+    try:
+        assert wait_until(lambda: ask("up"), 30) == [(None, "1")]
+        assert sorted(ask("lxc_autoscale_container_memory_limit_bytes")) == [("104", "2147483648"), ("106", "2147483648")]
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def test_a_thousand_containers_are_scraped_and_listed_soon(api, host):
+    text = host.path(106).read_text()
+    for vm_id in range(1000, 2000):
+        host.path(vm_id).write_text(text)
+        shutil.copytree(host.cgroup / "lxc/104", host.cgroup / f"lxc/{vm_id}")
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        lines = api.get("/metrics").body.count("\n")
+        times.append(time.perf_counter() - started)
+    assert lines > 11000 and min(times) < 0.5               # a bound for any machine; the figure is in the README
+    assert len(api.get("/resource/vm/list").body["data"]) == 1002
+
+
+def test_a_container_that_vanishes_during_a_scrape_is_left_out(api, host, monkeypatch):
+    proxmox = module.Proxmox(None, str(host.pve), str(host.cgroup))
+    real = module.read_text
+
+    def vanish(path):
+        if path.endswith("106.conf"):
+            return None
+        return None if "/104/" in path else real(path)
+    monkeypatch.setattr(module, "read_text", vanish)
+    gauges = proxmox.gauges()
+    assert gauges["lxc_autoscale_container_up"] == {("104",): 0} and gauges["lxc_autoscale_container_pids"] == {}
+
+
+def test_containers_are_listed(api, host, launch):
+    host.add(107, None, cores=None)
+    reply = api.get("/resource/vm/list")
+    uptime = reply.body["data"][0].pop("uptime")
+    assert 0 <= uptime < 60 and host.calls() == []
+    assert reply.body == ok("Found 3 containers", [
+        {"vm_id": 104, "lxc_id": 104, "name": "web-01", "status": "running", "cores": 2, "memory": 2048},
+        {"vm_id": 106, "lxc_id": 106, "name": "db-01", "status": "stopped", "cores": 2, "memory": 2048, "uptime": 0},
+        {"vm_id": 107, "lxc_id": 107, "name": "ct107", "status": "stopped", "cores": None, "memory": 2048, "uptime": 0}])
+    assert api.get("/resource/lxc/list").status == 200
+    without = launch(proxmox={"pve_dir": str(host.root / "nowhere")})
+    pvesh = host.root / "bin/pvesh"
+    rows = [{"vmid": "106", "name": "db-01", "status": "stopped", "cpus": 2, "maxmem": 2**31, "uptime": 0}, {"vmid": 104, "status": "running"}]
+    pvesh.write_text(f"#!/bin/sh\ncase $2 in /nodes/*/lxc) echo '{json.dumps(rows)}';; *) exit 1;; esac\n")
+    assert without.get("/resource/vm/list").body["data"] == [
+        {"vm_id": 104, "lxc_id": 104, "name": None, "status": "running", "cores": None, "memory": None, "uptime": None},
+        {"vm_id": 106, "lxc_id": 106, "name": "db-01", "status": "stopped", "cores": 2, "memory": 2048, "uptime": 0}]
+
+
+def test_a_snapshot_is_deleted(api, host):
+    body = {"vm_id": 104, "snapshot_name": "backup_20241224"}
+    assert api.delete("/snapshot/delete", body).status == 404
+    api.post("/snapshot/create", body)
+    assert api.delete("/snapshot/delete", body).body == ok("Snapshot 'backup_20241224' of VM 104 deleted")
+    assert host.snapshots(104) == []
+
+
+def test_protected_containers_are_not_changed_and_allowed_ones_only(launch, host):
+    api = launch(containers={"protected": [104], "allowed": [104, 106, 108]})
+    for path, body in (("/scale/cores", {"cores": 4}), ("/snapshot/create", {"snapshot_name": "s1"}), ("/clone/create", {"new_vm_id": 108, "new_vm_name": "x"})):
+        assert api.post(path, {"vm_id": 104, **body}).body == error("VM 104 is protected: containers.protected in the daemon's configuration names it")
+        assert api.post(path, {"vm_id": 107, **body}).body == error(
+            "VM 107 must not be changed: containers.allowed in the daemon's configuration does not name it")
+    reply = api.post("/clone/create", {"vm_id": 106, "new_vm_id": 105, "new_vm_name": "x"})
+    assert (reply.status, reply.body["error"][:27]) == (403, "VM 105 must not be changed:")
+    assert api.delete("/clone/delete", {"vm_id": 104}).status == 403
+    assert host.calls() == []
+    assert api.post("/clone/create", {"vm_id": 106, "new_vm_id": 108, "new_vm_name": "x"}).status == 200
+    assert api.get("/resource/vm/config?vm_id=104").status == 200
+
+
+def test_ceilings_are_kept_and_told(launch, host):
+    api = launch(containers={"max_cores": 1, "max_memory_mb": 1024})
+    reply = api.post("/scale/cores", {"vm_id": 104, "cores": 2})
+    assert (reply.status, reply.body) == (400, error("Invalid cores: must be an integer between 1 and 1 (containers.max_cores in the daemon's configuration)"))
+    assert api.post("/scale/ram", {"vm_id": 104, "memory": 1025}).status == 400
+    assert api.post("/scale/ram", {"vm_id": 104, "memory": 1024}).status == 200
+    limits = api.get("/resource/vm/config?vm_id=104").body["data"]["limits"]
+    assert limits == {"cores": {"min": 1, "max": 1}, "memory_mb": {"min": 64, "max": 1024}, "disk_gb": {"min": 8}}
+
+
+def test_the_description_has_every_route_parameter_and_code(steady):
+    document = steady.get("/openapi.json").body
+    assert document["openapi"] == "3.1.0" and list(document["paths"]) == list(module.PATHS)
+    cores = document["paths"]["/scale/cores"]["post"]
+    assert cores["requestBody"]["content"]["application/json"]["schema"] == {
+        "type": "object", "additionalProperties": False, "required": ["vm_id", "cores"], "properties": {
+            "vm_id": {"type": "integer", "minimum": 100, "maximum": 999999, "description": "must be an integer between 100 and 999999; lxc_id is the same"},
+            "cores": {"type": "integer", "minimum": 1, "maximum": 128, "description": "must be an integer between 1 and 128"}}}
+    assert set(cores["responses"]) == {"200", *map(str, module.STATUSES)} and cores["security"] == [{"header": []}, {"query": []}]
+    name = document["paths"]["/snapshot/create"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]["snapshot_name"]
+    for value in SNAPSHOT_NAMES + ["-x", "a.b", "", "x" * 101]:
+        matches = bool(re.search(name["pattern"], value)) and name["minLength"] <= len(value) <= name["maxLength"]
+        assert matches == bool(module.SNAPSHOT_NAME.pattern.fullmatch(value))
+    assert document["paths"]["/health/check"]["get"]["security"] == []
+
+
+def test_the_description_is_valid_openapi(steady):
+    validator = pytest.importorskip("openapi_spec_validator")
+    validator.validate(steady.get("/openapi.json").body)
+
+
+# systemd
+
+@pytest.fixture
+def manager(tmp_path):
+    """The socket that systemd listens on for a unit of Type=notify."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.bind(str(tmp_path / "notify"))
+    sock.settimeout(10)
+    yield sock
+    sock.close()
+
+
+def test_systemd_is_told_of_start_reload_and_stop(launch, manager):
+    api = launch(env={"NOTIFY_SOCKET": manager.getsockname()})
+    assert manager.recv(1000) == b"READY=1"
+    api.process.send_signal(signal.SIGHUP)
+    assert re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=\d+", manager.recv(1000))
+    assert manager.recv(1000) == b"READY=1"
+    api.process.send_signal(signal.SIGTERM)
+    assert manager.recv(1000) == b"STOPPING=1"
+    assert api.process.wait(5) == 0
+
+
+def test_an_abstract_socket_is_spoken_to_and_a_missing_one_is_no_matter(launch):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        name = f"lxc_autoscale_api_test_{os.getpid()}_{time.time_ns()}"
+        sock.bind("\0" + name)
+        sock.settimeout(10)
+        launch(env={"NOTIFY_SOCKET": "@" + name})
+        assert sock.recv(1000) == b"READY=1"
+    assert launch(env={"NOTIFY_SOCKET": "/nowhere/notify"}).get("/routes").status == 200
+
+
+def test_the_watchdog_is_fed_only_while_the_daemon_answers(launch, manager):
+    api = launch(env={"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "600000"}, constants={"REQUEST_SECONDS": 0.3}, server={"max_connections": 4})
+    assert [manager.recv(1000) for _ in range(3)] == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1"]
+    stuck = launch(env={"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "600000"}, constants={"REQUEST_SECONDS": 0.3, "Api.answer": "unset"} and
+                   {"REQUEST_SECONDS": 0.3, "OPENS": 0})
+    assert stuck.get("/routes").status == 200
+    api.process.send_signal(signal.SIGSTOP)
+    api.process.send_signal(signal.SIGCONT)
+    assert manager.recv(1000) in (b"READY=1", b"WATCHDOG=1")
+
+
+def test_a_reload_takes_over_keys_limits_rails_and_logs_and_closes_nothing(launch, host):
+    api = launch()
+    new_key = "another-key-9876543210"
+    with api.connect() as sock:
+        sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
+        assert read_answer(sock).status == 200
+        (host.root / "api.yaml").write_text(config_text(
+            host, api.port, new_key, rate_limiting={"max_requests_per_minute": 1}, containers={"protected": [104]},
+            logging={"log_file": f"{host.root}/second.log", "log_level": "WARNING"}, server={"max_connections": 17}))
+        api.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: (host.root / "second.log").exists() and "may need a restart" in api.log("second"))
+        sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
+        assert read_answer(sock).status == 401
+        sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", f"X-API-Key: {new_key}", "X-Forwarded-For: 198.51.100.7"))
+        assert (lambda reply: (reply.status, reply.headers["X-RateLimit-Limit"]))(read_answer(sock)) == (200, "1")
+    assert api.post("/scale/cores", {"vm_id": 104, "cores": 4}, key=new_key).status == 403
+    assert " ran pct" not in api.log("second")
+
+
+def test_a_bad_file_is_not_taken_over_and_said_with_its_line(api, host):
+    path = host.root / "api.yaml"
+    path.write_text(path.read_text().replace("port:", "prot:"))
+    api.process.send_signal(signal.SIGHUP)
+    text = f"not reloaded, the old settings stay: {path}:3: unknown key 'server.prot'"
+    wait_until(lambda: text in api.log("error"))
+    assert text in api.said() and api.get("/routes").status == 200
+
+
+def test_a_key_may_come_as_a_credential(host, launch, tmp_path):
+    folder = tmp_path / "credentials"
+    folder.mkdir()
+    (folder / "api_key").write_text("credential-key-0123456789\n")
+    env = {"CREDENTIALS_DIRECTORY": str(folder)}
+    api = launch(env=env, authentication={"api_key": None})
+    assert [api.get("/routes", key=key).status for key in ("credential-key-0123456789", KEY)] == [200, 401]
+    api = launch(env=env)
+    assert [api.get("/routes", key=key).status for key in ("credential-key-0123456789", KEY)] == [401, 200]
+    (folder / "api_key").write_text("short\n")
+    done = start_daemon(host, config_text(host, free_port(), None), env=env, stderr=subprocess.PIPE, text=True)
+    said = done.communicate(timeout=10)[1]
+    assert done.returncode == 78 and "the credential api_key must be at least 16 visible ASCII characters" in said and "short" not in said
+
+
 # What is installed
 
 def install(folder, *arguments, **env):
@@ -2371,7 +2647,7 @@ def test_install_sh_is_accepted_by_shells_and_shellcheck():
 
 README = (HERE / "README.md").read_text()
 VARIES = [(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME"), (r"answered in [\d.]+ s", "answered in SECONDS"), (r'"cpu_usage": [\d.]+', '"cpu_usage": PERCENT'),
-          (r'"uptime": 36\d\d', '"uptime": SECONDS'), (r'"max": \d+', '"max": HOST')]
+          (r'"uptime": \d{1,4}(?=[,}])', '"uptime": SECONDS'), (r'"max": \d+', '"max": HOST')]
 
 
 def steadied(text):
@@ -2383,9 +2659,10 @@ def steadied(text):
 def test_every_curl_of_the_readme_answers_as_printed(launch, host):
     host.path(106).unlink()
     host.add(106, "db-01", running=True, cores=4, memory=8192)
+    host.add(107, "batch", cores=None)
     api, block = launch(), re.search(r"```console\n(\$ curl.*?)```", README, re.DOTALL)[1]
     examples = re.findall(r"^\$ (curl .*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
-    paths = {re.search(r"127\.0\.0\.1:5000(/[a-z/]+)", command)[1] for command, _ in examples}
+    paths = {re.search(r"127\.0\.0\.1:5000(/[a-z/.]+)", command)[1] for command, _ in examples}
     assert paths == {route.path for route in module.ROUTES}
     for command, answer in examples:
         done = subprocess.run(["bash", "-c", command.replace("127.0.0.1:5000", f"127.0.0.1:{api.port}")], capture_output=True, text=True,
