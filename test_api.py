@@ -2511,15 +2511,25 @@ def test_an_abstract_socket_is_spoken_to_and_a_missing_one_is_no_matter(launch):
     assert launch(env={"NOTIFY_SOCKET": "/nowhere/notify"}).get("/routes").status == 200
 
 
+class Code(str):
+    """What stands in a patch as it is, and not as a string."""
+    __repr__ = str.__str__
+
+
 def test_the_watchdog_is_fed_only_while_the_daemon_answers(launch, manager):
-    api = launch(env={"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "600000"}, constants={"REQUEST_SECONDS": 0.3}, server={"max_connections": 4})
-    assert [manager.recv(1000) for _ in range(3)] == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1"]
-    stuck = launch(env={"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "600000"}, constants={"REQUEST_SECONDS": 0.3, "Api.answer": "unset"} and
-                   {"REQUEST_SECONDS": 0.3, "OPENS": 0})
-    assert stuck.get("/routes").status == 200
-    api.process.send_signal(signal.SIGSTOP)
-    api.process.send_signal(signal.SIGCONT)
-    assert manager.recv(1000) in (b"READY=1", b"WATCHDOG=1")
+    env = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "600000"}
+    api = launch(env=env)
+    assert [manager.recv(1000) for _ in range(4)] == [b"READY=1"] + [b"WATCHDOG=1"] * 3
+    assert api.stop() == 0
+    while manager.recv(1000) != b"STOPPING=1":
+        pass
+    stuck = launch(env=env, constants={"REQUEST_SECONDS": 0.1, "Api.answer": Code("lambda *_: daemon.time.sleep(60)")})
+    assert manager.recv(1000) == b"READY=1"
+    manager.settimeout(1)
+    with pytest.raises(socket.timeout):
+        manager.recv(1000)
+    stuck.process.kill()
+    stuck.stop()
 
 
 def test_a_reload_takes_over_keys_limits_rails_and_logs_and_closes_nothing(launch, host):
@@ -2595,6 +2605,95 @@ def test_an_installation_is_repeatable_and_keeps_the_key(tmp_path):
     assert config.read_text() == changed
     assert (tmp_path / (CONFIG_PATH + ".new")).read_bytes() == (HERE / "lxc_autoscale_api.yaml").read_bytes()
     assert key not in first.stdout + first.stderr
+
+
+SYSTEMCTL = r"""#!/bin/sh
+# Stands in for systemctl: notes how it was called, and starts and stops the installed daemon.
+echo "$*" >>{root}/systemctl.log
+stop() {{ [ ! -e {root}/pid ] || kill "$(cat {root}/pid)" 2>/dev/null; rm -f {root}/pid; }}
+case $1 in
+restart)
+    stop
+    PATH={bin}:$PATH {python} $DESTDIR/usr/local/bin/lxc_autoscale_api.py --config $DESTDIR/etc/lxc_autoscale_ml/lxc_autoscale_api.yaml >/dev/null 2>>{root}/journal &
+    echo $! >{root}/pid ;;
+disable) stop ;;
+esac
+"""
+
+
+@pytest.fixture
+def installed(tmp_path, host):
+    """-> (folder, install): the daemon installed below a folder and run by a stand-in for systemctl."""
+    folder, port = tmp_path / "root", free_port()
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(SYSTEMCTL.format(root=tmp_path, bin=host.root / "bin", python=sys.executable))
+    systemctl.chmod(0o755)
+    config = folder / CONFIG_PATH
+    config.parent.mkdir(parents=True)
+    config.write_text(config_text(host, port, KEY))
+
+    def run(source=HERE, *arguments):
+        return subprocess.run([str(source / "install.sh"), *arguments], capture_output=True, text=True,
+                              env={**os.environ, "DESTDIR": str(folder), "SYSTEMCTL": str(systemctl), "HEALTH_TRIES": "2"})
+    yield folder, run, port
+    subprocess.run([str(systemctl), "disable"], env={**os.environ, "DESTDIR": str(folder)})
+    wait_until(lambda: not answers(port))
+
+
+def newer_version(tmp_path, *changes):
+    """A copy of the project in which the module differs."""
+    source = tmp_path / "newer"
+    source.mkdir()
+    for name in ("install.sh", "lxc_autoscale_api.py", "lxc_autoscale_api.yaml", "lxc_autoscale_api.service"):
+        shutil.copy(HERE / name, source / name)
+    text = MODULE.read_text().replace(f'VERSION = "{module.VERSION}"', 'VERSION = "99.0.0"')
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (source / "lxc_autoscale_api.py").write_text(text)
+    return source
+
+
+def version_that_runs(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection.request("GET", "/health/check")
+    return connection.getresponse().headers["Server"].partition("/")[2]
+
+
+def test_an_upgrade_of_a_running_daemon_keeps_its_settings(installed, tmp_path):
+    folder, install, port = installed
+    done = install()
+    assert done.returncode == 0 and "it is healthy. Try:" in done.stdout, done.stdout + done.stderr
+    assert f"curl -s -H \"X-API-Key: $KEY\" http://127.0.0.1:{port}/routes" in done.stdout
+    config = (folder / CONFIG_PATH).read_text()
+    assert version_that_runs(port) == module.VERSION
+    done = install(newer_version(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert version_that_runs(port) == "99.0.0" and (folder / CONFIG_PATH).read_text() == config
+    assert (tmp_path / "systemctl.log").read_text().splitlines() == ["daemon-reload", "enable --quiet lxc_autoscale_api.service",
+                                                                     "restart lxc_autoscale_api.service"] * 2
+    assert not list(folder.rglob("*.old"))
+
+
+def test_an_upgrade_that_does_not_become_healthy_is_taken_back(installed, tmp_path):
+    folder, install, port = installed
+    assert install().returncode == 0
+    done = install(newer_version(tmp_path, ("def serve(server, signals, config_path):\n", "def serve(server, signals, config_path):\n    sys.exit(1)\n")))
+    assert done.returncode == 1 and "the new version did not become healthy, and the old one was put back" in done.stderr
+    wait_until(lambda: answers(port))
+    assert version_that_runs(port) == module.VERSION
+    assert (folder / MODULE_PATH).read_bytes() == MODULE.read_bytes() and not list(folder.rglob("*.old"))
+
+
+def test_an_upgrade_whose_configuration_does_not_fit_changes_nothing(installed, tmp_path):
+    folder, install, port = installed
+    assert install().returncode == 0
+    done = install(newer_version(tmp_path, ('        "port": (5000, whole(1, 65535)),\n', '        "ports": (5000, whole(1, 65535)),\n')))
+    assert done.returncode == 1 and "nothing was changed; mend the configuration" in done.stderr and f"{folder / CONFIG_PATH}:3:" in done.stderr
+    assert version_that_runs(port) == module.VERSION and (folder / MODULE_PATH).read_bytes() == MODULE.read_bytes()
+    assert (tmp_path / "systemctl.log").read_text().count("restart") == 1
+    assert install(HERE, "--uninstall").returncode == 0
+    wait_until(lambda: not answers(port))
 
 
 def test_an_uninstallation_keeps_what_is_the_administrators_and_a_purge_does_not(tmp_path):
