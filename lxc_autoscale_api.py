@@ -34,6 +34,7 @@ import resource
 import shlex
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -42,6 +43,7 @@ from bisect import bisect_left
 from collections import deque
 from concurrent.futures import Future, InvalidStateError, TimeoutError as FutureTimeout
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
@@ -75,7 +77,6 @@ MIB, GIB = 1 << 20, 1 << 30
 EX_CONFIG = 78              # sysexits.h: configuration error
 
 log = logging.getLogger("lxc_autoscale_api")
-access_log = logging.getLogger("lxc_autoscale_api.access")
 
 
 # Values that travel
@@ -120,9 +121,16 @@ class Request(NamedTuple):
     read_body: Callable[[], bytes]
 
 
-def utc(seconds):
-    """Epoch seconds -> ISO 8601 in UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+@lru_cache(maxsize=64)
+def utc(second):
+    """A whole epoch second -> ISO 8601 in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
+
+
+@lru_cache(maxsize=2)
+def http_date(second):
+    """A whole epoch second -> the form of the Date header."""
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
 
 
 def in_unit(value, unit):
@@ -670,7 +678,7 @@ def snapshots_of(conf):
 
 
 def in_order(rows):
-    return [{"name": name, "timestamp": None if taken is None else utc(taken), "description": description, "parent": parent}
+    return [{"name": name, "timestamp": None if taken is None else utc(int(taken)), "description": description, "parent": parent}
             for name, taken, description, parent in sorted(rows, key=lambda row: (row[1] or 0, row[0]))]
 
 
@@ -971,7 +979,7 @@ class Operations:
         try:
             if not turn.gate.enter(deadline - time.monotonic()):
                 raise Problem(409, f"VM {vm_id} is busy for over {TURN_SECONDS} s with: {turn.holder}; nothing was done")
-            turn.holder = f"{operation.title}, since {utc(time.time())}"
+            turn.holder = f"{operation.title}, since {utc(int(time.time()))}"
             try:
                 yield
             finally:
@@ -1499,13 +1507,13 @@ class Metrics:
     def __init__(self):
         self.lock, self.series = threading.Lock(), {name: {} for name in FAMILIES}
         self.series["lxc_autoscale_api_build_info"][VERSION, platform_version()] = 1
-        for name in ("requests_in_progress", "rate_limited_total", "auth_failures_total", "connections_refused_total"):
+        for name in ("rate_limited_total", "auth_failures_total", "connections_refused_total"):
             self.series["lxc_autoscale_api_" + name][()] = 0
 
-    def add(self, name, *labels, amount=1):
+    def add(self, name, *labels):
         with self.lock:
             series = self.series[name]
-            series[labels] = series.get(labels, 0) + amount
+            series[labels] = series.get(labels, 0) + 1
 
     def observe(self, name, value, *labels):
         """Count a value in its bucket; a series is the buckets' own counts, one for what is above all, and the sum."""
@@ -1571,13 +1579,14 @@ def escape_label(text):
 def check_health(api):
     ok, detail = api.host.health()
     return Answer(200 if ok else 503, {
-        "status": "healthy" if ok else "unhealthy", "timestamp": utc(time.time()),
+        "status": "healthy" if ok else "unhealthy", "timestamp": utc(int(time.time())),
         "checks": {"lxc_commands": {"ok": ok, "detail": detail}},
     }, None if ok else {"Retry-After": str(PROBE_SECONDS)})
 
 
 def show_metrics(api):
-    gauges = {**api.host.gauges(), **api.host.commands.gauges(), **process_metrics()}
+    gauges = {**api.host.gauges(), **api.host.commands.gauges(), **process_metrics(),
+              "lxc_autoscale_api_requests_in_progress": {(): api.in_progress()}}
     return Answer(200, api.metrics.render(gauges), content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -1785,6 +1794,7 @@ class Api:
     def __init__(self, config, host, operations, metrics):
         self.host, self.operations, self.metrics = host, operations, metrics
         self.limiter = self.bounds = None
+        self.in_progress = lambda: 1            # the server says how many, once there is one
         self.configure(config)
 
     def configure(self, config):
@@ -1799,7 +1809,6 @@ class Api:
     def answer(self, request):
         started, headers = time.perf_counter(), {}
         route = PATHS.get(request.path)
-        self.metrics.add("lxc_autoscale_api_requests_in_progress")
         try:
             answer = self.dispatch(request, route, headers)
         except Problem as problem:
@@ -1808,7 +1817,6 @@ class Api:
             log.exception("internal error in %s %s", request.method, loggable_path(request.path))
             answer = internal_error(error).answer()
         answer.headers.update(headers)
-        self.metrics.add("lxc_autoscale_api_requests_in_progress", amount=-1)
         self.count(request.method, route, answer.status, time.perf_counter() - started)
         return answer
 
@@ -1945,6 +1953,11 @@ STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {phrase}\r\n"
 COMMON_HEADERS = f"Server: lxc_autoscale_api/{VERSION}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
 
 
+def timeval(seconds):
+    """Seconds -> the struct that SO_RCVTIMEO and SO_SNDTIMEO take."""
+    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+
+
 class Gone(Exception):
     """The client has left, or was shown the door."""
 
@@ -1989,13 +2002,18 @@ class Handler(BaseHTTPRequestHandler):
     """One connection: bytes in, Requests; Answers, bytes out.
 
     Of http.server the loop over requests is used, and not its parser, which is lenient
-    and waits anew with every byte: here each request has one deadline.
+    and waits anew with every byte: here each request has one deadline. The kernel keeps
+    the time (SO_RCVTIMEO), so that a request which comes in one piece costs one recv and
+    one send, and no poll.
     """
 
     def setup(self):
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.peer = str(plain_address(self.client_address[0]))
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(REQUEST_SECONDS))
+        address = self.client_address[0]
+        self.peer = str(plain_address(address)) if ":" in address else address
         self.buffer, self.unread, self.continues, self.linger = bytearray(), 0, False, False
+        self.patience, self.fresh = None, True
         self.deadline = time.monotonic() + REQUEST_SECONDS
 
     def handle_one_request(self):
@@ -2019,7 +2037,6 @@ class Handler(BaseHTTPRequestHandler):
         self.server.end(self.request)
         if not self.close_connection:
             self.drain()
-            self.deadline = time.monotonic() + (REQUEST_SECONDS if self.buffer else IDLE_SECONDS)
         return None
 
     def wants_close(self, request):
@@ -2028,12 +2045,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def read_request(self):
         """The next well-framed Request; Problem, or Gone if the client left before it began one."""
-        if not self.buffer:
-            try:
-                self.receive()
-            except Problem:                 # idle, not slow
-                raise Gone from None
-            self.deadline = min(self.deadline, time.monotonic() + REQUEST_SECONDS)
+        self.await_request()
         line_end = self.read_until(b"\r\n", MAX_LINE, Problem(414, f"The request line is longer than {MAX_LINE} bytes"))
         method, path, query, self.minor = parse_request_line(bytes(self.buffer[:line_end]))
         end = self.read_until(b"\r\n\r\n", MAX_HEAD, Problem(431, f"The headers are longer than {MAX_HEAD} bytes"))
@@ -2057,17 +2069,38 @@ class Handler(BaseHTTPRequestHandler):
 
     def receive(self):
         """Add what comes to the buffer; Problem 408 at the deadline, Gone at the end."""
-        seconds = self.deadline - time.monotonic()
-        if seconds <= 0:
-            raise Problem(408, f"The request did not arrive within {REQUEST_SECONDS} s")
-        self.request.settimeout(seconds)
+        self.wait_at_most(max(0.001, self.deadline - time.monotonic()))
         try:
             data = self.request.recv(65536)
-        except socket.timeout:
+        except BlockingIOError:
             raise Problem(408, f"The request did not arrive within {REQUEST_SECONDS} s") from None
         if not data:
             raise Gone
         self.buffer += data
+        if time.monotonic() > self.deadline:
+            raise Problem(408, f"The request did not arrive within {REQUEST_SECONDS} s")
+
+    def wait_at_most(self, seconds):
+        """Let recv give up with BlockingIOError after so long."""
+        if seconds != self.patience:
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
+            self.patience = seconds
+
+    def await_request(self):
+        """Wait for a request's first bytes, which start its time; Gone if none come."""
+        if self.buffer:
+            self.deadline = time.monotonic() + REQUEST_SECONDS
+            return
+        self.wait_at_most(REQUEST_SECONDS if self.fresh else IDLE_SECONDS)
+        try:
+            self.buffer += self.request.recv(65536)
+        except BlockingIOError:             # idle, not slow
+            raise Gone from None
+        if not self.buffer:
+            raise Gone
+        if not self.fresh:
+            self.deadline = time.monotonic() + REQUEST_SECONDS
+        self.fresh = False
 
     def read_body(self):
         if self.continues:
@@ -2104,12 +2137,20 @@ class Handler(BaseHTTPRequestHandler):
         head = f"{STATUS_LINES[answer.status]}Date: {http_date(int(time.time()))}\r\n{COMMON_HEADERS}{headers}\r\n"
         sent = b"" if method == "HEAD" else body
         try:
-            self.request.settimeout(REQUEST_SECONDS)
-            self.request.sendall(head.encode("latin-1") + sent)
+            self.send(head.encode("latin-1") + sent)
         except OSError:
             self.close_connection = True
-        access_log.info("%s %s %s %d %d %.1f ms", client or self.peer, method, loggable_path(path), answer.status, len(sent),
-                        (time.perf_counter() - started) * 1000 if started else 0)
+        milliseconds = (time.perf_counter() - started) * 1000 if started else 0
+        access_log.add(f"{client or self.peer} {method} {loggable_path(path)} {answer.status} {len(sent)} {milliseconds:.1f} ms")
+
+    def send(self, data):
+        """Send all; OSError if the client takes no byte for REQUEST_SECONDS, or not all in twice that."""
+        deadline = time.monotonic() + REQUEST_SECONDS
+        sent = self.request.send(data)
+        while sent < len(data):
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            sent += self.request.send(memoryview(data)[sent:])
 
     def finish(self):
         """Let the answer arrive: closing with bytes unread resets the connection and may destroy it."""
@@ -2118,16 +2159,11 @@ class Handler(BaseHTTPRequestHandler):
         deadline = time.monotonic() + LINGER_SECONDS
         try:
             self.request.shutdown(socket.SHUT_WR)
-            while time.monotonic() < deadline:
-                self.request.settimeout(LINGER_SECONDS)
-                if not self.request.recv(65536):
-                    return
+            self.wait_at_most(LINGER_SECONDS)
+            while time.monotonic() < deadline and self.request.recv(65536):
+                pass
         except OSError:
             pass
-
-
-def http_date(second):
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
 
 
 class Server(ThreadingHTTPServer):
@@ -2138,6 +2174,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, config, api):
         server = config.server
         self.api, self.places = api, server.max_connections
+        api.in_progress = lambda: sum(since is None for since in list(self.connections.values()))
         self.address_family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
         self.changed, self.connections = threading.Condition(), {}  # socket -> waiting for a request since; None: in work
         self.stopping, self.refused = False, deque()                # (until, socket): told to go, not yet closed
@@ -2258,15 +2295,22 @@ class SafeFormatter(logging.Formatter):
     """One line a record, in UTC, in which nothing can forge a line or a terminal escape, and no key appears."""
     converter = time.gmtime
 
-    def __init__(self, text, keys):
-        super().__init__(text, "%Y-%m-%dT%H:%M:%SZ")
+    def __init__(self, keys):
+        super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
         self.keys = keys
 
     def format(self, record):
-        line = super().format(record)
+        if hasattr(record, "lines"):
+            return "\n".join(map(self.safe, record.lines))
+        return self.safe(super().format(record))
+
+    def safe(self, line):
         for key in self.keys:
             line = line.replace(key, "[API key]")
-        return re.sub("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", lambda bad: ascii(bad[0])[1:-1], line)
+        return UNSAFE.sub(lambda bad: ascii(bad[0])[1:-1], line)
+
+
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class LogFile(logging.handlers.WatchedFileHandler):
@@ -2289,6 +2333,33 @@ class LogFile(logging.handlers.WatchedFileHandler):
         self.broken = False
 
 
+class AccessLog:
+    """Lines that requests leave here, and a thread that writes what has gathered in one go."""
+
+    def __init__(self):
+        self.lines, self.wanted, self.handler = deque(), threading.Event(), logging.NullHandler()
+
+    def add(self, line):
+        self.lines.append(f"{utc(int(time.time()))} {line}")
+        if not self.wanted.is_set():
+            self.wanted.set()
+
+    def run(self):
+        while True:
+            self.wanted.wait()
+            time.sleep(0.05)
+            self.wanted.clear()
+            self.write()
+
+    def write(self):
+        lines = [self.lines.popleft() for _ in range(len(self.lines))]
+        if lines:
+            self.handler.handle(logging.makeLogRecord({"lines": lines}))
+
+
+access_log = AccessLog()
+
+
 def complain(text):
     try:
         print(text, file=sys.stderr, flush=True)
@@ -2296,27 +2367,27 @@ def complain(text):
         pass
 
 
+def open_log(path, keys, level=logging.NOTSET):
+    """A handler for a file; one that cannot be opened is said on stderr and left out."""
+    try:
+        handler = LogFile(path, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        complain(f"{path} cannot be opened: {error.strerror}; going on without it")
+        return logging.NullHandler()
+    handler.setFormatter(SafeFormatter(keys))
+    handler.setLevel(level)
+    return handler
+
+
 def open_logs(settings, keys):
-    """Point the loggers at their files; one that cannot be opened is said on stderr and left out."""
-    fresh = []
-    line = SafeFormatter("%(asctime)s %(levelname)s %(message)s", keys)
-    for logger, path, level in ((log, settings.log_file, settings.log_level), (log, settings.error_log, "WARNING"),
-                                (access_log, settings.access_log, "INFO")):
-        try:
-            handler = LogFile(path, encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
-            complain(f"{path} cannot be opened: {error.strerror}; going on without it")
-            handler = logging.NullHandler()
-        handler.setFormatter(line if logger is log else SafeFormatter("%(asctime)s %(message)s", keys))
-        handler.setLevel(level)
-        fresh.append((logger, handler))
-    for logger in (log, access_log):
-        old, logger.propagate = logger.handlers, False
-        logger.handlers = [handler for each, handler in fresh if each is logger]    # at once: no line goes nowhere
-        for handler in old:
-            handler.close()
+    """Point the logs at their files, in place of those that they were pointed at."""
+    old = [*log.handlers, access_log.handler]
+    log.handlers = [open_log(settings.log_file, keys, settings.log_level), open_log(settings.error_log, keys, "WARNING")]
+    access_log.handler = open_log(settings.access_log, keys)
     log.setLevel(min(logging.getLevelName(settings.log_level), logging.WARNING))
-    access_log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in old:
+        handler.close()
 
 
 # The daemon
@@ -2383,6 +2454,7 @@ def reload(server, path):
 
 def serve(server, signals, config_path):
     """Answer until a signal; then let requests in work finish, and leave what still runs alone."""
+    threading.Thread(target=access_log.run, name="access log", daemon=True).start()
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     log.info("lxc_autoscale_api %s listens on %s port %d", VERSION, *server.server_address[:2])
     notify("READY=1")
@@ -2406,6 +2478,7 @@ def serve(server, signals, config_path):
     if not server.wait_for_answers(STOP_SECONDS - 5):
         server.api.operations.leave_running()
         server.wait_for_answers(5)
+    access_log.write()
     log.info("stopped")
 
 
