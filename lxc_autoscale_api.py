@@ -682,6 +682,15 @@ def in_order(rows):
             for name, taken, description, parent in sorted(rows, key=lambda row: (row[1] or 0, row[0]))]
 
 
+def parse_net_dev(document, vm_id):
+    """/proc/net/dev -> (bytes in, bytes out) of a container, seen from inside, or (None, None).
+
+    The host's side of each of its interfaces is vethIDiN, and what that one sends comes in.
+    """
+    rows = [line.split() for line in re.findall(rf"^ *veth{vm_id}i\d+:(.*)$", document, re.MULTILINE)]
+    return (sum(int(row[8]) for row in rows), sum(int(row[0]) for row in rows)) if rows else (None, None)
+
+
 def option(value, name):
     """An option in a property string such as `local-lvm:vm-104-disk-0,size=8G` -> its text or None."""
     match = re.search(rf"(?:^|,){name}=([^,]*)", value or "")
@@ -794,6 +803,37 @@ class Gate:
                 self.free += 1
 
 
+class Late(Exception):
+    """A turn did not come in time; the text is who holds it."""
+
+
+class Turns:
+    """A line for each key, in order, that exists only while somebody stands in it."""
+
+    def __init__(self):
+        self.lock, self.lines = threading.Lock(), {}
+
+    @contextmanager
+    def turn(self, key, seconds, who):
+        """Hold `key` as `who`; Late if that takes over so many seconds."""
+        with self.lock:
+            line = self.lines.setdefault(key, SimpleNamespace(gate=Gate(1), users=0, holder=None))
+            line.users += 1
+        try:
+            if not line.gate.enter(seconds):
+                raise Late(line.holder)
+            line.holder = who
+            try:
+                yield
+            finally:
+                line.gate.leave()
+        finally:
+            with self.lock:
+                line.users -= 1
+                if not line.users:
+                    del self.lines[key]
+
+
 class Result(NamedTuple):
     """A command that ended: its exit status (negative: a signal's number) and what it printed."""
     exit: int
@@ -840,7 +880,7 @@ class Commands:
 
     def __init__(self, width, read_seconds, metrics):
         self.width, self.gate, self.read_seconds, self.metrics = width, Gate(width), read_seconds, metrics
-        self.here = threading.local()
+        self.here, self.lock, self.turns, self.unbegun = threading.local(), threading.Lock(), Turns(), {}
 
     def gauges(self):
         return {"lxc_autoscale_api_commands_in_progress": {(): self.width - self.gate.free},
@@ -852,7 +892,7 @@ class Commands:
             yield
             return
         if not self.gate.enter(SLOT_SECONDS):
-            raise busy("Too many commands run on this host; nothing was done, try again later", SLOT_SECONDS)
+            raise too_many()
         self.here.placed = True
         try:
             yield
@@ -861,8 +901,28 @@ class Commands:
             self.gate.leave()
 
     def read(self, *argv):
-        """Run a command that changes nothing; past its time it is killed with its whole group."""
-        return self.run(argv, self.read_seconds)
+        """Run a command that changes nothing; past its time it is killed with its whole group.
+
+        All who ask the same before it begins share it, and who comes later waits for the
+        next: one process at a time, and nothing is told from before it was asked.
+        """
+        with self.lock:
+            first = argv not in self.unbegun
+            shared = self.unbegun.setdefault(argv, Future())
+        if not first:
+            return shared.result()
+        try:
+            with self.turns.turn(argv, SLOT_SECONDS, None), self.place():
+                with self.lock:
+                    del self.unbegun[argv]
+                shared.set_result(self.run(argv, self.read_seconds))
+        except BaseException as error:
+            problem = too_many() if isinstance(error, Late) else error
+            with self.lock:
+                if self.unbegun.get(argv) is shared:
+                    del self.unbegun[argv]
+            shared.set_exception(problem)
+        return shared.result()
 
     def change(self, *argv):
         """Run a command that changes something; it is waited for and never killed."""
@@ -902,11 +962,8 @@ class Commands:
             raise busy(f"{argv[0]} {what}", 60) from None
 
 
-class Turn:
-    """One container's line of changes, and what is at its head."""
-
-    def __init__(self):
-        self.gate, self.users, self.holder = Gate(1), 0, None
+def too_many():
+    return busy("Too many commands run on this host; nothing was done, try again later", SLOT_SECONDS)
 
 
 class Operation:
@@ -931,7 +988,7 @@ class Operations:
     """
 
     def __init__(self, commands):
-        self.commands, self.lock, self.turns, self.asked = commands, threading.Lock(), {}, set()
+        self.commands, self.turns, self.asked = commands, Turns(), set()
 
     def run(self, operation, vm_ids, seconds, work):
         """work() under the reservation of `vm_ids` -> its result, or its Problem, or 504 after so many seconds."""
@@ -950,14 +1007,18 @@ class Operations:
         started, outcome = time.monotonic(), "done"
         try:
             with ExitStack() as held:
-                for vm_id in sorted(vm_ids):
-                    held.enter_context(self.turn(vm_id, operation, started + TURN_SECONDS))
+                who = f"{operation.title}, since {utc(int(time.time()))}"
+                for vm_id in sorted(vm_ids):        # in one order, so that no two wait for each other
+                    held.enter_context(self.turns.turn(vm_id, started + TURN_SECONDS - time.monotonic(), who))
                 held.enter_context(self.commands.place())
                 if operation.outcome.done():
                     raise busy("The daemon stopped before this began; nothing was done", SLOT_SECONDS)
                 operation.begun.set()
                 result = work()
             operation.tell(result)
+        except Late as late:
+            outcome = f"did not get its turn, held by {late}"
+            operation.tell(problem=Problem(409, f"VM {vm_id} is busy for over {TURN_SECONDS} s with: {late}; nothing was done"))
         except Problem as problem:
             outcome = f"{problem.status} {problem.error}"
             operation.tell(problem=problem)
@@ -970,25 +1031,6 @@ class Operations:
             self.asked.discard(operation)
             log.info("change %s by %s: %s, after %.1f s", operation.title, operation.client, outcome,
                      time.monotonic() - started)
-
-    @contextmanager
-    def turn(self, vm_id, operation, deadline):
-        with self.lock:
-            turn = self.turns.setdefault(vm_id, Turn())
-            turn.users += 1
-        try:
-            if not turn.gate.enter(deadline - time.monotonic()):
-                raise Problem(409, f"VM {vm_id} is busy for over {TURN_SECONDS} s with: {turn.holder}; nothing was done")
-            turn.holder = f"{operation.title}, since {utc(int(time.time()))}"
-            try:
-                yield
-            finally:
-                turn.gate.leave()
-        finally:
-            with self.lock:
-                turn.users -= 1
-                if not turn.users:
-                    del self.turns[vm_id]
 
     def refuse_waiting(self):
         """The daemon stops: what has not begun will not begin."""
@@ -1042,6 +1084,15 @@ def find_number(pattern, text):
     """The first group of a pattern in a text, as an integer, or None."""
     match = text and re.search(pattern, text, re.MULTILINE)
     return int(match[1]) if match else None
+
+
+def used_bytes(path):
+    """Bytes in use on the file system at a path, or None."""
+    try:
+        found = os.statvfs(path)
+    except OSError:
+        return None
+    return (found.f_blocks - found.f_bfree) * found.f_frsize
 
 
 def listed_container(vm_id, name, status, cores, memory, uptime):
@@ -1102,18 +1153,39 @@ class Proxmox:
         }
 
     def status(self, vm_id):
+        """From the container's file and cgroup, else from `pct status`."""
         before = self.cpu_clock(vm_id)
-        values = parse_status(self.ask("pct", "status", vm_id, "--verbose"))
-        get = values.get
+        values = self.read_status(vm_id) or parse_status(self.ask("pct", "status", vm_id, "--verbose"))
+        get, stopped = values.get, values.get("status") == "stopped"
         return {
             "vm_id": vm_id, "lxc_id": vm_id, "name": get("name") and str(get("name")), "status": get("status"),
-            "cpu": get("cpus"), "cpu_usage": self.cpu_usage(vm_id, values, before),
+            "cpu": get("cpus"), "cpu_usage": 0 if stopped else self.cpu_usage(vm_id, get("cpus"), before),
             "memory": in_unit(get("maxmem"), MIB), "memory_used": in_unit(get("mem"), MIB),
-            "swap": in_unit(get("maxswap"), MIB), "swap_used": in_unit(get("swap"), MIB),
-            "disk": in_unit(get("maxdisk"), GIB), "disk_used": in_unit(get("disk"), GIB), "uptime": get("uptime"),
-            "network_in": get("netin"), "network_out": get("netout"),
+            "swap": in_unit(get("maxswap"), MIB), "swap_used": in_unit(get("swap"), MIB), "disk": in_unit(get("maxdisk"), GIB),
+            "disk_used": None if stopped else in_unit(get("disk"), GIB),        # pct says 0, and does not know
+            "uptime": get("uptime"), "network_in": get("netin"), "network_out": get("netout"),
             "disk_read": get("diskread"), "disk_write": get("diskwrite"),
         }
+
+    def read_status(self, vm_id):
+        """The keys of `pct status --verbose`, without a process; None where the files are not there."""
+        conf = self.file_conf(vm_id)
+        up, usage = self.up(vm_id), self.usage(vm_id)
+        if conf is None or not os.path.isdir(self.cgroup_dir) or (up and usage is None):
+            return None
+        values, pid = conf.values, self.init_pid(vm_id)
+        memory, swap, size = number(values.get("memory")), number(values.get("swap")), size_in_gb(option(values.get("rootfs"), "size"))
+        found = {
+            "name": values.get("hostname") or f"CT{vm_id}", "status": "running" if up else "stopped",
+            "cpus": number_or_text(values.get("cores") or values.get("cpulimit") or str(os.cpu_count())),
+            "maxmem": memory and memory * MIB, "maxswap": swap if swap is None else swap * MIB, "maxdisk": size and size * GIB,
+        }
+        if not up:
+            return {**found, **dict.fromkeys(("mem", "swap", "uptime", "netin", "netout", "diskread", "diskwrite"), 0)}
+        netin, netout = parse_net_dev(read_text("/proc/net/dev") or "", vm_id)
+        return {**found, "mem": usage["memory"], "swap": usage["swap"], "disk": pid and used_bytes(f"/proc/{pid}/root"),
+                "uptime": self.uptime(vm_id), "netin": netin, "netout": netout,
+                "diskread": usage["disk_read"], "diskwrite": usage["disk_write"]}
 
     def cpu_clock(self, vm_id):
         """(time, processor time used so far), in seconds, from the container's cgroup (v2), or None."""
@@ -1136,16 +1208,18 @@ class Proxmox:
             "oom_kills": find_number(r"^oom_kill (\d+)", events), "pids": find_number(r"(\d+)", pids),
         }
 
+    def init_pid(self, vm_id):
+        return find_number(r"^(\d+)", read_text(f"{self.cgroup_dir}/lxc/{vm_id}/ns/init.scope/cgroup.procs"))
+
     def uptime(self, vm_id):
         """Seconds since the container's init started, or since its cgroup was made."""
-        folder = f"{self.cgroup_dir}/lxc/{vm_id}"
-        pid = find_number(r"^(\d+)", read_text(f"{folder}/ns/init.scope/cgroup.procs"))
+        pid = self.init_pid(vm_id)
         stat = pid and read_text(f"/proc/{pid}/stat")
         if stat:
             started = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
             return int(float(read_text("/proc/uptime").split()[0]) - started)
         try:
-            return max(0, int(time.time() - os.stat(folder).st_ctime))
+            return max(0, int(time.time() - os.stat(f"{self.cgroup_dir}/lxc/{vm_id}").st_ctime))
         except OSError:
             return 0
 
@@ -1158,9 +1232,9 @@ class Proxmox:
         if not os.path.isdir(f"{self.pve_dir}/lxc") or not os.path.isdir(self.cgroup_dir):
             node = self.node_name() or socket.gethostname().split(".")[0]
             rows = sorted(self.ask_json(f"/nodes/{node}/lxc"), key=lambda row: int(row["vmid"]))
-            return [listed_container(int(row["vmid"]), row.get("name"), row.get("status"), row.get("cpus"),
+            return [listed_container(int(row["vmid"]), row.get("name") or f"CT{row['vmid']}", row.get("status"), row.get("cpus"),
                                      in_unit(row.get("maxmem"), MIB), row.get("uptime")) for row in rows]
-        return [listed_container(vm_id, values.get("hostname"), "running" if up else "stopped", number(values.get("cores")),
+        return [listed_container(vm_id, values.get("hostname") or f"CT{vm_id}", "running" if up else "stopped", number(values.get("cores")),
                                  number(values.get("memory")), self.uptime(vm_id) if up else 0)
                 for vm_id, (values, _) in self.confs().items() for up in [self.up(vm_id)]]
 
@@ -1183,18 +1257,16 @@ class Proxmox:
                 tell(name, usage[key], label)
         return families
 
-    def cpu_usage(self, vm_id, values, before):
+    def cpu_usage(self, vm_id, cpus, before):
         """Percent of the allotted processors, over the time since `before` or 0.1 s, whichever is longer.
 
         `pct status` itself never tells it.
         """
-        if values.get("status") == "stopped":
-            return 0
-        if before is None or not values.get("cpus"):
+        if before is None or not cpus:
             return None
         time.sleep(max(0, before[0] + 0.1 - time.monotonic()))
         after = self.cpu_clock(vm_id)
-        return after and round(max(0, after[1] - before[1]) / (after[0] - before[0]) / values["cpus"] * 100, 2)
+        return after and round(max(0, after[1] - before[1]) / (after[0] - before[0]) / cpus * 100, 2)
 
     def running(self, vm_id):
         return parse_status(self.ask("pct", "status", vm_id)).get("status") == "running"

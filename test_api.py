@@ -731,6 +731,7 @@ import pytest  # noqa: E402
 import lxc_autoscale_api as module  # noqa: E402
 
 KEY = "test-key-0123456789abcdef"
+ASKING = {"proxmox": {"cgroup_dir": "/nowhere"}}
 Reply = namedtuple("Reply", "status body headers")
 
 
@@ -854,12 +855,18 @@ def api(launch):
     return launch()
 
 
+@pytest.fixture
+def asking(launch):
+    """A daemon that cannot read cgroups, and so asks pct for a container's status."""
+    return launch(**ASKING)
+
+
 @pytest.fixture(scope="module")
 def steady(tmp_path_factory):
     """One daemon for all tests that change nothing."""
     host = Host(tmp_path_factory.mktemp("steady") / "host")
     host.add(104, "web-01", running=True)
-    daemon = Daemon(host, rate_limiting={"enabled": False})
+    daemon = Daemon(host, rate_limiting={"enabled": False}, **ASKING)
     yield daemon
     assert daemon.stop() == 0
     assert "internal error" not in daemon.log("error")
@@ -1468,20 +1475,65 @@ def test_a_container_that_does_not_exist_is_404(steady, method, path, body):
     assert (reply.status, reply.body["error"]) == (404, "VM 999 does not exist on node 'proxmox'")
 
 
-def test_status_tells_what_the_container_has_and_uses(api, host):
-    reply = api.get("/resource/vm/status?vm_id=104")
+STATUS = {"vm_id": 104, "lxc_id": 104, "name": "web-01", "status": "running", "cpu": 2, "memory": 2048, "memory_used": 500, "swap": 512, "swap_used": 0,
+          "disk": 8, "disk_read": 1048576, "disk_write": 2097152}
+STOPPED = {**STATUS, "vm_id": 106, "lxc_id": 106, "name": "db-01", "status": "stopped", "cpu_usage": 0, "memory_used": 0, "disk_used": None, "uptime": 0,
+           "network_in": 0, "network_out": 0, "disk_read": 0, "disk_write": 0}
+
+
+def test_status_is_read_from_the_container_s_files(api, host):
+    busy = subprocess.Popen([sys.executable, "-c", (
+        "import sys, time\nfor n in range(1, 2000):\n"
+        "    open(sys.argv[1], 'r+').write(f'usage_usec {5000000 + n * 2000}\\n'); time.sleep(0.002)"), str(host.cgroup / "lxc/104/cpu.stat")])
+    try:
+        reply = api.get("/resource/vm/status?vm_id=104")
+    finally:
+        busy.kill()
+        busy.wait()
     data = reply.body["data"]
-    assert 0 < data.pop("cpu_usage") < 100
-    assert 3600 <= data.pop("uptime") < 3700
-    assert reply.body == ok("Retrieved status for VM 104", {
-        "vm_id": 104, "lxc_id": 104, "name": "web-01", "status": "running", "cpu": 2, "memory": 2048, "memory_used": 500, "swap": 512, "swap_used": 0,
-        "disk": 8, "disk_used": 1.2, "network_in": 12345, "network_out": 67890, "disk_read": 1048576, "disk_write": 2097152})
-    stopped = api.get("/resource/vm/status?vm_id=106").body["data"]
-    assert (stopped["status"], stopped["cpu_usage"], stopped["uptime"]) == ("stopped", 0, 0)
-    shutil.rmtree(host.cgroup / "lxc/106", ignore_errors=True)
+    assert 0 < data.pop("cpu_usage") < 100 and 0 <= data.pop("uptime") < 60
+    assert reply.body == ok("Retrieved status for VM 104", {**STATUS, "disk_used": None, "network_in": None, "network_out": None})
+    assert api.get("/resource/vm/status?vm_id=106").body["data"] == STOPPED
+    assert host.calls() == []
+    (host.cgroup / "lxc/104/ns/init.scope/cgroup.procs").write_text(f"{os.getpid()}\n1\n")      # any process will do as its init
+    data = api.get("/resource/vm/status?vm_id=104").body["data"]
+    assert data["disk_used"] > 0 and data["uptime"] < time.time() - 1
+
+
+def test_status_is_asked_of_pct_where_the_files_are_missing(asking, host):
+    data = asking.get("/resource/vm/status?vm_id=104").body["data"]
+    assert (data.pop("cpu_usage"), 3600 <= data.pop("uptime") < 3700) == (None, True)
+    assert data == {**STATUS, "disk_used": 1.2, "network_in": 12345, "network_out": 67890}
+    assert asking.get("/resource/vm/status?vm_id=106").body["data"] == STOPPED
     host.faults(status={"stdout": "status: running\ncpus: 2\nnew-key: of some later version\n", "exit": 0})
-    data = api.get("/resource/vm/status?vm_id=106").body["data"]
+    data = asking.get("/resource/vm/status?vm_id=106").body["data"]
     assert data == {**dict.fromkeys(data), "vm_id": 106, "lxc_id": 106, "status": "running", "cpu": 2}
+    assert set(call.split()[1] for call in host.calls()) == {"status"}
+
+
+def test_traffic_is_told_from_inside_the_container():
+    text = ("Inter-|   Receive                                                |  Transmit\n"
+            " face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed\n"
+            "    lo:     5    1    0    0    0     0          0         0       5       1    0    0    0     0       0          0\n"
+            "veth104i0:  100    1    0    0    0     0          0         0     7000    1    0    0    0     0       0          0\n"
+            "veth104i1: 1    1    0    0    0     0          0         0     2    1    0    0    0     0       0          0\n"
+            "veth1040i0: 9    1    0    0    0     0          0         0     9    1    0    0    0     0       0          0\n")
+    assert module.parse_net_dev(text, 104) == (7002, 101)
+    assert module.parse_net_dev(text, 105) == (None, None)
+
+
+def test_identical_reads_share_a_process_and_none_sees_the_past(asking, host):
+    host.faults(status={"pause": 0.5})
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        first = pool.submit(asking.get, "/resource/vm/status?vm_id=106")
+        wait_until(host.calls)
+        later = [pool.submit(asking.get, "/resource/vm/status?vm_id=106") for _ in range(10)]
+        other = pool.submit(asking.get, "/resource/vm/status?vm_id=104")
+        wait_until(lambda: threads(asking) >= 14)
+        host.path(106).write_text(host.path(106).read_text().replace("memory: 2048", "memory: 4096"))
+        assert [each.result().body["data"]["memory"] for each in later] == [4096] * 10
+        assert (first.result().status, other.result().status) == (200, 200)
+    assert Counter(host.calls()) == {"pct status 106 --verbose": 2, "pct status 104 --verbose": 1}
 
 
 def test_config_tells_the_allotment_and_its_limits(api, host):
@@ -1507,7 +1559,6 @@ def test_without_files_the_same_is_asked_of_pct(host, launch):
         assert with_files.get(path).body == without.get(path).body
     assert host.calls()[-3:] == ["pct config 104", "pct config 106", "pct listsnapshot 104"]
     assert without.get("/resource/vm/config?vm_id=106").body["data"]["cores"] == 7
-    assert without.get("/resource/vm/status?vm_id=104").body["data"]["cpu_usage"] is None
     assert without.post("/scale/storage/increase", {"vm_id": 106, "disk_size": 1}).status == 200
     assert without.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"}).status == 200
     assert "container_cpu_cores" not in without.get("/metrics").body
@@ -1928,7 +1979,8 @@ def kill_rest(host):
                 os.kill(row["pid"], signal.SIGKILL)
 
 
-def test_pct_that_is_missing_or_cannot_run_is_503(api, host):
+def test_pct_that_is_missing_or_cannot_run_is_503(asking, host):
+    api = asking
     pct = host.root / "bin/pct"
     text = pct.read_text()
     pct.unlink()
@@ -1970,7 +2022,7 @@ def test_a_change_may_print_what_it_likes(api, host):
 
 def test_without_descriptors_left_it_waits_and_recovers(host, launch):
     import resource
-    api = launch()
+    api = launch(**ASKING)
     resource.prlimit(api.process.pid, resource.RLIMIT_NOFILE, (descriptors(api) + 3, 4096))
     held = [api.connect() for _ in range(20)]
     before, begun = cpu_ticks(api), time.monotonic()
@@ -1986,7 +2038,7 @@ def test_without_descriptors_left_it_waits_and_recovers(host, launch):
 
 def test_a_read_that_hangs_is_killed_with_its_group(launch, host):
     host.faults(status={"grandchild": 60, "pause": 60})
-    api = launch(proxmox={"read_timeout_seconds": 1})
+    api = launch(proxmox={"read_timeout_seconds": 1, "cgroup_dir": "/nowhere"})
     started = time.monotonic()
     reply = api.get("/resource/vm/status?vm_id=104")
     assert (reply.status, reply.body["error"]) == (504, "pct status 104 did not finish in 1 s and was ended; it changes nothing")
@@ -1997,7 +2049,8 @@ def test_a_read_that_hangs_is_killed_with_its_group(launch, host):
     assert children(api) == []
 
 
-def test_a_grandchild_that_holds_the_output_open_delays_nothing(api, host):
+def test_a_grandchild_that_holds_the_output_open_delays_nothing(asking, host):
+    api = asking
     host.faults(status={"grandchild": 3}, set={"grandchild": 3})
     started = time.monotonic()
     assert api.get("/resource/vm/status?vm_id=104").status == 200
@@ -2028,7 +2081,7 @@ def test_at_most_so_many_commands_run_at_once_and_others_wait_in_order(launch, h
     for vm_id in range(110, 122):
         host.add(vm_id)
     host.faults(status={"pause": 0.15}, set={"delay": 0.15})
-    api = launch(proxmox={"max_commands": 3})
+    api = launch(proxmox={"max_commands": 3, "cgroup_dir": "/nowhere"})
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         reads = [pool.submit(api.get, f"/resource/vm/status?vm_id={vm_id}") for vm_id in range(110, 116)]
         changes = [pool.submit(api.post, "/scale/cores", {"vm_id": vm_id, "cores": 3}) for vm_id in range(116, 122)]
@@ -2041,7 +2094,7 @@ def test_at_most_so_many_commands_run_at_once_and_others_wait_in_order(launch, h
 
 def test_who_waits_too_long_for_a_place_gets_503(launch, host):
     host.faults(status={"pause": 1.5})
-    api = launch(proxmox={"max_commands": 1}, constants={"SLOT_SECONDS": 0.2})
+    api = launch(proxmox={"max_commands": 1, "cgroup_dir": "/nowhere"}, constants={"SLOT_SECONDS": 0.2})
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         first = pool.submit(api.get, "/resource/vm/status?vm_id=104")
         wait_until(host.calls)
@@ -2145,7 +2198,8 @@ def test_an_existing_or_missing_snapshot_is_told(api, host):
 
 # The daemon's life
 
-def test_commands_get_a_session_and_a_locale_of_their_own_and_no_input(api, host):
+def test_commands_get_a_session_and_a_locale_of_their_own_and_no_input(asking, host):
+    api = asking
     (host.root / "bin/pct").write_text("#!/bin/sh\nexec >&2\nreadlink /proc/self/fd/0\nls /proc/self/fd\necho $LC_ALL $LANG\npwd\nexit 9\n")
     details = api.get("/resource/vm/status?vm_id=104").body["details"].split("\n")
     assert details == ["/dev/null", "0", "1", "2", "3", "C.UTF-8 C.UTF-8", "/"]        # 3 is ls's own
@@ -2319,7 +2373,7 @@ def test_containers_are_measured_without_a_process(api, host):
 
 
 def test_the_daemon_tells_about_itself(launch, host):
-    api = limited(launch, max_requests_per_minute=1)
+    api = launch(rate_limiting={"max_requests_per_minute": 1}, **ASKING)
     via = {"X-Forwarded-For": "198.51.100.7"}
     api.get("/resource/vm/status?vm_id=104", headers=via)
     api.get("/routes", headers=via)
@@ -2421,7 +2475,7 @@ def test_containers_are_listed(api, host, launch):
     rows = [{"vmid": "106", "name": "db-01", "status": "stopped", "cpus": 2, "maxmem": 2**31, "uptime": 0}, {"vmid": 104, "status": "running"}]
     pvesh.write_text(f"#!/bin/sh\ncase $2 in /nodes/*/lxc) echo '{json.dumps(rows)}';; *) exit 1;; esac\n")
     assert without.get("/resource/vm/list").body["data"] == [
-        {"vm_id": 104, "lxc_id": 104, "name": None, "status": "running", "cores": None, "memory": None, "uptime": None},
+        {"vm_id": 104, "lxc_id": 104, "name": "CT104", "status": "running", "cores": None, "memory": None, "uptime": None},
         {"vm_id": 106, "lxc_id": 106, "name": "db-01", "status": "stopped", "cores": 2, "memory": 2048, "uptime": 0}]
 
 
