@@ -40,7 +40,7 @@ import sys
 import threading
 import time
 from bisect import bisect_left
-from collections import deque
+from collections import OrderedDict, deque, namedtuple
 from concurrent.futures import Future, InvalidStateError, TimeoutError as FutureTimeout
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
@@ -48,7 +48,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
 from types import SimpleNamespace
-from typing import Callable, NamedTuple, Optional
 from urllib.parse import parse_qsl, unquote
 
 VERSION = "1.0.0"
@@ -62,7 +61,7 @@ MAX_BODY = 65536            # bytes of a body
 MAX_QUERY = 100             # parameters in a query
 MAX_OUTPUT = 4 << 20        # bytes that are read of what a command prints
 MAX_DETAILS = 4000          # characters of it that go into an answer
-MAX_CLIENTS = 10000         # addresses that the rate limiter remembers
+MAX_CLIENTS = 5000          # addresses that the rate limiter remembers
 
 REQUEST_SECONDS = 10        # for a whole request to arrive, and for an answer to leave
 IDLE_SECONDS = 30           # between two requests on one connection
@@ -110,15 +109,12 @@ def busy(error, seconds, **fields):
     return Problem(503, error, {"Retry-After": str(seconds)}, **fields)
 
 
-class Request(NamedTuple):
-    """A well-framed request; its body is read only when `read_body()` is called."""
-    method: str
-    path: str
-    query: str
-    headers: dict                       # lower-case name -> value, repeated ones joined by ", "
-    peer: str                           # address at the other end of the connection
-    length: Optional[int]               # Content-Length
-    read_body: Callable[[], bytes]
+class Request(namedtuple("Request", "method path query headers peer length read_body")):
+    """A well-framed request.
+
+    `headers` is {lower-case name: value}, `peer` the address at the other end, `length`
+    the Content-Length or None; the body is read only when `read_body()` is called.
+    """
 
 
 @lru_cache(maxsize=64)
@@ -601,10 +597,11 @@ class Pairs(list):
 
 # What pct and pvesh print, and what /etc/pve holds
 
-class Conf(NamedTuple):
+class Conf(namedtuple("Conf", "values snapshots")):
     """A container's configuration: {key: text}, and {snapshot: {key: text}}."""
-    values: dict
-    snapshots: dict
+
+
+CONF_ENTRY = re.compile(r"([a-z][a-z_]*\d*):[ \t]*(.*?)\s*")
 
 
 def parse_config(document):
@@ -616,16 +613,15 @@ def parse_config(document):
     values, pending, snapshots = {}, {}, {}
     section = values
     for line in document.split("\n"):
-        header = re.fullmatch(r"\[([^\]]+)\]\s*", line)
-        entry = re.fullmatch(r"([a-z][a-z_]*\d*):\s*(.*?)\s*", line)
-        if header:
-            name = header[1].lower()
-            section = pending if name == "pve:pending" else {} if ":" in name else snapshots.setdefault(header[1], {})
+        entry = CONF_ENTRY.fullmatch(line)
+        if entry:
+            section[entry[1]] = entry[2]
         elif line.startswith("#"):
             above = section.get("description")
             section["description"] = unquote(line[1:]) if above is None else above + "\n" + unquote(line[1:])
-        elif entry:
-            section[entry[1]] = entry[2]
+        elif line.startswith("["):
+            name = line.strip("[] \t\r")
+            section = pending if name.lower() == "pve:pending" else {} if ":" in name else snapshots.setdefault(name, {})
     for key in re.split(r"[\s,;]+", pending.pop("delete", "")):
         values.pop(key.lstrip("!"), None)
     return Conf({**values, **pending}, snapshots)
@@ -834,12 +830,8 @@ class Turns:
                     del self.lines[key]
 
 
-class Result(NamedTuple):
-    """A command that ended: its exit status (negative: a signal's number) and what it printed."""
-    exit: int
-    stdout: str
-    stderr: str
-    overflow: bool                          # it printed more than MAX_OUTPUT
+class Result(namedtuple("Result", "exit stdout stderr overflow")):
+    """A command that ended: its exit status (negative: a signal's number), what it printed, and whether that was too much."""
 
 
 class Output:
@@ -1070,14 +1062,15 @@ def read_text(path):
     except OSError:
         return None
     try:
-        chunks = []
-        while not chunks or chunks[-1]:
-            chunks.append(os.read(fd, 65536))
+        data = chunk = os.read(fd, 65536)
+        while len(chunk) > 2000:            # the kernel's own files come a page at a time
+            chunk = os.read(fd, 65536)
+            data += chunk
     except OSError:                         # such as the files of a cgroup that has just gone
         return None
     finally:
         os.close(fd)
-    return b"".join(chunks).decode("utf-8", "replace")
+    return data.decode("utf-8", "replace")
 
 
 def find_number(pattern, text):
@@ -1183,7 +1176,8 @@ class Proxmox:
         if not up:
             return {**found, **dict.fromkeys(("mem", "swap", "uptime", "netin", "netout", "diskread", "diskwrite"), 0)}
         netin, netout = parse_net_dev(read_text("/proc/net/dev") or "", vm_id)
-        return {**found, "mem": usage["memory"], "swap": usage["swap"], "disk": pid and used_bytes(f"/proc/{pid}/root"),
+        return {**found, "mem": usage["memory"], "swap": find_number(r"(\d+)", read_text(f"{self.cgroup_dir}/lxc/{vm_id}/memory.swap.current")),
+                "disk": pid and used_bytes(f"/proc/{pid}/root"),
                 "uptime": self.uptime(vm_id), "netin": netin, "netout": netout,
                 "diskread": usage["disk_read"], "diskwrite": usage["disk_write"]}
 
@@ -1195,16 +1189,16 @@ class Proxmox:
     def usage(self, vm_id):
         """What the cgroup (v2) of a running container says, in bytes and seconds; None where it does not run."""
         folder = f"{self.cgroup_dir}/lxc/{vm_id}/"
-        cpu, memory, cache, swap, disk, events, pids = (read_text(folder + name) for name in (
-            "cpu.stat", "memory.current", "memory.stat", "memory.swap.current", "io.stat", "memory.events", "pids.current"))
-        if (cpu, memory, pids) == (None, None, None):
+        cpu, memory = read_text(folder + "cpu.stat"), read_text(folder + "memory.current")
+        if cpu is None and memory is None:
             return None
+        cache, disk, events, pids = (read_text(folder + name) for name in ("memory.stat", "io.stat", "memory.events", "pids.current"))
         used, cached = find_number(r"(\d+)", memory), find_number(r"^file (\d+)", cache)
         read, written = (disk and sum(map(int, re.findall(rf" {key}=(\d+)", disk))) for key in ("rbytes", "wbytes"))
         seconds = find_number(r"^usage_usec (\d+)", cpu)
         return {
             "cpu": seconds and seconds / 1e6, "memory": used and max(0, used - (cached or 0)),      # as pct counts it
-            "swap": find_number(r"(\d+)", swap), "disk_read": read, "disk_write": written,
+            "disk_read": read, "disk_write": written,
             "oom_kills": find_number(r"^oom_kill (\d+)", events), "pids": find_number(r"(\d+)", pids),
         }
 
@@ -1466,26 +1460,26 @@ class RateLimiter:
 
     def __init__(self, limit, window, clock=time.monotonic):
         self.limit, self.window, self.clock = limit, window, clock
-        self.lock, self.clients = threading.Lock(), {}      # in the order in which they were seen
+        self.lock, self.clients = threading.Lock(), OrderedDict()      # in the order in which they were seen
 
     def admit(self, client):
         """-> (admitted, how many more would be, seconds until the oldest counted request leaves)."""
         with self.lock:
             now = self.clock()
-            stamps = self.clients.pop(client, None) or deque()
+            stamps = self.clients.setdefault(client, deque())
+            self.clients.move_to_end(client)
             while stamps and stamps[0] <= now - self.window:
                 stamps.popleft()
             admitted = len(stamps) < self.limit
             if admitted:
                 stamps.append(now)
-            self.clients[client] = stamps
             self.forget(now)
             return admitted, self.limit - len(stamps), stamps[0] + self.window - now
 
     def forget(self, now):
         while True:
-            client, stamps = next(iter(self.clients.items()))
-            if stamps[-1] > now - self.window and len(self.clients) <= MAX_CLIENTS:
+            client = next(iter(self.clients))
+            if self.clients[client][-1] > now - self.window and len(self.clients) <= MAX_CLIENTS:
                 return
             del self.clients[client]
 
@@ -1522,11 +1516,8 @@ def client_of(request, trusted):
 
 # Metrics
 
-class Family(NamedTuple):
-    kind: str
-    labels: tuple
-    help: str
-    buckets: tuple = ()
+class Family(namedtuple("Family", "kind labels help buckets", defaults=[()])):
+    """A metric: counter, gauge or histogram, its labels' names, what it tells, and a histogram's upper bounds."""
 
 
 REQUEST_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
@@ -1741,19 +1732,14 @@ def show_openapi(api):
     return Answer(200, openapi())
 
 
-class Route(NamedTuple):
-    """One endpoint. `changes` names the parameters whose containers it changes, `limit` the setting of its time."""
-    method: str
-    path: str
-    handler: Callable
-    parameters: tuple
-    summary: str
-    changes: tuple = ()
-    limit: str = "change_timeout_seconds"
-    scaling: tuple = ()                     # metrics labels: resource, action
-    key: bool = True
-    limited: bool = True
-    also: str = ""                          # the same endpoint's other spelling
+class Route(namedtuple("Route", "method path handler parameters summary changes limit scaling key limited also",
+                      defaults=[(), "change_timeout_seconds", (), True, True, ""])):
+    """One endpoint.
+
+    `changes` names the parameters whose containers it changes, `limit` the setting of its
+    time, `scaling` its metrics labels (resource, action); `key` and `limited` say whether
+    a key is needed and the rate is limited, and `also` is its other path.
+    """
 
 
 LONG = "long_change_timeout_seconds"

@@ -719,10 +719,8 @@ if __name__ == "__main__":
 
 import concurrent.futures  # noqa: E402  (the simulated host above needs Python alone)
 import http.client  # noqa: E402
-import math  # noqa: E402
 import random  # noqa: E402
 import re  # noqa: E402
-import shlex  # noqa: E402
 import threading  # noqa: E402
 from collections import Counter, namedtuple  # noqa: E402
 
