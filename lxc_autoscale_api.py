@@ -45,7 +45,6 @@ from concurrent.futures import Future, InvalidStateError, TimeoutError as Future
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from socketserver import TCPServer
 from types import SimpleNamespace
 from urllib.parse import parse_qsl, unquote
@@ -451,7 +450,8 @@ def refuse_unknown(given, known, where, path):
 def read_config(path):
     """A configuration file -> its settings; an error's text names the file and the line."""
     try:
-        raw = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            raw = file.read()
         return load_config(raw.decode("utf-8"), read_credential())
     except OSError as error:
         raise ConfigError(0, f"{path}: cannot be read: {error.strerror}") from None
@@ -465,7 +465,8 @@ def read_config(path):
 def read_credential():
     """The key that systemd passes with LoadCredential=api_key:…, or None."""
     try:
-        return Path(os.environ["CREDENTIALS_DIRECTORY"], "api_key").read_text(encoding="utf-8").strip()
+        with open(os.path.join(os.environ["CREDENTIALS_DIRECTORY"], "api_key"), encoding="utf-8") as file:
+            return file.read().strip()
     except (KeyError, OSError, UnicodeDecodeError):
         return None
 
@@ -898,6 +899,8 @@ class Commands:
         All who ask the same before it begins share it, and who comes later waits for the
         next: one process at a time, and nothing is told from before it was asked.
         """
+        if getattr(self.here, "placed", False):     # in a change: waiting for others' reads could be waiting for oneself
+            return self.run(argv, self.read_seconds)
         with self.lock:
             first = argv not in self.unbegun
             shared = self.unbegun.setdefault(argv, Future())
@@ -963,7 +966,21 @@ class Operation:
 
     def __init__(self, title, client):
         self.title, self.client = title, client
-        self.begun, self.outcome = threading.Event(), Future()
+        self.begun, self.outcome, self.lock = threading.Event(), Future(), threading.Lock()
+
+    def begin(self):
+        """-> whether it may begin; it may not if it was refused before."""
+        with self.lock:
+            refused = self.begun.is_set()
+            self.begun.set()
+            return not refused
+
+    def refuse(self, problem):
+        """Let it never begin, unless it has."""
+        with self.lock:
+            if not self.begun.is_set():
+                self.tell(problem=problem)
+                self.begun.set()
 
     def tell(self, result=None, problem=None):
         try:
@@ -1003,9 +1020,8 @@ class Operations:
                 for vm_id in sorted(vm_ids):        # in one order, so that no two wait for each other
                     held.enter_context(self.turns.turn(vm_id, started + TURN_SECONDS - time.monotonic(), who))
                 held.enter_context(self.commands.place())
-                if operation.outcome.done():
+                if not operation.begin():
                     raise busy("The daemon stopped before this began; nothing was done", SLOT_SECONDS)
-                operation.begun.set()
                 result = work()
             operation.tell(result)
         except Late as late:
@@ -1027,9 +1043,7 @@ class Operations:
     def refuse_waiting(self):
         """The daemon stops: what has not begun will not begin."""
         for operation in list(self.asked):
-            if not operation.begun.is_set():
-                operation.tell(problem=busy("The daemon is stopping; nothing was done", SLOT_SECONDS))
-                operation.begun.set()
+            operation.refuse(busy("The daemon is stopping; nothing was done", SLOT_SECONDS))
 
     def leave_running(self):
         """The daemon ends: tell who still waits that Proxmox goes on, and log what was left."""
@@ -1885,7 +1899,7 @@ class Api:
         self.metrics.observe("lxc_autoscale_api_request_duration_seconds", seconds, method, endpoint)
 
     def dispatch(self, request, route, headers):
-        if self.limiter and not (route and not route.limited):
+        if not route or route.limited:
             self.limit(request, headers)
         query = self.authenticate(request, route)
         if not route:
@@ -1910,17 +1924,17 @@ class Api:
         return client_of(request, self.config.server.trusted_proxies)
 
     def limit(self, request, headers):
-        client, exempt = self.client(request)
-        if exempt:
+        limiter, (client, exempt) = self.limiter, self.client(request)
+        if exempt or not limiter:
             return
-        admitted, remaining, wait = self.limiter.admit(client)
-        headers.update({"X-RateLimit-Limit": str(self.limiter.limit), "X-RateLimit-Remaining": str(remaining),
+        admitted, remaining, wait = limiter.admit(client)
+        headers.update({"X-RateLimit-Limit": str(limiter.limit), "X-RateLimit-Remaining": str(remaining),
                         "X-RateLimit-Reset": str(math.ceil(time.time() + wait))})
         if not admitted:
             self.metrics.add("lxc_autoscale_api_rate_limited_total")
             seconds = max(1, math.ceil(wait))
             raise Problem(429, "Rate limit exceeded", {"Retry-After": str(seconds)}, retry_after_seconds=seconds,
-                          limit=self.limiter.limit, window_seconds=self.limiter.window)
+                          limit=limiter.limit, window_seconds=limiter.window)
 
     def authenticate(self, request, route):
         """-> the query's pairs without the key (or the ValueError that it cannot be read with), or Problem 401."""
@@ -2090,7 +2104,7 @@ class Handler(BaseHTTPRequestHandler):
         started = time.perf_counter()
         answer = self.server.api.answer(request)
         self.close_connection = (self.server.stopping or self.wants_close(request) or not self.can_drain()
-                                 or answer.status == 411)      # it may yet send a body without a length
+                                 or answer.status in (408, 411))       # where its body ends is not known
         self.respond(answer, request.method, request.path, started, self.server.api.client(request)[0])
         self.server.end(self.request)
         if not self.close_connection:
@@ -2161,11 +2175,14 @@ class Handler(BaseHTTPRequestHandler):
         self.fresh = False
 
     def read_body(self):
-        if self.continues:
-            self.continues = False
-            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while len(self.buffer) < self.unread:
-            self.receive()
+        try:
+            if self.continues:
+                self.continues = False
+                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            while len(self.buffer) < self.unread:
+                self.receive()
+        except (Gone, OSError):
+            raise Problem(400, "The connection ended before the body did") from None
         body = bytes(self.buffer[:self.unread])
         del self.buffer[:self.unread]
         self.unread = 0
@@ -2181,7 +2198,7 @@ class Handler(BaseHTTPRequestHandler):
         self.continues = False
         try:
             self.read_body()
-        except (Problem, Gone, OSError):
+        except Problem:
             self.close_connection = True
 
     def respond(self, answer, method, path, started, client=None):

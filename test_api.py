@@ -1954,6 +1954,13 @@ def test_clients_that_leave_cost_one_line_and_end_nothing(api, host):
     wait_until(lambda: host.conf(104)["cores"] == "5")
     wait_until(lambda: "POST /scale/cores vm_id=104 cores=5 by 127.0.0.1: done" in api.log())
     lines = len((api.log("access") + api.log("error")).splitlines())
+    with api.connect() as sock:                     # in the middle of a body, which is being waited for
+        sock.sendall(framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, "Content-Length: 50", "Expect: 100-continue"))
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(b'{"vm_id"')
+        sock.shutdown(socket.SHUT_WR)
+        assert statuses(read_all(sock)) == ([400], error("The connection ended before the body did"))
+    lines += 1
     reset = b"\x01\x00\x00\x00\x00\x00\x00\x00"
     for data in (b"", b"GET", framed("GET /routes HTTP/1.1", "Host: x", LOGIN), framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, "Content-Length: 50", body="{")):
         for _ in range(10):
