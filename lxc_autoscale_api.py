@@ -99,6 +99,10 @@ class Problem(Exception):
         super().__init__(error)
         self.status, self.error, self.headers, self.fields = status, error, headers or {}, fields
 
+    def add_details(self, *texts):
+        if texts:
+            self.fields["details"] = "\n".join([*filter(None, [self.fields.get("details")]), *texts])
+
     def answer(self):
         return Answer(self.status, {"status": "error", "error": self.error, **self.fields}, dict(self.headers))
 
@@ -342,7 +346,8 @@ def api_key(value):
     if text(value) == SAMPLE_KEY:
         raise ValueError("is still the sample value; set a key of your own, such as from: openssl rand -hex 32")
     if value and not re.fullmatch(r"[!-~]{16,}", value):
-        raise ValueError("must be at least 16 visible ASCII characters without spaces, such as from: openssl rand -hex 32")
+        raise ValueError("must be at least 16 visible ASCII characters without spaces, "
+                         "such as from: openssl rand -hex 32")
     return value
 
 
@@ -444,7 +449,8 @@ def load_config(document, credential=None):
 def refuse_unknown(given, known, where, path):
     for key in given:
         if key not in known:
-            raise ConfigError(where[path + (key,)], f"unknown key '{'.'.join(path + (key,))}'; known here: {', '.join(known)}")
+            name = ".".join(path + (key,))
+            raise ConfigError(where[path + (key,)], f"unknown key '{name}'; known here: {', '.join(known)}")
 
 
 def read_config(path):
@@ -504,7 +510,8 @@ class Name:
     def schema(self):
         marks = self.marks.replace(".", "\\.").replace("-", "\\-")
         first = marks.replace("\\-", "")
-        return {"type": "string", "pattern": f"^[A-Za-z0-9{first}][A-Za-z0-9{marks}]*$", "minLength": 1, "maxLength": self.longest}
+        return {"type": "string", "pattern": f"^[A-Za-z0-9{first}][A-Za-z0-9{marks}]*$",
+                "minLength": 1, "maxLength": self.longest}
 
     def parse(self, value):
         if isinstance(value, str) and self.pattern.fullmatch(value):
@@ -598,8 +605,12 @@ class Pairs(list):
 
 # What pct and pvesh print, and what /etc/pve holds
 
-class Conf(namedtuple("Conf", "values snapshots")):
-    """A container's configuration: {key: text}, and {snapshot: {key: text}}."""
+class Conf(namedtuple("Conf", "values current snapshots")):
+    """A container's configuration.
+
+    `values` is {key: text} with pending changes applied, `current` the same without them,
+    `snapshots` {name: {key: text}}.
+    """
 
 
 CONF_ENTRY = re.compile(r"([a-z][a-z_]*\d*):[ \t]*(.*?)\s*")
@@ -611,8 +622,8 @@ def parse_config(document):
     Pending changes are applied, as `pct config` shows them; a snapshot's `#` lines are
     its description, %-encoded (PVE::LXC::Config, parse_pct_config).
     """
-    values, pending, snapshots = {}, {}, {}
-    section = values
+    current, pending, snapshots = {}, {}, {}
+    section = current
     for line in document.split("\n"):
         entry = CONF_ENTRY.fullmatch(line)
         if entry:
@@ -623,9 +634,14 @@ def parse_config(document):
         elif line.startswith("["):
             name = line.strip("[] \t\r")
             section = pending if name.lower() == "pve:pending" else {} if ":" in name else snapshots.setdefault(name, {})
-    for key in re.split(r"[\s,;]+", pending.pop("delete", "")):
-        values.pop(key.lstrip("!"), None)
-    return Conf({**values, **pending}, snapshots)
+    deleted = {key.lstrip("!") for key in re.split(r"[\s,;]+", pending.pop("delete", ""))}
+    kept = {key: value for key, value in current.items() if key not in deleted}
+    return Conf({**kept, **pending}, current, snapshots)
+
+
+def container_name(vm_id, values):
+    """As `pct list` shows it."""
+    return values.get("hostname") or f"CT{vm_id}"
 
 
 def parse_status(document):
@@ -675,8 +691,8 @@ def snapshots_of(conf):
 
 
 def in_order(rows):
-    return [{"name": name, "timestamp": None if taken is None else utc(int(taken)), "description": description, "parent": parent}
-            for name, taken, description, parent in sorted(rows, key=lambda row: (row[1] or 0, row[0]))]
+    return [{"name": name, "timestamp": None if taken is None else utc(int(taken)), "description": description,
+             "parent": parent} for name, taken, description, parent in sorted(rows, key=lambda row: (row[1] or 0, row[0]))]
 
 
 def parse_net_dev(document, vm_id):
@@ -832,7 +848,11 @@ class Turns:
 
 
 class Result(namedtuple("Result", "exit stdout stderr overflow")):
-    """A command that ended: its exit status (negative: a signal's number), what it printed, and whether that was too much."""
+    """A command that ended.
+
+    `exit` is its status, or minus the number of the signal that ended it, `overflow` that
+    it printed more than MAX_OUTPUT.
+    """
 
 
 class Output:
@@ -1026,7 +1046,8 @@ class Operations:
             operation.tell(result)
         except Late as late:
             outcome = f"did not get its turn, held by {late}"
-            operation.tell(problem=Problem(409, f"VM {vm_id} is busy for over {TURN_SECONDS} s with: {late}; nothing was done"))
+            operation.tell(problem=Problem(409, f"VM {vm_id} is busy for over {TURN_SECONDS} s with: {late}; "
+                                                "nothing was done"))
         except Problem as problem:
             outcome = f"{problem.status} {problem.error}"
             operation.tell(problem=problem)
@@ -1103,7 +1124,8 @@ def used_bytes(path):
 
 
 def listed_container(vm_id, name, status, cores, memory, uptime):
-    return {"vm_id": vm_id, "lxc_id": vm_id, "name": name, "status": status, "cores": cores, "memory": memory, "uptime": uptime}
+    return {"vm_id": vm_id, "lxc_id": vm_id, "name": name, "status": status, "cores": cores, "memory": memory,
+            "uptime": uptime}
 
 
 class Proxmox:
@@ -1150,7 +1172,8 @@ class Proxmox:
         size = size_in_gb(option(values.get("rootfs"), "size"))
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB
         return {
-            "vm_id": vm_id, "lxc_id": vm_id, "cores": number(values.get("cores")), "memory_mb": number(values.get("memory")),
+            "vm_id": vm_id, "lxc_id": vm_id,
+            "cores": number(values.get("cores")), "memory_mb": number(values.get("memory")),
             "swap_mb": number(values.get("swap")), "disk_gb": size, "hostname": values.get("hostname"),
             "limits": {
                 "cores": {"min": CORES.low, "max": min(max_cores, os.cpu_count() or max_cores)},
@@ -1168,7 +1191,8 @@ class Proxmox:
             "vm_id": vm_id, "lxc_id": vm_id, "name": get("name") and str(get("name")), "status": get("status"),
             "cpu": get("cpus"), "cpu_usage": 0 if stopped else self.cpu_usage(vm_id, get("cpus"), before),
             "memory": in_unit(get("maxmem"), MIB), "memory_used": in_unit(get("mem"), MIB),
-            "swap": in_unit(get("maxswap"), MIB), "swap_used": in_unit(get("swap"), MIB), "disk": in_unit(get("maxdisk"), GIB),
+            "swap": in_unit(get("maxswap"), MIB), "swap_used": in_unit(get("swap"), MIB),
+            "disk": in_unit(get("maxdisk"), GIB),
             "disk_used": None if stopped else in_unit(get("disk"), GIB),        # pct says 0, and does not know
             "uptime": get("uptime"), "network_in": get("netin"), "network_out": get("netout"),
             "disk_read": get("diskread"), "disk_write": get("diskwrite"),
@@ -1178,22 +1202,28 @@ class Proxmox:
         """The keys of `pct status --verbose`, without a process; None where the files are not there."""
         conf = self.file_conf(vm_id)
         up, usage = self.up(vm_id), self.usage(vm_id)
-        if conf is None or not os.path.isdir(self.cgroup_dir) or (up and usage is None):
+        if conf is None or not self.has_cgroups() or (up and usage is None):
             return None
-        values, pid = conf.values, self.init_pid(vm_id)
-        memory, swap, size = number(values.get("memory")), number(values.get("swap")), size_in_gb(option(values.get("rootfs"), "size"))
+        values, pid = conf.current, self.init_pid(vm_id)
+        memory, swap = number(values.get("memory")), number(values.get("swap"))
+        size = size_in_gb(option(values.get("rootfs"), "size"))
         found = {
-            "name": values.get("hostname") or f"CT{vm_id}", "status": "running" if up else "stopped",
+            "name": container_name(vm_id, values), "status": "running" if up else "stopped",
             "cpus": number_or_text(values.get("cores") or values.get("cpulimit") or str(os.cpu_count())),
-            "maxmem": memory and memory * MIB, "maxswap": swap if swap is None else swap * MIB, "maxdisk": size and size * GIB,
+            "maxmem": memory and memory * MIB, "maxswap": swap if swap is None else swap * MIB,
+            "maxdisk": size and size * GIB,
         }
         if not up:
             return {**found, **dict.fromkeys(("mem", "swap", "uptime", "netin", "netout", "diskread", "diskwrite"), 0)}
         netin, netout = parse_net_dev(read_text("/proc/net/dev") or "", vm_id)
-        return {**found, "mem": usage["memory"], "swap": find_number(r"(\d+)", read_text(f"{self.cgroup_dir}/lxc/{vm_id}/memory.swap.current")),
-                "disk": pid and used_bytes(f"/proc/{pid}/root"),
-                "uptime": self.uptime(vm_id), "netin": netin, "netout": netout,
-                "diskread": usage["disk_read"], "diskwrite": usage["disk_write"]}
+        swapped = read_text(f"{self.cgroup_dir}/lxc/{vm_id}/memory.swap.current")
+        return {**found, "mem": usage["memory"], "swap": find_number(r"(\d+)", swapped),
+                "disk": pid and used_bytes(f"/proc/{pid}/root"), "uptime": self.uptime(vm_id),
+                "netin": netin, "netout": netout, "diskread": usage["disk_read"], "diskwrite": usage["disk_write"]}
+
+    def has_cgroups(self):
+        """Whether control groups are there in version 2; version 1 has a folder for each controller."""
+        return os.path.isdir(self.cgroup_dir) and not os.path.isdir(f"{self.cgroup_dir}/memory")
 
     def cpu_clock(self, vm_id):
         """(time, processor time used so far), in seconds, from the container's cgroup (v2), or None."""
@@ -1206,7 +1236,8 @@ class Proxmox:
         cpu, memory = read_text(folder + "cpu.stat"), read_text(folder + "memory.current")
         if cpu is None and memory is None:
             return None
-        cache, disk, events, pids = (read_text(folder + name) for name in ("memory.stat", "io.stat", "memory.events", "pids.current"))
+        cache, disk, events, pids = (
+            read_text(folder + name) for name in ("memory.stat", "io.stat", "memory.events", "pids.current"))
         used, cached = find_number(r"(\d+)", memory), find_number(r"^file (\d+)", cache)
         read, written = (disk and sum(map(int, re.findall(rf" {key}=(\d+)", disk))) for key in ("rbytes", "wbytes"))
         seconds = find_number(r"^usage_usec (\d+)", cpu)
@@ -1237,14 +1268,14 @@ class Proxmox:
 
     def list(self):
         """All containers of this node, from their files and cgroups, else from pvesh."""
-        if not os.path.isdir(f"{self.pve_dir}/lxc") or not os.path.isdir(self.cgroup_dir):
+        if not os.path.isdir(f"{self.pve_dir}/lxc") or not self.has_cgroups():
             node = self.node_name() or socket.gethostname().split(".")[0]
             rows = sorted(self.ask_json(f"/nodes/{node}/lxc"), key=lambda row: int(row["vmid"]))
-            return [listed_container(int(row["vmid"]), row.get("name") or f"CT{row['vmid']}", row.get("status"), row.get("cpus"),
-                                     in_unit(row.get("maxmem"), MIB), row.get("uptime")) for row in rows]
-        return [listed_container(vm_id, values.get("hostname") or f"CT{vm_id}", "running" if up else "stopped", number(values.get("cores")),
-                                 number(values.get("memory")), self.uptime(vm_id) if up else 0)
-                for vm_id, (values, _) in self.confs().items() for up in [self.up(vm_id)]]
+            return [listed_container(int(row["vmid"]), row.get("name") or f"CT{row['vmid']}", row.get("status"),
+                                     row.get("cpus"), in_unit(row.get("maxmem"), MIB), row.get("uptime")) for row in rows]
+        return [listed_container(vm_id, container_name(vm_id, values), "running" if up else "stopped",
+                                 number(values.get("cores")), number(values.get("memory")), self.uptime(vm_id) if up else 0)
+                for vm_id, (_, values, _) in self.confs().items() for up in [self.up(vm_id)]]
 
     def gauges(self):
         """The container families at this moment, without a process; of what files do not say, nothing."""
@@ -1253,10 +1284,10 @@ class Proxmox:
         def tell(name, value, *labels):
             if value is not None:
                 families["lxc_autoscale_container_" + name][labels] = value
-        has_cgroups = os.path.isdir(self.cgroup_dir)
-        for vm_id, (values, _) in self.confs().items():
+        has_cgroups = self.has_cgroups()
+        for vm_id, (_, values, _) in self.confs().items():
             label, usage, memory = str(vm_id), self.usage(vm_id), number(values.get("memory"))
-            tell("info", 1, label, values.get("hostname", ""))
+            tell("info", 1, label, container_name(vm_id, values))
             tell("up", int(usage is not None) if has_cgroups else None, label)
             tell("cpu_cores", number(values.get("cores")), label)
             tell("memory_mb", memory, label)
@@ -1394,7 +1425,7 @@ class Proxmox:
         except Problem as problem:
             if problem.status >= 500:
                 left += self.half_made(new_vm_id)
-            problem.fields["details"] = "\n".join([problem.fields.get("details", ""), *left]).strip()
+            problem.add_details(*left)
             raise
         if start:
             self.start_clone(new_vm_id)
@@ -1431,10 +1462,8 @@ class Proxmox:
             self.change("pct", "start", vm_id)
         except Problem as problem:
             problem.error = f"VM {vm_id} was cloned but did not start: {problem.error}"
-            problem.fields["details"] = "\n".join([
-                problem.fields.get("details", ""),
-                f"VM {vm_id} exists and is stopped; start it with: pct start {vm_id}, or remove it with: pct destroy {vm_id}",
-            ]).strip()
+            problem.add_details(f"VM {vm_id} exists and is stopped; start it with: pct start {vm_id}, "
+                                f"or remove it with: pct destroy {vm_id}")
             raise
 
     def forgotten_snapshots(self):
@@ -1624,9 +1653,10 @@ def process_metrics():
     fields = read_text("/proc/self/stat").rpartition(")")[2].split()       # from field 3 of proc(5) on
     boot, tick = int(re.search(r"^btime (\d+)", read_text("/proc/stat"), re.MULTILINE)[1]), os.sysconf("SC_CLK_TCK")
     values = {
-        "cpu_seconds_total": (int(fields[11]) + int(fields[12])) / tick, "open_fds": len(os.listdir("/proc/self/fd")) - 1,
-        "max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0], "virtual_memory_bytes": int(fields[20]),
-        "resident_memory_bytes": int(fields[21]) * os.sysconf("SC_PAGE_SIZE"), "start_time_seconds": boot + int(fields[19]) / tick,
+        "cpu_seconds_total": (int(fields[11]) + int(fields[12])) / tick,
+        "open_fds": len(os.listdir("/proc/self/fd")) - 1, "max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0], "virtual_memory_bytes": int(fields[20]),
+        "resident_memory_bytes": int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
+        "start_time_seconds": boot + int(fields[19]) / tick,
     }
     return {"process_" + name: {(): value} for name, value in values.items()}
 
@@ -1844,13 +1874,15 @@ def describe_route(path, route):
     if route.handler is check_health:
         described["responses"]["503"] = {"description": "Proxmox's commands do not work.", "content": good}
     if route.method == "GET":
-        described["parameters"] = [{"name": each.name, "in": "query", "required": True, "description": describe_parameter(each),
-                                    "schema": each.schema()} for each in route.parameters]
+        described["parameters"] = [
+            {"name": each.name, "in": "query", "required": True, "description": describe_parameter(each),
+             "schema": each.schema()} for each in route.parameters]
     else:
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": {
             "type": "object", "additionalProperties": False,
             "required": [each.name for each in route.parameters if each.default is None],
-            "properties": {each.name: {"description": describe_parameter(each), **each.schema()} for each in route.parameters}}}}}
+            "properties": {each.name: {"description": describe_parameter(each), **each.schema()}
+                           for each in route.parameters}}}}}
     return described
 
 
@@ -1907,13 +1939,15 @@ class Api:
         if request.method == "OPTIONS":
             return Answer(204, "", {"Allow": allowed_methods(route)})
         if request.method != route.method and (request.method, route.method) != ("HEAD", "GET"):
-            raise Problem(405, f"Wrong method; {request.path} takes {allowed_methods(route)}", {"Allow": allowed_methods(route)})
+            allowed = allowed_methods(route)
+            raise Problem(405, f"Wrong method; {request.path} takes {allowed}", {"Allow": allowed})
         if isinstance(query, ValueError):
             raise Problem(400, f"Invalid query: {query}")
         if route.method == "GET":
             values = parse_parameters(route.parameters, query)
         elif query:
-            raise Problem(400, f"Unknown query parameter; {route.method} {route.path} takes its parameters from a JSON body")
+            raise Problem(400, f"Unknown query parameter; {route.method} {route.path} takes its parameters "
+                               "from a JSON body")
         else:
             values = parse_parameters(route.parameters, read_object(request))
         if not route.changes:
@@ -1941,7 +1975,8 @@ class Api:
         try:
             pairs = parse_query(request.query) if request.query else []
         except ValueError as error:
-            pairs, query = [], ValueError("not percent-encoded UTF-8" if isinstance(error, UnicodeDecodeError) else str(error))
+            undecodable = isinstance(error, UnicodeDecodeError)
+            pairs, query = [], ValueError("not percent-encoded UTF-8" if undecodable else str(error))
         else:
             query = [pair for pair in pairs if pair[0] != "api_key"]
         if not self.config.authentication.enabled or (route and not route.key):
@@ -1961,10 +1996,11 @@ class Api:
         rules = self.config.containers
         for name in route.changes:
             if values[name] in rules.protected:
-                raise Problem(403, f"VM {values[name]} is protected: containers.protected in the daemon's configuration names it")
+                raise Problem(403, f"VM {values[name]} is protected: containers.protected in the daemon's "
+                                   "configuration names it")
             if rules.allowed and values[name] not in rules.allowed:
-                raise Problem(403, f"VM {values[name]} must not be changed: containers.allowed in the daemon's configuration "
-                                   "does not name it")
+                raise Problem(403, f"VM {values[name]} must not be changed: containers.allowed in the daemon's "
+                                   "configuration does not name it")
         for parameter, setting in ((CORES, "max_cores"), (MEMORY, "max_memory_mb")):
             if values.get(parameter.name, 0) > getattr(rules, setting):
                 raise Problem(400, f"Invalid {parameter.name}: must be an integer between {parameter.low} and "
@@ -2002,7 +2038,8 @@ def digest(key):
 def read_object(request):
     """The pairs of a request's JSON body, or Problem; the body is read only when it will be taken."""
     if request.length is None:
-        raise Problem(411, "Missing Content-Length: send the parameters as a JSON object, with Content-Type: application/json")
+        raise Problem(411, "Missing Content-Length: send the parameters as a JSON object, "
+                           "with Content-Type: application/json")
     if request.length > MAX_BODY:
         raise Problem(413, f"The body is too large: at most {MAX_BODY} bytes are taken")
     kind = re.sub(r"\s", "", request.headers.get("content-type", "")).lower()
@@ -2216,7 +2253,8 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             self.close_connection = True
         milliseconds = (time.perf_counter() - started) * 1000 if started else 0
-        access_log.add(f"{client or self.peer} {method} {loggable_path(path)} {answer.status} {len(sent)} {milliseconds:.1f} ms")
+        access_log.add(f"{client or self.peer} {method} {loggable_path(path)} {answer.status} {len(sent)} "
+                       f"{milliseconds:.1f} ms")
 
     def send(self, data):
         """Send all; OSError if the client takes no byte for REQUEST_SECONDS, or not all in twice that."""
@@ -2251,8 +2289,10 @@ class Server(ThreadingHTTPServer):
         self.api, self.places = api, server.max_connections
         api.in_progress = lambda: sum(since is None for since in list(self.connections.values()))
         self.address_family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
-        self.changed, self.connections = threading.Condition(), {}  # socket -> waiting for a request since; None: in work
-        self.stopping, self.refused = False, deque()                # (until, socket): told to go, not yet closed
+        self.changed = threading.Condition()
+        self.connections = {}               # socket -> waiting for a request since; None: in work
+        self.refused = deque()              # (until, socket): told to go, not yet closed
+        self.stopping = False
         super().__init__((server.host, server.port), Handler)
 
     def server_bind(self):
@@ -2263,7 +2303,7 @@ class Server(ThreadingHTTPServer):
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(0.1)             # the connection stays in the backlog; asking again at once would only burn CPU
+                time.sleep(0.1)             # it stays in the backlog; asking again at once would only burn CPU
             raise
 
     def process_request(self, request, client_address):
@@ -2336,8 +2376,9 @@ class Server(ThreadingHTTPServer):
     def answers(self):
         """Whether a request to ourselves is answered: what the watchdog is fed for."""
         host, port = self.server_address[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         try:
-            with socket.create_connection(({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port), REQUEST_SECONDS) as sock:
+            with socket.create_connection((host, port), REQUEST_SECONDS) as sock:
                 sock.sendall(b"OPTIONS /health/check HTTP/1.0\r\n\r\n")
                 return sock.recv(9).startswith(b"HTTP/1.1")
         except OSError:
@@ -2457,7 +2498,8 @@ def open_log(path, keys, level=logging.NOTSET):
 def open_logs(settings, keys):
     """Point the logs at their files, in place of those that they were pointed at."""
     old = [*log.handlers, access_log.handler]
-    log.handlers = [open_log(settings.log_file, keys, settings.log_level), open_log(settings.error_log, keys, "WARNING")]
+    log.handlers = [open_log(settings.log_file, keys, settings.log_level),
+                    open_log(settings.error_log, keys, "WARNING")]
     access_log.handler = open_log(settings.access_log, keys)
     log.setLevel(min(logging.getLevelName(settings.log_level), logging.WARNING))
     log.propagate = False
@@ -2559,7 +2601,8 @@ def serve(server, signals, config_path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--config", metavar="PATH", default=CONFIG_PATH, help="configuration file (default: %(default)s)")
+    parser.add_argument("--config", metavar="PATH", default=CONFIG_PATH,
+                        help="configuration file (default: %(default)s)")
     parser.add_argument("--check-config", action="store_true", help="check the configuration file and exit")
     parser.add_argument("--version", action="version", version=f"lxc_autoscale_api {VERSION}")
     arguments = parser.parse_args()

@@ -999,13 +999,21 @@ GOOD_KEY = 'authentication:\n  api_key: "0123456789abcdef"\n'
     ("- a\n", 1, "expected sections"),
 ])
 def test_a_bad_configuration_stops_the_start_with_file_and_line(tmp_path, document, line, says):
-    code, said = check_config(tmp_path, document)
-    assert code == 78
-    assert said.startswith(f"{tmp_path}/api.yaml:{line}: ") and says in said
+    path = tmp_path / "api.yaml"
+    path.write_bytes(document if isinstance(document, bytes) else document.encode())
+    with pytest.raises(module.ConfigError) as refusal:
+        module.read_config(path)
+    said = refusal.value.text
+    assert said.startswith(f"{path}:{line}: ") and says in said
     assert "0123456789abcdef" not in said and "short-key" not in said
 
 
-def test_a_good_configuration_passes_and_a_missing_one_is_said(tmp_path):
+def test_a_good_configuration_passes_and_a_bad_or_missing_one_stops_the_start(tmp_path):
+    bad = GOOD_KEY + "server:\n  prot: 5000\n"
+    said = f"{tmp_path}/api.yaml:4: unknown key 'server.prot'; known here: host, port, trusted_proxies, max_connections\n"
+    assert check_config(tmp_path, bad) == (78, said)
+    started = subprocess.run([sys.executable, MODULE, "--config", tmp_path / "api.yaml"], capture_output=True, text=True)
+    assert (started.returncode, started.stdout, started.stderr) == (78, "", said)
     assert check_config(tmp_path, GOOD_KEY) == (0, f"{tmp_path}/api.yaml: ok\n")
     assert check_config(tmp_path, "authentication:\n  enabled: false\nserver:\n") == (0, f"{tmp_path}/api.yaml: ok\n")
     done = subprocess.run([sys.executable, MODULE, "--config", tmp_path / "none.yaml"], capture_output=True, text=True)
@@ -1146,6 +1154,7 @@ def transcript(name):
 
 def test_a_configuration_file_is_read_with_its_pending_changes_and_snapshots():
     conf = module.parse_config(transcript("conf"))
+    assert (conf.current["cores"], conf.current["swap"]) == ("4", "512")
     assert conf.values == {"arch": "amd64", "cores": "6", "hostname": "web-01", "memory": "4096", "parent": "second",
                            "rootfs": "local-lvm:vm-504-disk-0,size=8G", "description": "first line\nsecond: line"}
     assert module.snapshots_of(conf) == [
@@ -1222,6 +1231,17 @@ def test_each_known_refusal_has_its_code_and_text(stderr, status, says):
 
 
 # Waiting, limiting, counting
+
+def test_an_operation_is_either_refused_or_begun():
+    begun, refused = module.Operation("x", "y"), module.Operation("x", "y")
+    assert begun.begin()
+    begun.refuse(module.busy("too late", 1))
+    assert not begun.outcome.done()
+    refused.refuse(module.busy("in time", 1))
+    assert not refused.begin()
+    with pytest.raises(module.Problem, match="in time"):
+        refused.outcome.result(0)
+
 
 def test_a_gate_lets_in_as_many_as_it_is_wide_and_the_others_in_order():
     gate, order = module.Gate(2), []
@@ -1507,7 +1527,10 @@ def test_status_is_read_from_the_container_s_files(api, host):
     assert api.get("/resource/vm/status?vm_id=106").body["data"] == STOPPED
     assert host.calls() == []
     (host.cgroup / "lxc/104/ns/init.scope/cgroup.procs").write_text(f"{os.getpid()}\n1\n")      # any process will do as its init
+    with open(host.path(104), "a") as file:
+        file.write("\n[pve:pending]\nhostname: later\nmemory: 1\n")        # not what it has now
     data = api.get("/resource/vm/status?vm_id=104").body["data"]
+    assert (data["name"], data["memory"]) == ("web-01", 2048)
     assert data["disk_used"] > 0 and data["uptime"] < time.time() - 1
 
 
@@ -1520,6 +1543,13 @@ def test_status_is_asked_of_pct_where_the_files_are_missing(asking, host):
     data = asking.get("/resource/vm/status?vm_id=106").body["data"]
     assert data == {**dict.fromkeys(data), "vm_id": 106, "lxc_id": 106, "status": "running", "cpu": 2}
     assert set(call.split()[1] for call in host.calls()) == {"status"}
+
+
+def test_with_control_groups_of_version_1_pct_is_asked(api, host):
+    (host.cgroup / "memory").mkdir()
+    assert api.get("/resource/vm/status?vm_id=104").body["data"]["uptime"] >= 3600
+    assert host.calls() == ["pct status 104 --verbose"]
+    assert not any("_up" in name for name in parse_exposition(api.get("/metrics").body)[1])
 
 
 def test_traffic_is_told_from_inside_the_container():
