@@ -2178,16 +2178,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def receive(self):
         """Add what comes to the buffer; Problem 408 at the deadline, Gone at the end."""
-        self.wait_at_most(max(0.001, self.deadline - time.monotonic()))
+        late = Problem(408, f"The request did not arrive within {REQUEST_SECONDS} s")
+        seconds = self.deadline - time.monotonic()
+        if seconds < 0.001:
+            raise late
+        self.wait_at_most(seconds)
         try:
             data = self.request.recv(65536)
         except BlockingIOError:
-            raise Problem(408, f"The request did not arrive within {REQUEST_SECONDS} s") from None
+            raise late from None
         if not data:
             raise Gone
         self.buffer += data
-        if time.monotonic() > self.deadline:
-            raise Problem(408, f"The request did not arrive within {REQUEST_SECONDS} s")
 
     def wait_at_most(self, seconds):
         """Let recv give up with BlockingIOError after so long."""
