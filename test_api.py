@@ -1950,7 +1950,7 @@ def test_one_connection_too_many_is_told_so_at_once(launch):
     held = [api.connect() for _ in range(4)]
     wait_until(lambda: threads(api) >= 6)
     started, before, used = time.monotonic(), threads(api), descriptors(api)
-    for _ in range(20):
+    for _ in range(22):
         codes, body = statuses(api.raw(b""))
         assert (codes, body) == ([503], error("Too many connections; try again later"))
     assert threads(api) == before and time.monotonic() - started < 1
