@@ -180,6 +180,7 @@ start_service() {
 uninstall() {
     [ -z "$SYSTEMCTL" ] || "$SYSTEMCTL" disable --now --quiet $NAME.service 2>/dev/null || true
     rm -f "$DESTDIR$MODULE" "$DESTDIR$UNIT" "$DESTDIR$LOGROTATE"
+    drop_kept
     [ -z "$SYSTEMCTL" ] || "$SYSTEMCTL" daemon-reload 2>/dev/null || true
     say "removed $NAME"
 }

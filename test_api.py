@@ -2829,7 +2829,9 @@ def test_an_uninstallation_keeps_what_is_the_administrators_and_a_purge_does_not
     log = tmp_path / "var/log/autoscaleapi.log"
     log.parent.mkdir(parents=True)
     log.write_text("x")
+    (tmp_path / (MODULE_PATH + ".old")).write_text("left by an installation that was cut short")
     assert install(tmp_path, "--uninstall").returncode == 0
+    assert not list(tmp_path.rglob("*.old"))
     assert [path for path in (MODULE_PATH, UNIT_PATH, LOGROTATE_PATH, CONFIG_PATH) if (tmp_path / path).exists()] == [CONFIG_PATH]
     assert log.exists()
     assert install(tmp_path, "--purge").returncode == 0
