@@ -2122,7 +2122,7 @@ class Handler(BaseHTTPRequestHandler):
         address = self.client_address[0]
         self.peer = str(plain_address(address)) if ":" in address else address
         self.buffer, self.unread, self.continues, self.linger = bytearray(), 0, False, False
-        self.patience, self.fresh = None, True
+        self.patience, self.fresh, self.minor = None, True, 1
         self.deadline = time.monotonic() + REQUEST_SECONDS
 
     def handle_one_request(self):
@@ -2248,6 +2248,8 @@ class Handler(BaseHTTPRequestHandler):
             headers += f"Content-Type: {answer.content_type}\r\nContent-Length: {len(body)}\r\n"
         if self.close_connection:
             headers += "Connection: close\r\n"
+        elif self.minor == 0:
+            headers += "Connection: keep-alive\r\n"
         head = f"{STATUS_LINES[answer.status]}Date: {http_date(int(time.time()))}\r\n{COMMON_HEADERS}{headers}\r\n"
         sent = b"" if method == "HEAD" else body
         try:
@@ -2403,8 +2405,9 @@ class Server(ThreadingHTTPServer):
             return self.changed.wait_for(lambda: None not in self.connections.values(), seconds)
 
 
-TOO_MANY = (f"{STATUS_LINES[503]}Retry-After: 1\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
-            '{"status": "error", "error": "Too many connections; try again later"}\n').encode()
+TOO_MANY_BODY = '{"status": "error", "error": "Too many connections; try again later"}\n'
+TOO_MANY = (f"{STATUS_LINES[503]}Retry-After: 1\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(TOO_MANY_BODY)}\r\nConnection: close\r\n\r\n{TOO_MANY_BODY}").encode()
 
 
 # Logs
