@@ -2137,7 +2137,8 @@ class Handler(BaseHTTPRequestHandler):
         except (Gone, OSError):
             return None
         if not self.server.begin(self.request):
-            return None
+            return self.respond(busy("The daemon is stopping, or this connection has lost its place; nothing was done", 1)
+                                .answer(), request.method, request.path, 0)
         started = time.perf_counter()
         answer = self.server.api.answer(request)
         self.close_connection = (self.server.stopping or self.wants_close(request) or not self.can_drain()

@@ -1570,7 +1570,7 @@ def test_identical_reads_share_a_process_and_none_sees_the_past(asking, host):
         wait_until(host.calls)
         later = [pool.submit(asking.get, "/resource/vm/status?vm_id=106") for _ in range(10)]
         other = pool.submit(asking.get, "/resource/vm/status?vm_id=104")
-        wait_until(lambda: threads(asking) >= 14)
+        wait_until(lambda: threads(asking) >= 15)
         host.path(106).write_text(host.path(106).read_text().replace("memory: 2048", "memory: 4096"))
         assert [each.result().body["data"]["memory"] for each in later] == [4096] * 10
         assert (first.result().status, other.result().status) == (200, 200)
@@ -1949,7 +1949,7 @@ def test_a_request_that_trickles_is_cut_off_at_its_deadline(launch):
 def test_one_connection_too_many_is_told_so_at_once(launch):
     api = launch(server={"max_connections": 4}, constants={"YIELD_SECONDS": 60})
     held = [api.connect() for _ in range(4)]
-    wait_until(lambda: threads(api) >= 6)
+    wait_until(lambda: threads(api) >= 7)
     started, before, used = time.monotonic(), threads(api), descriptors(api)
     for _ in range(22):
         codes, body = statuses(api.raw(b""))
@@ -2303,7 +2303,7 @@ def test_a_stop_in_the_middle_of_a_clone_leaves_it_to_proxmox(launch, host):
         clone = pool.submit(api.post, "/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
         wait_until(lambda: any("clone" in call for call in host.calls()))
         waiting = pool.submit(api.post, "/scale/cores", {"vm_id": 104, "cores": 4})
-        wait_until(lambda: threads(api) >= 6)
+        wait_until(lambda: threads(api) >= 7)       # of which two wait for requests' ends, and two are the changes
         api.process.send_signal(signal.SIGTERM)
         assert waiting.result().body == error("The daemon is stopping; nothing was done")
         reply = clone.result()
