@@ -1033,7 +1033,7 @@ class Operations:
 
     def work(self, operation, vm_ids, work):
         self.asked.add(operation)
-        started, outcome = time.monotonic(), "done"
+        started, outcome, result, problem = time.monotonic(), "done", None, None
         try:
             with ExitStack() as held:
                 who = f"{operation.title}, since {utc(int(time.time()))}"
@@ -1043,23 +1043,20 @@ class Operations:
                 if not operation.begin():
                     raise busy("The daemon stopped before this began; nothing was done", SLOT_SECONDS)
                 result = work()
-            operation.tell(result)
         except Late as late:
-            outcome = f"did not get its turn, held by {late}"
-            operation.tell(problem=Problem(409, f"VM {vm_id} is busy for over {TURN_SECONDS} s with: {late}; "
-                                                "nothing was done"))
-        except Problem as problem:
-            outcome = f"{problem.status} {problem.error}"
-            operation.tell(problem=problem)
+            problem = Problem(409, f"VM {vm_id} is busy for over {TURN_SECONDS} s with: {late}; nothing was done")
+        except Problem as refusal:
+            problem = refusal
         except Exception as error:
-            outcome = "internal error"
             log.exception("internal error in %s", operation.title)
-            operation.tell(problem=internal_error(error))
-        finally:
-            operation.begun.set()
-            self.asked.discard(operation)
-            log.info("change %s by %s: %s, after %.1f s", operation.title, operation.client, outcome,
-                     time.monotonic() - started)
+            problem = internal_error(error)
+        if problem:
+            outcome = f"{problem.status} {problem.error}"
+        log.info("change %s by %s: %s, after %.1f s", operation.title, operation.client, outcome,
+                 time.monotonic() - started)
+        self.asked.discard(operation)
+        operation.tell(result, problem)
+        operation.begun.set()
 
     def refuse_waiting(self):
         """The daemon stops: what has not begun will not begin."""
