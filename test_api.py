@@ -1,7 +1,8 @@
 """The tests of lxc_autoscale_api, and a simulated Proxmox host to run it on.
 
     pytest test_api.py                  # needs pytest, and nothing of Proxmox
-    python3 test_api.py --demo          # the daemon on 127.0.0.1:5000 with a simulated host; needs only Python
+    python3 test_api.py --demo          # the daemon on 127.0.0.1:5000 (or --demo PORT) with a simulated host;
+                                        # needs only Python
 """
 import contextlib
 import functools
@@ -728,7 +729,7 @@ def wait_until(condition, seconds=10):
 
 
 if __name__ == "__main__":
-    sys.exit(demo() if sys.argv[1:] == ["--demo"] else __doc__)
+    sys.exit(demo(*map(int, sys.argv[2:])) if sys.argv[1:2] == ["--demo"] else __doc__)
 
 import concurrent.futures  # noqa: E402  (the simulated host above needs Python alone)
 import http.client  # noqa: E402
@@ -2909,10 +2910,7 @@ def test_the_readme_lists_the_endpoints_and_settings_that_there_are():
 
 
 def test_the_demo_starts_prints_its_key_and_stops(tmp_path):
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", 5000)) == 0:
-            pytest.skip("port 5000 is in use")
-    demo = subprocess.Popen([sys.executable, HERE / "test_api.py", "--demo"], stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
+    demo = subprocess.Popen([sys.executable, HERE / "test_api.py", "--demo", str(free_port())], stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
     try:
         lines = [demo.stdout.readline() for _ in range(20)]
         key = next(line for line in lines if line.startswith("KEY="))[4:].strip()
