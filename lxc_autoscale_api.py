@@ -987,13 +987,14 @@ class Operation:
     def __init__(self, title, client):
         self.title, self.client = title, client
         self.begun, self.outcome, self.lock = threading.Event(), Future(), threading.Lock()
+        self.running = False
 
     def begin(self):
         """-> whether it may begin; it may not if it was refused before."""
         with self.lock:
-            refused = self.begun.is_set()
+            self.running = not self.begun.is_set()
             self.begun.set()
-            return not refused
+            return self.running
 
     def refuse(self, problem):
         """Let it never begin, unless it has."""
@@ -1066,8 +1067,9 @@ class Operations:
     def leave_running(self):
         """The daemon ends: tell who still waits that Proxmox goes on, and log what was left."""
         for operation in list(self.asked):
-            log.warning("left running: %s by %s", operation.title, operation.client)
-            operation.tell(problem=goes_on(operation, "has not finished, and the daemon stops"))
+            if operation.running:
+                log.warning("left running: %s by %s", operation.title, operation.client)
+                operation.tell(problem=goes_on(operation, "has not finished, and the daemon stops"))
 
 
 def goes_on(operation, why):

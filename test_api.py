@@ -2311,10 +2311,11 @@ def test_a_stop_in_the_middle_of_a_clone_leaves_it_to_proxmox(launch, host):
         assert reply.status == 504 and "it is still running in Proxmox" in reply.body["error"]
     assert api.process.wait(5) == 0
     assert "left running: POST /clone/create vm_id=104 new_vm_id=105 new_vm_name=x start=False by 127.0.0.1" in api.log("error")
+    assert "left running: POST /scale/cores" not in api.log("error")
     again = launch()                                            # while the old pct still runs
     assert again.get("/routes").status == 200
     name, = host.snapshots(104)
-    assert f"remove it with: pct delsnapshot 104 {name}" in wait_until(lambda: again.log("error"))
+    wait_until(lambda: f"remove it with: pct delsnapshot 104 {name}" in again.log("error"))
     wait_until(lambda: "lock" not in host.conf(105) and "rootfs" in host.conf(105))
     assert host.conf(104)["cores"] == "2"
 
