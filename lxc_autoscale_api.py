@@ -2563,8 +2563,8 @@ def reload(server, path):
     try:
         config = read_config(path)
     except ConfigError as error:
-        log.error("not reloaded, the old settings stay: %s", error.text)
         complain(f"not reloaded, the old settings stay: {error.text}")
+        log.error("not reloaded, the old settings stay: %s", error.text)
     else:
         open_logs(config.logging, config.keys)
         server.api.configure(config)
