@@ -107,9 +107,9 @@ class Problem(Exception):
         return Answer(self.status, {"status": "error", "error": self.error, **self.fields}, dict(self.headers))
 
 
-def busy(error, seconds, **fields):
+def busy(error, seconds):
     """503: nothing was done, and the client may try again after so many seconds."""
-    return Problem(503, error, {"Retry-After": str(seconds)}, **fields)
+    return Problem(503, error, {"Retry-After": str(seconds)})
 
 
 class Request(namedtuple("Request", "method path query headers peer length read_body")):
@@ -179,9 +179,8 @@ def load_yaml(text):
     text = re.sub(r"\r\n?", "\n", text[1:] if text.startswith("\ufeff") else text)
     unreadable = YAML_UNREADABLE.search(re.sub(r"(?m)^[ \t]*#.*", lambda m: m[0].replace("\t", " "), text))
     if unreadable:
-        what = "a tab; use spaces" if unreadable[0] == "\t" else "a control character"
-        raise ConfigError(text.count("\n", 0, unreadable.start()) + 1, f"{what} is not taken here"
-                          if what.startswith("a control") else f"here is {what}")
+        what = "a tab is not taken here; use spaces" if unreadable[0] == "\t" else "a control character is not taken here"
+        raise ConfigError(text.count("\n", 0, unreadable.start()) + 1, what)
     document, where = {}, {}
     levels = []                             # (indentation, container, path) of what is open
     hole = (-1, document, None, ())         # the key that still waits for its value
@@ -1217,7 +1216,7 @@ class Proxmox:
         netin, netout = parse_net_dev(read_text("/proc/net/dev") or "", vm_id)
         swapped = read_text(f"{self.cgroup_dir}/lxc/{vm_id}/memory.swap.current")
         return {**found, "mem": usage["memory"], "swap": find_number(r"(\d+)", swapped),
-                "disk": pid and used_bytes(f"/proc/{pid}/root"), "uptime": self.uptime(vm_id),
+                "disk": pid and used_bytes(f"/proc/{pid}/root"), "uptime": self.uptime(vm_id, pid),
                 "netin": netin, "netout": netout, "diskread": usage["disk_read"], "diskwrite": usage["disk_write"]}
 
     def has_cgroups(self):
@@ -1249,9 +1248,8 @@ class Proxmox:
     def init_pid(self, vm_id):
         return find_number(r"^(\d+)", read_text(f"{self.cgroup_dir}/lxc/{vm_id}/ns/init.scope/cgroup.procs"))
 
-    def uptime(self, vm_id):
-        """Seconds since the container's init started, or since its cgroup was made."""
-        pid = self.init_pid(vm_id)
+    def uptime(self, vm_id, pid):
+        """Seconds since the container's init, process `pid`, started, or since its cgroup was made."""
         stat = pid and read_text(f"/proc/{pid}/stat")
         if stat:
             started = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
@@ -1273,7 +1271,8 @@ class Proxmox:
             return [listed_container(int(row["vmid"]), row.get("name") or f"CT{row['vmid']}", row.get("status"),
                                      row.get("cpus"), in_unit(row.get("maxmem"), MIB), row.get("uptime")) for row in rows]
         return [listed_container(vm_id, container_name(vm_id, values), "running" if up else "stopped",
-                                 number(values.get("cores")), number(values.get("memory")), self.uptime(vm_id) if up else 0)
+                                 number(values.get("cores")), number(values.get("memory")),
+                                 self.uptime(vm_id, self.init_pid(vm_id)) if up else 0)
                 for vm_id, (_, values, _) in self.confs().items() for up in [self.up(vm_id)]]
 
     def gauges(self):
