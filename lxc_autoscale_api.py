@@ -9,7 +9,7 @@ How a request travels:
            -> Operations  a change only: its containers' turn, a thread of its own
            -> a handler   a few lines an endpoint, which call Proxmox
            -> Proxmox     the host: files under /etc/pve and /sys/fs/cgroup, pct, pvesh
-           -> Commands    the one place that starts a process
+           -> Commands    the one place that starts a process, here or by ssh on another node
 
 and back as an Answer, in one write. An error anywhere is a Problem, and becomes an
 Answer in Api.answer.
@@ -52,6 +52,7 @@ from urllib.parse import parse_qsl, unquote
 VERSION = "1.0.0"
 CONFIG_PATH = "/etc/lxc_autoscale_ml/lxc_autoscale_api.yaml"
 SAMPLE_KEY = "your-secret-api-key"
+RUN_DIR = "/run/lxc_autoscale_api"           # of the sockets by which commands share an SSH connection
 TEMPORARY_SNAPSHOT = "autoscale_clone_"      # and eight hexadecimal digits
 
 MAX_LINE = 8192             # bytes of a request line
@@ -61,6 +62,7 @@ MAX_QUERY = 100             # parameters in a query
 MAX_OUTPUT = 4 << 20        # bytes that are read of what a command prints
 MAX_DETAILS = 4000          # characters of it that go into an answer
 MAX_CLIENTS = 5000          # addresses that the rate limiter remembers
+MAX_SESSIONS = 8            # commands at once on another node: its sshd takes 10 on a connection (MaxSessions)
 
 REQUEST_SECONDS = 10        # for a whole request to arrive, and for an answer to leave
 IDLE_SECONDS = 30           # between two requests on one connection
@@ -69,6 +71,8 @@ LINGER_SECONDS = 1          # for a refused client to take its answer
 TURN_SECONDS = 60           # waiting for another change to the same container
 SLOT_SECONDS = 30           # waiting for one of the places to run a command
 PROBE_SECONDS = 10          # a health probe's result is kept
+REACH_SECONDS = 4           # for another node to answer over SSH
+NEWS_SECONDS = 60           # what nodes broadcast every 10 s is believed
 STOP_SECONDS = 30           # for requests in work to be answered when the daemon stops
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -302,6 +306,13 @@ def whole(low, high):
     return check
 
 
+def cluster_mode(value):
+    """Whether to look beyond this node; YAML reads a bare `off` as false."""
+    if value is not False and value not in ("auto", "off"):
+        raise ValueError("must be auto or off")
+    return value == "auto"
+
+
 def boolean(value):
     if not isinstance(value, bool):
         raise ValueError("must be true or false")
@@ -398,6 +409,7 @@ SETTINGS = {                                # section -> key -> (default, check)
     "proxmox": {
         "pve_dir": ("/etc/pve", absolute_path),
         "cgroup_dir": ("/sys/fs/cgroup", absolute_path),
+        "cluster": ("auto", cluster_mode),
         "max_commands": (0, whole(0, 1000)),
         "read_timeout_seconds": (15, whole(1, 86400)),
         "change_timeout_seconds": (60, whole(1, 86400)),
@@ -659,6 +671,52 @@ def number_or_text(value):
     return float(value) if re.fullmatch(r"-?\d{1,19}\.\d{1,19}", value, re.ASCII) else value
 
 
+class Node(namedtuple("Node", "name local online address")):
+    """A Proxmox VE host of a cluster; `address` is an IP address, or None where nobody knows it."""
+
+
+class Cluster(namedtuple("Cluster", "name quorate nodes")):
+    """A cluster as this node sees it; `nodes` is {name: Node}, this one among them."""
+
+
+def parse_members(document):
+    """/etc/pve/.members -> (this node's name or None, its Cluster or None).
+
+    A single host has neither `cluster` nor `nodelist` there (pve-cluster, cfs_create_memberlist_msg).
+    """
+    try:
+        members = json.loads(document)
+        own, cluster = members.get("nodename"), members.get("cluster")
+        if not cluster:
+            return own, None
+        nodes = {name: Node(name, name == own, name == own or row.get("online") == 1, row.get("ip"))
+                 for name, row in members["nodelist"].items()}
+        return own, Cluster(cluster.get("name"), cluster.get("quorate") == 1, nodes)
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return None, None
+
+
+@lru_cache(maxsize=1)
+def parse_vmlist(document):
+    """/etc/pve/.vmlist -> {id as text: {"node", "type": "lxc" or "qemu"}} of all nodes; empty if it cannot be read."""
+    try:
+        return dict(json.loads(document)["ids"])
+    except (TypeError, ValueError, KeyError):
+        return {}
+
+
+def parse_news(document):
+    """/etc/pve/.rrd, what every node's pvestatd broadcasts -> {("vm" or "node", id or name): its fields, as texts}.
+
+    Of a container they are uptime, name, status, template, time; of a node uptime, level, time,
+    load, processors, share, wait, memory in bytes; and more (pve-manager, PVE::Service::pvestatd,
+    PVE::API2Tools). The keys are pve2.3-vm/ID and pve2-node/NAME, since VE 9 pve-vm-9.0/ID and
+    pve-node-9.0/NAME.
+    """
+    rows = re.findall(r"^pve[\d.]*-(vm|node)(?:-[\d.]+)?/([^:/]+):(.*)$", document or "", re.MULTILINE)
+    return {(kind, name): fields.split(":") for kind, name, fields in rows}
+
+
 SNAPSHOT_LINE = re.compile(r"( *)`-> (\S+)\s+(?:(\d{4})-(\d\d)-(\d\d) (\d\d):(\d\d):(\d\d)\s+)?(.*)", re.ASCII)
 
 
@@ -877,100 +935,189 @@ class Output:
         os.close(self.fd)
 
     def read(self):
-        """-> (the text's last MAX_OUTPUT bytes, whether that bound was reached)."""
+        """-> (the last MAX_OUTPUT bytes, whether that bound was reached)."""
         size = os.lseek(self.fd, 0, os.SEEK_CUR)
-        last = os.pread(self.fd, min(size, MAX_OUTPUT), max(0, size - MAX_OUTPUT))
-        return last.decode("utf-8", "replace"), size >= MAX_OUTPUT
+        return os.pread(self.fd, min(size, MAX_OUTPUT), max(0, size - MAX_OUTPUT)), size >= MAX_OUTPUT
+
+
+# What a node runs for us. Its pct must print into files there, for pct takes a broken stdout for an
+# interrupt, and sshd's pipe breaks with the connection; the files have no names, so that nothing is left.
+REMOTE = (
+    'export LC_ALL=C.UTF-8 LANG=C.UTF-8; out=$(mktemp -p /run) && err=$(mktemp -p /run) '
+    '&& exec 3>"$out" 4>"$err" 5<"$out" 6<"$err" && rm "$out" "$err" || exit 1; '
+    '"$@" </dev/null >&3 2>&4 3>&- 4>&- 5<&- 6<&-; code=$?; '
+    'cat <&5; cat <&6; echo; echo $code $(stat -Lc %s /dev/fd/5 /dev/fd/6)'
+)
+
+
+def over_ssh(node, argv, seconds, known_hosts):
+    """An argument list to run on another Node, for at most so many seconds if given -> one to run here.
+
+    As Proxmox's own tools reach each other (PVE::SSHInfo); `known_hosts` is the node's file
+    of VE 8.2 and later, which counts where it exists.
+    """
+    options = ["BatchMode=yes", f"HostKeyAlias={node.name}", "ConnectTimeout=3", "ServerAliveInterval=10",
+               "ServerAliveCountMax=3", "ControlMaster=auto", f"ControlPath={RUN_DIR}/%C", "ControlPersist=300"]
+    if os.path.exists(known_hosts):
+        options += [f"UserKnownHostsFile={known_hosts}", "GlobalKnownHostsFile=none"]
+    if seconds:                             # here only ssh could be ended
+        argv = ["timeout", "-s", "KILL", str(seconds), *argv]
+    return ["ssh", "-e", "none", *(each for option in options for each in ("-o", option)), f"root@{node.address}", "--",
+            shlex.join(["sh", "-c", REMOTE, "sh", *argv])]
+
+
+def parse_reply(printed):
+    """What REMOTE printed, as bytes -> (exit, stdout, stderr), or None if its end is missing."""
+    end = re.search(rb"\n(\d+) (\d+) (\d+)\n\Z", printed)
+    if not end:
+        return None
+    code, out, err = map(int, end.groups())
+    middle = max(0, end.start() - err)
+    return code, printed[max(0, middle - out):middle], printed[middle:end.start()]
 
 
 class Commands:
-    """Starts every process, at most `width` at once, without a shell, with nothing on stdin.
+    """Starts every process, at most `width` at once on each node, without a shell, with nothing on stdin.
 
-    Each has a session of its own: what kills the daemon's group, or stops its unit, leaves
-    it alone. A thread holds one place however often it asks for one.
+    `node` is the Node where a command runs, or None for this one; on others MAX_SESSIONS is a
+    bound, too. Each has a session of its own: what kills the daemon's group, or stops its
+    unit, leaves it alone. A thread holds one place on a node however often it asks for one.
     """
 
-    def __init__(self, width, read_seconds, metrics):
-        self.width, self.gate, self.read_seconds, self.metrics = width, Gate(width), read_seconds, metrics
-        self.here, self.lock, self.turns, self.unbegun = threading.local(), threading.Lock(), Turns(), {}
+    def __init__(self, width, read_seconds, pve_dir, metrics):
+        self.width, self.read_seconds, self.pve_dir, self.metrics = width, read_seconds, pve_dir, metrics
+        self.here, self.lock, self.turns, self.unbegun, self.ways = threading.local(), threading.Lock(), Turns(), {}, {}
 
     def gauges(self):
-        return {"lxc_autoscale_api_commands_in_progress": {(): self.width - self.gate.free},
-                "lxc_autoscale_api_commands_waiting": {(): len(self.gate.queue)}}
+        ways = list(self.ways.values())
+        return {"lxc_autoscale_api_commands_in_progress": {(): sum(way.width - way.gate.free for way in ways)},
+                "lxc_autoscale_api_commands_waiting": {(): sum(len(way.gate.queue) for way in ways)}}
+
+    def way(self, node):
+        """What is known of a node: its places, when it was last tried, and the Problem of that, if it had one."""
+        width = min(self.width, MAX_SESSIONS) if node else self.width
+        with self.lock:
+            return self.ways.setdefault(node and node.name, SimpleNamespace(
+                width=width, gate=Gate(width), lock=threading.Lock(), tried=-math.inf, problem=None))
+
+    def held(self):
+        """The names of the nodes on which this thread holds a place."""
+        return self.here.__dict__.setdefault("names", set())
 
     @contextmanager
-    def place(self):
-        if getattr(self.here, "placed", False):
+    def place(self, node):
+        held, way, name = self.held(), self.way(node), node and node.name
+        if name in held:
             yield
             return
-        if not self.gate.enter(SLOT_SECONDS):
+        self.reach(node, way)
+        if not way.gate.enter(SLOT_SECONDS):
             raise too_many()
-        self.here.placed = True
+        held.add(name)
         try:
             yield
         finally:
-            self.here.placed = False
-            self.gate.leave()
+            held.discard(name)
+            way.gate.leave()
 
-    def read(self, *argv):
+    def reach(self, node, way):
+        """See that a node answers, and open the connection that its commands share; Problem 503 if it does not.
+
+        So a change is not begun over a connection that is dead, and nobody waits for long:
+        who asks while another tries takes what that one finds.
+        """
+        if not node:
+            return
+        if not (node.online and node.address):
+            raise busy(f"Node '{node.name}' is offline; nothing on it can be reached", SLOT_SECONDS)
+        asked = time.monotonic()
+        with way.lock:
+            if way.tried < asked - (0 if way.problem else 1):
+                try:
+                    self.execute(node, ["true"], REACH_SECONDS)
+                except Problem as problem:
+                    way.problem = problem if problem.status == 503 else unreachable(node, problem.error)
+                way.tried = time.monotonic()
+            if way.problem:                 # a copy, for each has a caller who may add to it
+                raise Problem(503, way.problem.error, dict(way.problem.headers), **way.problem.fields)
+
+    def read(self, node, *argv):
         """Run a command that changes nothing; past its time it is killed with its whole group.
 
         All who ask the same before it begins share it, and who comes later waits for the
         next: one process at a time, and nothing is told from before it was asked.
         """
-        if getattr(self.here, "placed", False):     # in a change: waiting for others' reads could be waiting for oneself
-            return self.run(argv, self.read_seconds)
+        if self.held():                     # in a change: waiting for others' reads could be waiting for oneself
+            return self.run(node, argv, self.read_seconds)
+        asked = (node, argv)
         with self.lock:
-            first = argv not in self.unbegun
-            shared = self.unbegun.setdefault(argv, Future())
+            first = asked not in self.unbegun
+            shared = self.unbegun.setdefault(asked, Future())
         if not first:
             return shared.result()
         try:
-            with self.turns.turn(argv, SLOT_SECONDS, None), self.place():
+            with self.turns.turn(asked, SLOT_SECONDS, None), self.place(node):
                 with self.lock:
-                    del self.unbegun[argv]
-                shared.set_result(self.run(argv, self.read_seconds))
+                    del self.unbegun[asked]
+                shared.set_result(self.run(node, argv, self.read_seconds))
         except BaseException as error:
             problem = too_many() if isinstance(error, Late) else error
             with self.lock:
-                if self.unbegun.get(argv) is shared:
-                    del self.unbegun[argv]
+                if self.unbegun.get(asked) is shared:
+                    del self.unbegun[asked]
             shared.set_exception(problem)
         return shared.result()
 
-    def change(self, *argv):
+    def change(self, node, *argv):
         """Run a command that changes something; it is waited for and never killed."""
-        return self.run(argv, None)
+        return self.run(node, argv, None)
 
-    def run(self, argv, seconds):
-        argv = [str(each) for each in argv]
-        with self.place(), Output(bounded=seconds) as stdout, Output(bounded=seconds) as stderr:
+    def run(self, node, argv, seconds):
+        with self.place(node):
+            return self.execute(node, [str(each) for each in argv], seconds)
+
+    def execute(self, node, argv, seconds):
+        label = " ".join(argv[:2] if argv[0] in ("pct", "pvesh") else argv[:1])
+        with Output(bounded=seconds) as stdout, Output(bounded=seconds) as stderr:
             started = time.monotonic()
-            process = self.start(argv, stdout.fd, stderr.fd)
+            process = self.start(node, argv, label, seconds, stdout.fd, stderr.fd)
+            in_time = True
             try:
                 process.wait(seconds)
-                result = "ok" if process.returncode == 0 else "failed"
             except subprocess.TimeoutExpired:
+                in_time = False
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                result = "timeout"
             took = time.monotonic() - started
-            log.info("ran %s: exit %d in %.3f s", shlex.join(argv), process.returncode, took)
-            self.metrics.add("lxc_autoscale_api_commands_total", " ".join(argv[:2]), result)
-            self.metrics.observe("lxc_autoscale_api_command_duration_seconds", took, " ".join(argv[:2]))
-            if result == "timeout":
-                raise Problem(504, f"{' '.join(argv[:3])} did not finish in {seconds} s and was ended; it changes nothing")
             (out, out_full), (err, err_full) = stdout.read(), stderr.read()
-            return Result(process.returncode, out, err, bool(seconds) and (out_full or err_full))
+            full = bool(seconds) and (out_full or err_full)
+            reply = parse_reply(out) if node and in_time and not full else None
+            code, out, err = reply or (process.returncode, out, err)
+        log.info("ran %s%s: exit %d in %.3f s", shlex.join(argv), f" on {node.name}" if node else "", code, took)
+        result = "timeout" if not in_time else "ok" if code == 0 else "failed"
+        self.metrics.add("lxc_autoscale_api_commands_total", label, result)
+        self.metrics.observe("lxc_autoscale_api_command_duration_seconds", took, label)
+        if not in_time:
+            raise Problem(504, f"{' '.join(argv[:3])} did not finish in {seconds} s and was ended; it changes nothing")
+        if node and not (reply or full):
+            raise cut_off(node, argv, seconds, err.decode("utf-8", "replace").strip())
+        if node:
+            way = self.way(node)
+            way.tried, way.problem = time.monotonic(), None
+        return Result(code, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"), full)
 
-    def start(self, argv, stdout, stderr):
+    def start(self, node, argv, label, seconds, stdout, stderr):
         env = {**os.environ, "LC_ALL": "C.UTF-8", "LANG": "C.UTF-8"}
         env.pop("NOTIFY_SOCKET", None)
+        if node:
+            argv = over_ssh(node, argv, seconds, f"{self.pve_dir}/nodes/{node.name}/ssh_known_hosts")
         try:
+            if node:
+                os.makedirs(RUN_DIR, 0o700, exist_ok=True)
             return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
                                     start_new_session=True, cwd="/", env=env)
         except OSError as error:
-            self.metrics.add("lxc_autoscale_api_commands_total", " ".join(argv[:2]), "not_started")
+            self.metrics.add("lxc_autoscale_api_commands_total", label, "not_started")
             missing = isinstance(error, FileNotFoundError)
             what = "is not installed, or not on the daemon's PATH" if missing else f"cannot be started: {error.strerror}"
             raise busy(f"{argv[0]} {what}", 60) from None
@@ -978,6 +1125,23 @@ class Commands:
 
 def too_many():
     return busy("Too many commands run on this host; nothing was done, try again later", SLOT_SECONDS)
+
+
+def unreachable(node, details):
+    problem = busy(f"Node '{node.name}' cannot be reached over SSH; nothing was done. "
+                   f"To see why, on this host: ssh -o HostKeyAlias={node.name} root@{node.address}", SLOT_SECONDS)
+    problem.add_details(*filter(None, [details[-MAX_DETAILS:]]))
+    return problem
+
+
+def cut_off(node, argv, seconds, details):
+    """ssh ended without a word of the command's end: it may not have come to the node, or run there still."""
+    if seconds:
+        return unreachable(node, details)
+    problem = Problem(504, f"The connection to node '{node.name}' was lost during {' '.join(argv[:3])}, which goes on if "
+                           "the node does. Ask for the container's state before trying again")
+    problem.add_details(*filter(None, [details[-MAX_DETAILS:]]))
+    return problem
 
 
 class Operation:
@@ -1016,13 +1180,13 @@ class Operations:
     its containers reserved, and its end is logged and counted.
     """
 
-    def __init__(self, commands):
-        self.commands, self.turns, self.asked = commands, Turns(), set()
+    def __init__(self):
+        self.turns, self.asked = Turns(), set()
 
-    def run(self, operation, vm_ids, seconds, work):
-        """work() under the reservation of `vm_ids` -> its result, or its Problem, or 504 after so many seconds."""
+    def run(self, operation, vm_ids, seconds, place, work):
+        """work() in a place(), with `vm_ids` reserved -> its result, or its Problem, or 504 after so many seconds."""
         try:
-            threading.Thread(target=self.work, args=(operation, vm_ids, work), daemon=True).start()
+            threading.Thread(target=self.work, args=(operation, vm_ids, place, work), daemon=True).start()
         except RuntimeError:
             raise busy("The host has no thread left; nothing was done, try again later", SLOT_SECONDS) from None
         operation.begun.wait()
@@ -1031,7 +1195,7 @@ class Operations:
         except FutureTimeout:
             raise goes_on(operation, f"did not finish in {seconds} s") from None
 
-    def work(self, operation, vm_ids, work):
+    def work(self, operation, vm_ids, place, work):
         self.asked.add(operation)
         started, outcome, result, problem = time.monotonic(), "done", None, None
         try:
@@ -1039,7 +1203,7 @@ class Operations:
                 who = f"{operation.title}, since {utc(int(time.time()))}"
                 for vm_id in sorted(vm_ids):        # in one order, so that no two wait for each other
                     held.enter_context(self.turns.turn(vm_id, started + TURN_SECONDS - time.monotonic(), who))
-                held.enter_context(self.commands.place())
+                held.enter_context(place())
                 if not operation.begin():
                     raise busy("The daemon stopped before this began; nothing was done", SLOT_SECONDS)
                 result = work()
@@ -1121,73 +1285,175 @@ def used_bytes(path):
     return (found.f_blocks - found.f_bfree) * found.f_frsize
 
 
-def listed_container(vm_id, name, status, cores, memory, uptime):
-    return {"vm_id": vm_id, "lxc_id": vm_id, "name": name, "status": status, "cores": cores, "memory": memory,
-            "uptime": uptime}
+def listed_container(vm_id, node, name, status, cores, memory, uptime):
+    return {"vm_id": vm_id, "lxc_id": vm_id, "node": node, "name": name, "status": status, "cores": cores,
+            "memory": memory, "uptime": uptime}
 
 
 class Proxmox:
-    """What the API needs from the host. Ids are integers; what fails is a Problem."""
+    """What the API needs from the host and, if `clustered`, its cluster. Ids are integers; what fails is a Problem.
 
-    def __init__(self, commands, pve_dir, cgroup_dir):
-        self.commands, self.pve_dir, self.cgroup_dir = commands, pve_dir, cgroup_dir
+    A `node` is the Node of the cluster where something is asked for, or None for this one.
+    """
+
+    def __init__(self, commands, pve_dir, cgroup_dir, clustered):
+        self.commands, self.pve_dir, self.cgroup_dir, self.clustered = commands, pve_dir, cgroup_dir, clustered
         self.probe_lock, self.probed = threading.Lock(), (-math.inf, False, "")
 
-    def ask(self, *argv):
-        return checked(argv, self.commands.read(*argv)).stdout
+    def ask(self, node, *argv):
+        return checked(argv, self.commands.read(node, *argv)).stdout
 
-    def ask_json(self, path):
+    def ask_json(self, node, path):
         try:
-            return json.loads(self.ask("pvesh", "get", path, "--output-format", "json"))
+            return json.loads(self.ask(node, "pvesh", "get", path, "--output-format", "json"))
         except ValueError:
             raise Problem(500, f"pvesh get {path} printed no JSON") from None
 
-    def change(self, *argv):
-        return checked(argv, self.commands.change(*argv))
+    def change(self, vm_id, *argv):
+        """Run a command that changes a container, or makes another of it, on its node."""
+        return self.where(vm_id, lambda node: checked(argv, self.commands.change(node, *argv)))
+
+    # Where things are
+
+    def members(self):
+        """-> (this node's name or None, its Cluster or None)."""
+        own, cluster = parse_members(read_text(f"{self.pve_dir}/.members"))
+        return own, cluster if self.clustered else None
+
+    def locate(self, vm_id):
+        """The Node where a container lives, None for this one; Problem 404 for what is known to be none.
+
+        Its file here is looked for first: no id is on two nodes, and the list may be long.
+        """
+        if os.path.exists(f"{self.pve_dir}/lxc/{vm_id}.conf"):
+            return None
+        ids, (_, cluster) = parse_vmlist(read_text(f"{self.pve_dir}/.vmlist")), self.members()
+        guest = ids.get(str(vm_id))
+        if guest and guest.get("type") != "lxc":
+            raise Problem(404, f"VM {vm_id} is a virtual machine, not a container")
+        if cluster and ids and not guest:
+            raise Problem(404, f"VM {vm_id} does not exist on any node of the cluster")
+        if not cluster or not guest:
+            return None
+        name = guest.get("node")
+        node = cluster.nodes.get(name, Node(name, False, False, None))      # of a node that has left, files may stay
+        return None if node.local else node
+
+    def where(self, vm_id, run):
+        """run(node) on the node where a container lives, and once more if it has moved meanwhile."""
+        node = self.locate(vm_id)
+        try:
+            return run(node)
+        except Problem as problem:
+            now = self.locate(vm_id) if problem.status == 404 else node
+            if now == node:
+                raise
+        return run(now)
+
+    def place(self, vm_id):
+        """A place to run commands for a change to a container; Problem 503 without quorum."""
+        _, cluster = self.members()
+        if cluster and not cluster.quorate:
+            raise busy("The Proxmox cluster has no quorum, so nothing can be changed; see: pvecm status", 30)
+        return self.commands.place(self.locate(vm_id))
+
+    def there(self, vm_id):
+        """ on node '…'", for a command that somebody is told to run, where that is not this node."""
+        try:
+            node = self.locate(vm_id)
+        except Problem:
+            return ""
+        return f" on node '{node.name}'" if node else ""
 
     # Reads
 
     def conf(self, vm_id):
         """A container's Conf: from its file, which is what `pct config` reads, else from `pct config`."""
-        return self.file_conf(vm_id) or parse_config(self.ask("pct", "config", vm_id))
+        return self.file_conf(vm_id) or self.fresh_conf(vm_id)
 
     def file_conf(self, vm_id):
-        document = read_text(f"{self.pve_dir}/lxc/{vm_id}.conf")
-        return None if document is None else parse_config(document)
+        """From its file here, on whichever node it lives, or None."""
+        for _ in range(2):                  # it may move just now
+            document = read_text(self.conf_path(vm_id, self.locate(vm_id)))
+            if document is not None:
+                return parse_config(document)
+        return None
 
-    def confs(self):
-        """{id: Conf} of all containers whose files are there."""
+    def fresh_conf(self, vm_id):
+        return self.where(vm_id, lambda node: self.conf_at(node, vm_id))
+
+    def conf_at(self, node, vm_id):
+        """A container's Conf as a node has it itself: a change made there is seen here some milliseconds later."""
+        return parse_config(self.text_at(node, self.conf_path(vm_id)) or self.ask(node, "pct", "config", vm_id))
+
+    def conf_path(self, vm_id, node=None):
+        return f"{self.conf_folder(node)}/{vm_id}.conf"
+
+    def conf_folder(self, node=None):
+        return f"{self.pve_dir}/nodes/{node.name}/lxc" if node else f"{self.pve_dir}/lxc"
+
+    def text_at(self, node, path):
+        """A small file's text on any node, or None if it cannot be read."""
+        if not node:
+            return read_text(path)
+        result = self.commands.read(node, "cat", path)
+        return result.stdout if result.exit == 0 else None
+
+    def confs(self, node=None):
+        """{id: Conf} of all containers of a node whose files are there."""
         try:
-            names = os.listdir(f"{self.pve_dir}/lxc")
+            names = os.listdir(self.conf_folder(node))
         except OSError:
             return {}
         ids = sorted(int(name[:-5]) for name in names if re.fullmatch(r"[1-9][0-9]{2,8}\.conf", name))
-        return {vm_id: conf for vm_id in ids for conf in [self.file_conf(vm_id)] if conf}   # one may vanish meanwhile
+        documents = ((vm_id, read_text(self.conf_path(vm_id, node))) for vm_id in ids)
+        return {vm_id: parse_config(document) for vm_id, document in documents if document is not None}    # one may vanish
+
+    def others(self):
+        """The other Nodes of the cluster, if there is one."""
+        _, cluster = self.members()
+        return [node for node in cluster.nodes.values() if not node.local] if cluster else []
+
+    def news(self):
+        return parse_news(read_text(f"{self.pve_dir}/.rrd"))
 
     def config(self, vm_id, max_cores, max_memory):
         """What is allotted, and what a scaling call makes sense with: the bounds, or what the host has."""
         values = self.conf(vm_id).values
         size = size_in_gb(option(values.get("rootfs"), "size"))
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB
+        cpus, memory = self.capacity(self.locate(vm_id))
         return {
             "vm_id": vm_id, "lxc_id": vm_id,
             "cores": number(values.get("cores")), "memory_mb": number(values.get("memory")),
             "swap_mb": number(values.get("swap")), "disk_gb": size, "hostname": values.get("hostname"),
             "limits": {
-                "cores": {"min": CORES.low, "max": min(max_cores, os.cpu_count() or max_cores)},
+                "cores": {"min": CORES.low, "max": min(max_cores, cpus)},
                 "memory_mb": {"min": MEMORY.low, "max": min(max_memory, memory)},
                 "disk_gb": {"min": size},
             },
         }
 
+    def capacity(self, node):
+        """(processors, memory in MB) of a node, each infinite where nobody tells."""
+        if not node:
+            return os.cpu_count() or math.inf, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB
+        fields = self.news().get(("node", node.name), [])
+        cpus, memory = (number(field) for field in (fields + [""] * 8)[4:8:3])
+        return cpus or math.inf, memory // MIB if memory else math.inf
+
     def status(self, vm_id):
+        return self.where(vm_id, lambda node: self.status_at(node, vm_id))
+
+    def status_at(self, node, vm_id):
         """From the container's file and cgroup, else from `pct status`."""
-        before = self.cpu_clock(vm_id)
-        values = self.read_status(vm_id) or parse_status(self.ask("pct", "status", vm_id, "--verbose"))
+        before = self.cpu_clock(node, vm_id)
+        values = None if node else self.read_status(vm_id)
+        values = values or parse_status(self.ask(node, "pct", "status", vm_id, "--verbose"))
         get, stopped = values.get, values.get("status") == "stopped"
         return {
-            "vm_id": vm_id, "lxc_id": vm_id, "name": get("name") and str(get("name")), "status": get("status"),
-            "cpu": get("cpus"), "cpu_usage": 0 if stopped else self.cpu_usage(vm_id, get("cpus"), before),
+            "vm_id": vm_id, "lxc_id": vm_id, "node": node.name if node else self.node_name(),
+            "name": get("name") and str(get("name")), "status": get("status"),
+            "cpu": get("cpus"), "cpu_usage": 0 if stopped else self.cpu_usage(node, vm_id, get("cpus"), before),
             "memory": in_unit(get("maxmem"), MIB), "memory_used": in_unit(get("mem"), MIB),
             "swap": in_unit(get("maxswap"), MIB), "swap_used": in_unit(get("swap"), MIB),
             "disk": in_unit(get("maxdisk"), GIB),
@@ -1198,11 +1464,11 @@ class Proxmox:
 
     def read_status(self, vm_id):
         """The keys of `pct status --verbose`, without a process; None where the files are not there."""
-        conf = self.file_conf(vm_id)
+        document = read_text(self.conf_path(vm_id))
         up, usage = self.up(vm_id), self.usage(vm_id)
-        if conf is None or not self.has_cgroups() or (up and usage is None):
+        if document is None or not self.has_cgroups() or (up and usage is None):
             return None
-        values, pid = conf.current, self.init_pid(vm_id)
+        values, pid = parse_config(document).current, self.init_pid(vm_id)
         memory, swap = number(values.get("memory")), number(values.get("swap"))
         size = size_in_gb(option(values.get("rootfs"), "size"))
         found = {
@@ -1223,9 +1489,9 @@ class Proxmox:
         """Whether control groups are there in version 2; version 1 has a folder for each controller."""
         return os.path.isdir(self.cgroup_dir) and not os.path.isdir(f"{self.cgroup_dir}/memory")
 
-    def cpu_clock(self, vm_id):
+    def cpu_clock(self, node, vm_id):
         """(time, processor time used so far), in seconds, from the container's cgroup (v2), or None."""
-        used = find_number(r"^usage_usec (\d+)", read_text(f"{self.cgroup_dir}/lxc/{vm_id}/cpu.stat"))
+        used = find_number(r"^usage_usec (\d+)", self.text_at(node, f"{self.cgroup_dir}/lxc/{vm_id}/cpu.stat"))
         return None if used is None else (time.monotonic(), used / 1e6)
 
     def usage(self, vm_id):
@@ -1264,13 +1530,23 @@ class Proxmox:
         return os.path.isdir(f"{self.cgroup_dir}/lxc/{vm_id}")
 
     def list(self):
-        """All containers of this node, from their files and cgroups, else from pvesh."""
-        if not os.path.isdir(f"{self.pve_dir}/lxc") or not self.has_cgroups():
-            node = self.node_name() or socket.gethostname().split(".")[0]
-            rows = sorted(self.ask_json(f"/nodes/{node}/lxc"), key=lambda row: int(row["vmid"]))
-            return [listed_container(int(row["vmid"]), row.get("name") or f"CT{row['vmid']}", row.get("status"),
+        """All containers, from their files and cgroups, else from pvesh; on other nodes from what these broadcast."""
+        found, others = self.list_here(), self.others()
+        news = self.news() if others else {}
+        for node in others:
+            for vm_id, (_, values, _) in self.confs(node).items():
+                status, uptime = heard(news.get(("vm", str(vm_id)))) if node.online else (None, None)
+                found.append(listed_container(vm_id, node.name, container_name(vm_id, values), status,
+                                              number(values.get("cores")), number(values.get("memory")), uptime))
+        return sorted(found, key=lambda row: row["vm_id"])
+
+    def list_here(self):
+        own = self.node_name()
+        if not os.path.isdir(self.conf_folder()) or not self.has_cgroups():
+            rows = self.ask_json(None, f"/nodes/{own}/lxc")
+            return [listed_container(int(row["vmid"]), own, row.get("name") or f"CT{row['vmid']}", row.get("status"),
                                      row.get("cpus"), in_unit(row.get("maxmem"), MIB), row.get("uptime")) for row in rows]
-        return [listed_container(vm_id, container_name(vm_id, values), "running" if up else "stopped",
+        return [listed_container(vm_id, own, container_name(vm_id, values), "running" if up else "stopped",
                                  number(values.get("cores")), number(values.get("memory")),
                                  self.uptime(vm_id, self.init_pid(vm_id)) if up else 0)
                 for vm_id, (_, values, _) in self.confs().items() for up in [self.up(vm_id)]]
@@ -1294,7 +1570,7 @@ class Proxmox:
                 tell(name, usage[key], label)
         return families
 
-    def cpu_usage(self, vm_id, cpus, before):
+    def cpu_usage(self, node, vm_id, cpus, before):
         """Percent of the allotted processors, over the time since `before` or 0.1 s, whichever is longer.
 
         `pct status` itself never tells it.
@@ -1302,24 +1578,33 @@ class Proxmox:
         if before is None or not cpus:
             return None
         time.sleep(max(0, before[0] + 0.1 - time.monotonic()))
-        after = self.cpu_clock(vm_id)
+        after = self.cpu_clock(node, vm_id)
         return after and round(max(0, after[1] - before[1]) / (after[0] - before[0]) / cpus * 100, 2)
 
     def running(self, vm_id):
-        return parse_status(self.ask("pct", "status", vm_id)).get("status") == "running"
+        said = self.where(vm_id, lambda node: self.ask(node, "pct", "status", vm_id))
+        return parse_status(said).get("status") == "running"
 
     def snapshots(self, vm_id):
         conf = self.file_conf(vm_id)
-        return snapshots_of(conf) if conf else parse_snapshots(self.ask("pct", "listsnapshot", vm_id))
+        if conf:
+            return snapshots_of(conf)
+        return parse_snapshots(self.where(vm_id, lambda node: self.ask(node, "pct", "listsnapshot", vm_id)))
 
-    def node_status(self, node):
-        before = host_cpu_clock()
-        data = self.ask_json(f"/nodes/{node}/status")
+    def node_status(self, name):
+        own, cluster = self.members()
+        known = cluster.nodes if cluster else {own: None} if own else {}
+        if known and name not in known:
+            raise Problem(404, f"Node '{name}' does not exist; known here: {', '.join(sorted(known))}")
+        node = known.get(name)
+        node = None if node and node.local else node
+        before = self.node_cpu_clock(node) if known or name == self.node_name() else None
+        data = self.ask_json(node, f"/nodes/{name}/status")
         memory, swap, disk = (data.get(key) or {} for key in ("memory", "swap", "rootfs"))
         total, used = memory.get("total"), memory.get("used")
         version = re.match(r"[^/]*/([^/]+)", data.get("pveversion") or "")
         return {
-            "node": node, "cpu_usage": self.node_cpu_usage(node, data, before),
+            "node": name, "cpu_usage": self.node_cpu_usage(node, before),
             "cpu_count": (data.get("cpuinfo") or {}).get("cpus"),
             "load_average": [float(each) for each in data["loadavg"]] if data.get("loadavg") else None,
             "memory_usage": round(used / total * 100, 2) if total and used is not None else None,
@@ -1329,26 +1614,36 @@ class Proxmox:
             "uptime": data.get("uptime"), "version": version and version[1],
         }
 
-    def node_cpu_usage(self, node, data, before):
-        """Percent of all processors. `pvesh` tells 0 in a process's first call, so this host is measured here."""
-        if node not in (socket.gethostname().split(".")[0], self.node_name()):
-            return round(data["cpu"] * 100, 2) if data.get("cpu") else None
+    def node_cpu_clock(self, node):
+        """(time, busy, total) of all processors of a node since its start, in ticks, from /proc/stat, or None."""
+        ticks = re.match(r"cpu +((?:\d+ ){7}\d+)", self.text_at(node, "/proc/stat") or "")
+        ticks = ticks and [int(each) for each in ticks[1].split()]
+        return ticks and (time.monotonic(), sum(ticks) - ticks[3] - ticks[4], sum(ticks))
+
+    def node_cpu_usage(self, node, before):
+        """Percent of all processors. `pvesh` tells 0 in a process's first call, so it is measured around that."""
+        if not before:
+            return None
         time.sleep(max(0, before[0] + 0.1 - time.monotonic()))
-        after = host_cpu_clock()
-        return round((after[1] - before[1]) / max(1, after[2] - before[2]) * 100, 2)
+        after = self.node_cpu_clock(node)
+        return after and round((after[1] - before[1]) / max(1, after[2] - before[2]) * 100, 2)
 
     def node_name(self):
-        try:
-            return json.loads(read_text(f"{self.pve_dir}/.members")).get("nodename")
-        except (TypeError, ValueError, AttributeError):
-            return None
+        """This node's, which is its host name without a domain."""
+        return self.members()[0] or socket.gethostname().split(".")[0]
 
     def cluster_status(self):
-        rows = self.ask_json("/cluster/status")
-        cluster = next((row for row in rows if row.get("type") == "cluster"), None)
+        """From .members, else, of a single host, from pvesh."""
+        _, cluster = self.members()
+        if cluster:
+            return {"cluster": cluster.name, "quorate": cluster.quorate, "nodes": [
+                {"name": node.name, "online": node.online, "local": node.local, "address": node.address}
+                for _, node in sorted(cluster.nodes.items())]}
+        rows = self.ask_json(None, "/cluster/status")
+        found = next((row for row in rows if row.get("type") == "cluster"), None)
         return {
-            "cluster": cluster and cluster.get("name"),
-            "quorate": bool(cluster.get("quorate")) if cluster else True,       # a single host has no quorum to lose
+            "cluster": found and found.get("name"),
+            "quorate": bool(found.get("quorate")) if found else True,       # a single host has no quorum to lose
             "nodes": [{"name": row.get("name"), "online": bool(row.get("online")), "local": bool(row.get("local")),
                        "address": row.get("ip")} for row in rows if row.get("type") == "node"],
         }
@@ -1364,7 +1659,7 @@ class Proxmox:
     def probe(self):
         started = time.monotonic()
         try:
-            self.ask("pct", "list")
+            self.ask(None, "pct", "list")
             ok, detail = True, f"pct list answered in {time.monotonic() - started:.2f} s"
         except Problem as problem:
             ok, detail = False, problem.error
@@ -1373,7 +1668,7 @@ class Proxmox:
     # Changes
 
     def set(self, vm_id, name, value):
-        self.change("pct", "set", vm_id, f"--{name}", value)
+        self.change(vm_id, "pct", "set", vm_id, f"--{name}", value)
 
     def grow(self, vm_id, gigabytes):
         """Add so many GB to the rootfs.
@@ -1382,10 +1677,10 @@ class Proxmox:
         it does not pass on. A success has a new size in the configuration, nothing on
         stderr, and a file system that followed.
         """
-        before = self.conf(vm_id).values.get("rootfs")
+        before = self.fresh_conf(vm_id).values.get("rootfs")
         argv = ("pct", "resize", vm_id, "rootfs", f"+{gigabytes}G")
-        result = self.change(*argv)
-        after = self.conf(vm_id).values.get("rootfs")
+        result = self.change(vm_id, *argv)
+        after = self.fresh_conf(vm_id).values.get("rootfs")
         size = option(after, "size")
         if "Failed to update the container's filesystem" in result.stdout:
             raise Problem(500, f"The volume of VM {vm_id} has grown to {size}, but its file system has not followed",
@@ -1397,18 +1692,18 @@ class Proxmox:
             raise problem
 
     def snapshot(self, vm_id, name):
-        self.change("pct", "snapshot", vm_id, name)
+        self.change(vm_id, "pct", "snapshot", vm_id, name)
 
     def delete_snapshot(self, vm_id, name):
-        self.change("pct", "delsnapshot", vm_id, name)
+        self.change(vm_id, "pct", "delsnapshot", vm_id, name)
 
     def rollback(self, vm_id, name):
         """Roll back; a container that ran is started again, for pct leaves it stopped."""
         start = ("--start", 1) if self.running(vm_id) else ()
-        self.change("pct", "rollback", vm_id, name, *start)
+        self.change(vm_id, "pct", "rollback", vm_id, name, *start)
 
     def delete(self, vm_id):
-        self.change("pct", "destroy", vm_id, "--force", 1)      # stops it, unless it is protected
+        self.change(vm_id, "pct", "destroy", vm_id, "--force", 1)      # stops it, unless it is protected
 
     def clone(self, vm_id, new_vm_id, name, start):
         """-> what was left behind, and how to remove it: a list of texts, empty if all went well."""
@@ -1417,16 +1712,16 @@ class Proxmox:
         try:
             if self.running(vm_id):         # pct clones a running container from a snapshot only
                 with self.temporary_snapshot(vm_id, left) as snapshot:
-                    self.change(*argv, "--snapname", snapshot)
+                    self.change(vm_id, *argv, "--snapname", snapshot)
             else:
-                self.change(*argv)
+                self.change(vm_id, *argv)
         except Problem as problem:
             if problem.status >= 500:
-                left += self.half_made(new_vm_id)
+                left += self.half_made(vm_id, new_vm_id)
             problem.add_details(*left)
             raise
         if start:
-            self.start_clone(new_vm_id)
+            self.start_clone(vm_id, new_vm_id)
         return left
 
     @contextmanager
@@ -1443,30 +1738,32 @@ class Proxmox:
                     self.delete_snapshot(vm_id, name)
             except Problem as problem:
                 left.append(f"The temporary snapshot '{name}' of VM {vm_id} could not be removed ({problem.error}); "
-                            f"remove it with: pct delsnapshot {vm_id} {name}")
+                            f"remove it{self.there(vm_id)} with: pct delsnapshot {vm_id} {name}")
                 log.warning("%s", left[-1])
 
-    def half_made(self, vm_id):
+    def half_made(self, vm_id, new_vm_id):
         """What a clone that was cut short leaves: a container that is still locked for its creation."""
         try:
-            if self.conf(vm_id).values.get("lock") != "create":
+            if self.where(vm_id, lambda node: self.conf_at(node, new_vm_id)).values.get("lock") != "create":
                 return []
         except Problem:
             return []
-        return [f"VM {vm_id} is left half-made; remove it with: pct unlock {vm_id} && pct destroy {vm_id}"]
+        return [f"VM {new_vm_id} is left half-made; remove it{self.there(vm_id)} with: "
+                f"pct unlock {new_vm_id} && pct destroy {new_vm_id}"]
 
-    def start_clone(self, vm_id):
+    def start_clone(self, vm_id, new_vm_id):
         try:
-            self.change("pct", "start", vm_id)
+            self.change(vm_id, "pct", "start", new_vm_id)       # on the source's node, for .vmlist may not have it yet
         except Problem as problem:
-            problem.error = f"VM {vm_id} was cloned but did not start: {problem.error}"
-            problem.add_details(f"VM {vm_id} exists and is stopped; start it with: pct start {vm_id}, "
-                                f"or remove it with: pct destroy {vm_id}")
+            problem.error = f"VM {new_vm_id} was cloned but did not start: {problem.error}"
+            problem.add_details(f"VM {new_vm_id} exists and is stopped; start it{self.there(vm_id)} with: "
+                                f"pct start {new_vm_id}, or remove it with: pct destroy {new_vm_id}")
             raise
 
     def forgotten_snapshots(self):
         """Commands that remove what an earlier daemon, stopped in the middle of a clone, left behind."""
-        return [f"pct delsnapshot {vm_id} {name}" for vm_id, conf in self.confs().items()
+        return [f"pct delsnapshot {vm_id} {name}" + (f" (on node '{node.name}')" if node else "")
+                for node in [None, *self.others()] for vm_id, conf in self.confs(node).items()
                 for name in conf.snapshots if name.startswith(TEMPORARY_SNAPSHOT)]
 
 
@@ -1484,10 +1781,11 @@ def number(value):
     return int(value) if value and re.fullmatch(r"[0-9]{1,19}", value) else None
 
 
-def host_cpu_clock():
-    """(time, busy, total) of all processors since the start, in ticks, from /proc/stat."""
-    ticks = [int(each) for each in read_text("/proc/stat").partition("\n")[0].split()[1:9]]
-    return time.monotonic(), sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+def heard(fields):
+    """What a container's node broadcast of it -> (status, uptime in seconds), or Nones if that is missing or old."""
+    if not fields or len(fields) < 5 or abs(time.time() - (number(fields[4]) or 0)) > NEWS_SECONDS:
+        return None, None
+    return fields[2], number(fields[0])
 
 
 # Rate limiting
@@ -1807,7 +2105,7 @@ ROUTES = (
           changes=("vm_id", "new_vm_id"), limit=LONG),
     Route("DELETE", "/clone/delete", delete_clone, (VM_ID,), "Destroy a container, running or not.",
           changes=("vm_id",), limit=LONG),
-    Route("GET", "/resource/vm/list", list_containers, (), "All containers of this node.", also="/resource/lxc/list"),
+    Route("GET", "/resource/vm/list", list_containers, (), "All containers, in a cluster of all nodes.", also="/resource/lxc/list"),
     Route("GET", "/resource/vm/status", show_status, (VM_ID,), "A container's state and what it uses.",
           also="/resource/lxc/status"),
     Route("GET", "/resource/vm/config", show_config, (VM_ID,), "A container's allotment, and the limits for scaling it.",
@@ -2012,7 +2310,7 @@ class Api:
         operation = Operation(f"{route.method} {route.path} {shown}", client)
         seconds = getattr(self.config.proxmox, route.limit)
         return self.operations.run(operation, {values[name] for name in route.changes}, seconds,
-                                   lambda: self.perform(route, values))
+                                   lambda: self.host.place(values["vm_id"]), lambda: self.perform(route, values))
 
     def perform(self, route, values):
         try:
@@ -2516,9 +2814,10 @@ def open_logs(settings, keys):
 def build(config):
     """Settings -> a Server that listens."""
     metrics = Metrics()
-    commands = Commands(config.proxmox.max_commands, config.proxmox.read_timeout_seconds, metrics)
-    host = Proxmox(commands, config.proxmox.pve_dir, config.proxmox.cgroup_dir)
-    return Server(config, Api(config, host, Operations(commands), metrics))
+    settings = config.proxmox
+    commands = Commands(settings.max_commands, settings.read_timeout_seconds, settings.pve_dir, metrics)
+    host = Proxmox(commands, settings.pve_dir, settings.cgroup_dir, settings.cluster)
+    return Server(config, Api(config, host, Operations(), metrics))
 
 
 def catch_signals(*numbers):

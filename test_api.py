@@ -29,7 +29,8 @@ FAKE = r'''
 import fcntl, json, os, re, signal, sys, time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(sys.argv[0])))
-NODE = "proxmox"
+MEMBERS = json.load(open(ROOT + "/pve/.members"))
+NODE = MEMBERS["nodename"]
 CONF = ROOT + "/pve/nodes/" + NODE + "/lxc/%s.conf"
 ARGV = [os.path.basename(sys.argv[0])] + sys.argv[1:]
 
@@ -70,6 +71,9 @@ def load(vm_id, code=2):
 
 
 def save(vm_id, conf, sections):
+    if not MEMBERS.get("cluster", {}).get("quorate", 1):
+        raise Refused("cluster not ready - no quorum?")
+
     def lines(values):
         return values.get("#", "") + "".join("%s: %s\n" % (k, values[k]) for k in sorted(values) if k != "#")
     text = lines(conf) + "".join("\n[%s]\n%s" % (name, lines(values)) for name, values in sections.items())
@@ -80,15 +84,17 @@ def save(vm_id, conf, sections):
 
 
 def update_vmlist():
-    path = ROOT + "/pve/.vmlist"
-    known = json.load(open(path))
-    ids = {k: v for k, v in known["ids"].items() if v["type"] != "lxc"}
-    for name in os.listdir(os.path.dirname(CONF)):
-        if name.endswith(".conf"):
-            ids[name[:-5]] = {"node": NODE, "type": "lxc", "version": 1}
-    with open(path + ".tmp.%d" % os.getpid(), "w") as file:
-        json.dump({"version": known["version"] + 1, "ids": ids}, file)
-    os.rename(file.name, path)
+    path = os.path.realpath(ROOT + "/pve/.vmlist")
+    with open(path + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = json.load(open(path))
+        ids = {k: v for k, v in known["ids"].items() if v["type"] != "lxc" or v["node"] != NODE}
+        for name in os.listdir(os.path.dirname(CONF)):
+            if name.endswith(".conf"):
+                ids[name[:-5]] = {"node": NODE, "type": "lxc", "version": 1}
+        with open(path + ".tmp.%d" % os.getpid(), "w") as file:
+            json.dump({"version": known["version"] + 1, "ids": ids}, file)
+        os.rename(file.name, path)
 
 
 class config_lock:
@@ -219,6 +225,9 @@ def dawdle():
     """The command's work takes this long; in the middle of it a fault may strike."""
     fault = FAULTS.get(ARGV[1], {})
     time.sleep(fault.get("delay", 0))
+    end = time.monotonic() + 60
+    while fault.get("held") and not os.path.exists(ROOT + "/go") and time.monotonic() < end:
+        time.sleep(0.01)
     if "work_fails" in fault:
         raise Refused(fault["work_fails"])
     if "kills_pct" in fault:
@@ -570,17 +579,21 @@ def fake_bytecode():
 
 
 class Host:
-    """A folder that a simulated Proxmox host lives in."""
+    """A folder that a simulated Proxmox host lives in; hosts of one cluster have `shared` in common."""
 
-    def __init__(self, root):
-        self.root = Path(root)
-        for folder in ("bin", "lib", "locks", "trash", "cgroup/lxc", "pve/nodes/proxmox/lxc"):
+    def __init__(self, root, name="proxmox", shared=None):
+        self.root, self.name, shared = Path(root), name, shared or Path(root) / "shared"
+        for folder in ("bin", "lib", "locks", "trash", "cgroup/lxc", "pve"):
             (self.root / folder).mkdir(parents=True)
-        self.pve, self.cgroup = self.root / "pve", self.root / "cgroup"
-        (self.pve / "lxc").symlink_to("nodes/proxmox/lxc")
-        (self.pve / ".members").write_text('{\n"nodename": "proxmox",\n"version": 0\n}\n')
-        (self.pve / ".vmlist").write_text('{"version": 1, "ids": {}}')
-        self.write("cluster.json", [{"id": "node/proxmox", "ip": "192.0.2.10", "level": "", "local": 1, "name": "proxmox",
+        (shared / "nodes" / name / "lxc").mkdir(parents=True)
+        self.pve, self.cgroup, self.shared = self.root / "pve", self.root / "cgroup", shared
+        (self.pve / "lxc").symlink_to(f"nodes/{name}/lxc")
+        for each in ("nodes", ".vmlist", ".rrd"):
+            (self.pve / each).symlink_to(shared / each)
+        (self.pve / ".members").write_text(f'{{\n"nodename": "{name}",\n"version": 0\n}}\n')
+        if not (shared / ".vmlist").exists():
+            (shared / ".vmlist").write_text('{"version": 1, "ids": {}}')
+        self.write("cluster.json", [{"id": "node/" + name, "ip": "192.0.2.10", "level": "", "local": 1, "name": name,
                                      "nodeid": 0, "online": 1, "type": "node"}])
         for name in ("pct", "pvesh"):
             script = self.root / "bin" / name
@@ -595,7 +608,12 @@ class Host:
 
     def faults(self, **faults):
         """Ask for faults by command, such as clone={"delay": 1}; the ones asked for before are gone."""
+        (self.root / "go").unlink(missing_ok=True)
         self.write("faults.json", faults)
+
+    def go(self):
+        """Let the work of commands with the fault {"held": True} go on."""
+        (self.root / "go").touch()
 
     def path(self, vm_id):
         return self.pve / "lxc" / f"{vm_id}.conf"
@@ -604,12 +622,18 @@ class Host:
         values = {"arch": "amd64", "cores": 2, "hostname": hostname or f"ct{vm_id}", "memory": 2048, "ostype": "debian",
                   "rootfs": f"local-lvm:vm-{vm_id}-disk-0,size=8G", "swap": 512, "unprivileged": 1, **values}
         self.path(vm_id).write_text("".join(f"{key}: {values[key]}\n" for key in sorted(values) if values[key] is not None))
-        known = json.loads((self.pve / ".vmlist").read_text())
-        known["ids"][str(vm_id)] = {"node": "proxmox", "type": "lxc", "version": 1}
-        self.write("pve/.vmlist", known)
+        self.list(vm_id)
         if running:
             subprocess.run([self.root / "bin" / "pct", "start", str(vm_id)], check=True)
         (self.root / "calls.jsonl").unlink(missing_ok=True)
+
+    def list(self, vm_id, kind="lxc"):
+        """Say in .vmlist that an id is on this host."""
+        known = json.loads((self.shared / ".vmlist").read_text())
+        known["ids"][str(vm_id)] = {"node": self.name, "type": kind, "version": 1}
+        scratch = self.shared / ".vmlist.new"
+        scratch.write_text(json.dumps(known))
+        scratch.rename(self.shared / ".vmlist")
 
     def conf(self, vm_id):
         return dict(line.split(": ", 1) for line in self.path(vm_id).read_text().split("\n\n")[0].splitlines() if ": " in line)
@@ -624,6 +648,9 @@ class Host:
         path = self.root / "calls.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [row for row in rows if row["event"] == event]
+
+    def ended(self, command):
+        return [row for row in self.rows("end") if row["argv"][1] == command]
 
     def calls(self, event="start"):
         """The command lines that were run, in order."""
@@ -645,9 +672,9 @@ def config_text(host, port, key, **sections):
                    for section, values in settings.items())
 
 
-def start_daemon(host, config, constants=None, **popen):
+def start_daemon(host, config, constants=None, inside=(), **popen):
     """Start the daemon with the simulated commands on its PATH: as the script that it is, or with `constants` in place
-    of its own, imported, which spares compiling it each time."""
+    of its own, imported, which spares compiling it each time. `inside` is a command that starts others in some namespace."""
     path = host.root / "api.yaml"
     path.write_text(config)
     env = {**os.environ, "PATH": f"{host.root}/bin:{os.environ['PATH']}", **popen.pop("env", {})}
@@ -655,7 +682,7 @@ def start_daemon(host, config, constants=None, **popen):
     if constants is not None:
         patched = "".join(f"daemon.{name} = {value!r}\n" for name, value in constants.items())
         command = ["-c", f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport lxc_autoscale_api as daemon\n{patched}sys.exit(daemon.main())"]
-    return subprocess.Popen([sys.executable, *command, "--config", str(path)], env=env, **popen)
+    return subprocess.Popen([*inside, sys.executable, *command, "--config", str(path)], env=env, **popen)
 
 
 def free_port():
@@ -732,9 +759,11 @@ if __name__ == "__main__":
     sys.exit(demo(*map(int, sys.argv[2:])) if sys.argv[1:2] == ["--demo"] else __doc__)
 
 import concurrent.futures  # noqa: E402  (the simulated host above needs Python alone)
+import ctypes  # noqa: E402
 import http.client  # noqa: E402
 import random  # noqa: E402
 import re  # noqa: E402
+import shlex  # noqa: E402
 import threading  # noqa: E402
 from collections import Counter, namedtuple  # noqa: E402
 
@@ -750,11 +779,12 @@ Reply = namedtuple("Reply", "status body headers")
 class Daemon:
     """The daemon as a process on a free port, and a client for it."""
 
-    def __init__(self, host, constants=None, env=None, key=KEY, **sections):
-        self.host, self.key, self.port = host, key, free_port()
+    def __init__(self, host, constants=None, env=None, key=KEY, inside=(), connect=socket.create_connection, **sections):
+        self.host, self.key, self.port, self.connection = host, key, free_port(), connect
         self.stderr = open(host.root / "stderr.txt", "w+")
-        self.process = start_daemon(host, config_text(host, self.port, key, **sections), constants or {}, env=env or {}, stderr=self.stderr)
-        wait_until(lambda: self.process.poll() is not None or answers(self.port), 15)
+        self.process = start_daemon(host, config_text(host, self.port, key, **sections), constants or {}, inside, env=env or {},
+                                    stderr=self.stderr)
+        wait_until(lambda: self.process.poll() is not None or self.answers(), 15)
         assert self.process.poll() is None, self.said()
 
     def said(self):
@@ -762,7 +792,12 @@ class Daemon:
         return self.stderr.read()
 
     def connect(self, timeout=30):
-        return socket.create_connection(("127.0.0.1", self.port), timeout)
+        return self.connection(("127.0.0.1", self.port), timeout)
+
+    def answers(self):
+        with contextlib.suppress(OSError), self.connect(1):
+            return True
+        return False
 
     def request(self, method, path, body=None, headers=None, key=KEY, timeout=60):
         headers = dict(headers or {})
@@ -770,7 +805,8 @@ class Daemon:
             headers.setdefault("X-API-Key", key)
         if body is not None and not isinstance(body, (bytes, str)):
             body, headers = json.dumps(body), {"Content-Type": "application/json", **headers}
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        connection.sock = self.connect(timeout)
         try:
             connection.request(method, path, body, headers)
             reply = connection.getresponse()
@@ -995,6 +1031,9 @@ GOOD_KEY = 'authentication:\n  api_key: "0123456789abcdef"\n'
     (GOOD_KEY + "logging:\n  log_level: LOUD\n", 4, "must be DEBUG, INFO"),
     (GOOD_KEY + "logging:\n  log_file: main.log\n", 4, "must be an absolute path"),
     (GOOD_KEY + "proxmox:\n  max_commands: -1\n", 4, "must be an integer between 0 and"),
+    (GOOD_KEY + "proxmox:\n  cluster: on\n", 4, "proxmox.cluster must be auto or off"),
+    (GOOD_KEY + "proxmox:\n  cluster: 0\n", 4, "proxmox.cluster must be auto or off"),
+    (GOOD_KEY + "proxmox:\n  cluster: [auto]\n", 4, "proxmox.cluster must be auto or off"),
     (GOOD_KEY + "proxmox:\n\tmax_commands: 4\n", 4, "tab"),
     (GOOD_KEY.encode() + b"server:\n  host: \xff\n", 4, "not UTF-8"),
     ("- a\n", 1, "expected sections"),
@@ -1229,6 +1268,70 @@ def test_each_known_refusal_has_its_code_and_text(stderr, status, says):
     problem = module.explain_failure(["pct", "set", "104"], module.Result(255, "", stderr, False))
     assert (problem.status, problem.error, problem.fields["details"]) == (status, says, stderr.strip())
     assert ("Retry-After" in problem.headers) == (status == 503)
+
+
+@pytest.mark.parametrize("written, clustered", [("auto", True), ('"auto"', True), ("off", False), ('"off"', False), ("false", False)])
+def test_a_cluster_is_looked_at_or_not(written, clustered):
+    assert module.load_config(GOOD_KEY + f"proxmox:\n  cluster: {written}\n").proxmox.cluster is clustered
+
+
+def test_members_are_read():
+    document = """{
+"nodename": "pve1",
+"version": 21,
+"cluster": { "name": "lab", "version": 3, "nodes": 3, "quorate": 1 },
+"nodelist": {
+  "pve1": { "id": 1, "online": 1, "ip": "192.0.2.1"},
+  "pve2": { "id": 2, "online": 0, "ip": "192.0.2.2"},
+  "pve3": { "id": 3, "online": 0}
+  }
+}
+"""
+    assert module.parse_members(document) == ("pve1", module.Cluster("lab", True, {
+        "pve1": module.Node("pve1", True, True, "192.0.2.1"), "pve2": module.Node("pve2", False, False, "192.0.2.2"),
+        "pve3": module.Node("pve3", False, False, None)}))
+    assert module.parse_members(document.replace('"quorate": 1', '"quorate": 0'))[1].quorate is False
+    assert module.parse_members('{\n"nodename": "pve",\n"version": 0\n}\n') == ("pve", None)
+
+
+@pytest.mark.parametrize("document", [None, "", "{", "[]", "null", '{"ids": []}', '{"ids": 7}', '{"version": 1}'])
+def test_a_list_of_guests_that_cannot_be_read_is_empty(document):
+    assert module.parse_vmlist(document) == {} and module.parse_news(document) == {}
+
+
+def test_what_nodes_broadcast_is_read():
+    news = module.parse_news("pve2-node/pve-2:864000::1700000000:0.1:48:0.02:0:137438953472:1\npve-node-9.0/pve3:1:c:2:3:4\n"
+                             "pve2.3-vm/204:3600:web-2:running:0:1700000000:2\npve-vm-9.0/304:0:x:stopped:0:1700000000:2\n"
+                             "pve2-storage/pve2/local:1:2:3\nnonsense\n")
+    assert set(news) == {("node", "pve-2"), ("node", "pve3"), ("vm", "204"), ("vm", "304")}
+    assert news["node", "pve-2"][4:8] == ["48", "0.02", "0", "137438953472"]
+    assert module.heard(news["vm", "204"]) == (None, None), "it is years old"
+    assert module.heard(["3600", "web-2", "running", "0", str(int(time.time()) - 10), "2"]) == ("running", 3600)
+    assert module.heard(None) == module.heard(["3600"]) == module.heard(["1", "x", "running", "0", "U"]) == (None, None)
+
+
+def test_a_command_for_another_node_is_one_argument_of_ssh(tmp_path):
+    node = module.Node("pve2", False, True, "192.0.2.2")
+    hostile = ["pct", "set", "104; id", "$(id)", "a b", "'", "-o"]
+    command = module.over_ssh(node, hostile, None, tmp_path / "missing")
+    assert command[:7] == ["ssh", "-e", "none", "-o", "BatchMode=yes", "-o", "HostKeyAlias=pve2"]
+    assert command[-3:-1] == ["root@192.0.2.2", "--"] and shlex.split(command[-1]) == ["sh", "-c", module.REMOTE, "sh", *hostile]
+    known = tmp_path / "ssh_known_hosts"
+    known.write_text("")
+    command = module.over_ssh(node, ["pct", "list"], 15, known)
+    assert {f"UserKnownHostsFile={known}", "GlobalKnownHostsFile=none"} < set(command)
+    assert shlex.split(command[-1])[4:] == ["timeout", "-s", "KILL", "15", "pct", "list"]
+
+
+@pytest.mark.parametrize("script", ["true", "exit 255", "echo out; echo err >&2; exit 2", "printf 'no end of line'", "printf '\\n1 2 3\\n'",
+                                    "printf '\\xff\\x00'; printf '1 0 0\\n' >&2", "kill -9 $$", "head -c 3000000 /dev/zero"])
+def test_what_ran_on_another_node_comes_back_as_it_was(script):
+    there = subprocess.run(["sh", "-c", module.REMOTE, "sh", "sh", "-c", script], capture_output=True)
+    here = subprocess.run(["sh", "-c", script], capture_output=True)
+    code = here.returncode if here.returncode >= 0 else 128 - here.returncode
+    said = here.stderr if here.returncode >= 0 else b"Killed\n"        # the shell there says so
+    assert module.parse_reply(b"a greeting from .bashrc\n" + there.stdout) == (code, here.stdout, said)
+    assert module.parse_reply(there.stdout[:-1]) is None, "an answer that was cut short is none"
 
 
 # Waiting, limiting, counting
@@ -1507,7 +1610,7 @@ def test_a_container_that_does_not_exist_is_404(steady, method, path, body):
     assert (reply.status, reply.body["error"]) == (404, "VM 999 does not exist on node 'proxmox'")
 
 
-STATUS = {"vm_id": 104, "lxc_id": 104, "name": "web-01", "status": "running", "cpu": 2, "memory": 2048, "memory_used": 500, "swap": 512, "swap_used": 0,
+STATUS = {"vm_id": 104, "lxc_id": 104, "node": "proxmox", "name": "web-01", "status": "running", "cpu": 2, "memory": 2048, "memory_used": 500, "swap": 512, "swap_used": 0,
           "disk": 8, "disk_read": 1048576, "disk_write": 2097152}
 STOPPED = {**STATUS, "vm_id": 106, "lxc_id": 106, "name": "db-01", "status": "stopped", "cpu_usage": 0, "memory_used": 0, "disk_used": None, "uptime": 0,
            "network_in": 0, "network_out": 0, "disk_read": 0, "disk_write": 0}
@@ -1542,7 +1645,7 @@ def test_status_is_asked_of_pct_where_the_files_are_missing(asking, host):
     assert asking.get("/resource/vm/status?vm_id=106").body["data"] == STOPPED
     host.faults(status={"stdout": "status: running\ncpus: 2\nnew-key: of some later version\n", "exit": 0})
     data = asking.get("/resource/vm/status?vm_id=106").body["data"]
-    assert data == {**dict.fromkeys(data), "vm_id": 106, "lxc_id": 106, "status": "running", "cpu": 2}
+    assert data == {**dict.fromkeys(data), "vm_id": 106, "lxc_id": 106, "node": "proxmox", "status": "running", "cpu": 2}
     assert set(call.split()[1] for call in host.calls()) == {"status"}
 
 
@@ -1614,7 +1717,7 @@ def test_node_and_cluster_are_told(api, host):
         "node": "proxmox", "cpu_count": 8, "load_average": [0.21, 0.35, 0.4], "memory_usage": 25.0, "memory_total": 32000, "memory_used": 8000,
         "swap_total": 8192, "swap_used": 0, "disk_total": 100, "disk_used": 20, "uptime": 864000, "version": "8.3.0"}
     reply = api.get("/resource/node/status?node_name=nosuch")
-    assert (reply.status, reply.body["error"]) == (404, "Node 'nosuch' does not exist")
+    assert (reply.status, reply.body["error"]) == (404, "Node 'nosuch' does not exist; known here: proxmox")
     node = {"name": "proxmox", "online": True, "local": True, "address": "192.0.2.10"}
     assert api.get("/resource/cluster/status").body == ok("Retrieved cluster status", {"cluster": None, "quorate": True, "nodes": [node]})
     host.write("cluster.json", [{"type": "cluster", "name": "lab", "quorate": 0, "nodes": 2}, {"type": "node", "name": "b", "online": 0, "ip": "192.0.2.11"}])
@@ -2272,6 +2375,518 @@ def test_an_existing_or_missing_snapshot_is_told(api, host):
     assert (reply.status, reply.body) == (409, error("Snapshot 'backup_20241224' exists already", details="snapshot name 'backup_20241224' already used"))
 
 
+# A cluster
+
+NODES = {"pve1": "10.7.2.1", "pve2": "10.7.2.2", "pve3": "10.7.3.2"}
+TOOLS = [tool for tool in ("sshd", "ssh", "ssh-keygen", "ip", "unshare", "nsenter") if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
+
+
+class Lab:
+    """Three simulated hosts with one /etc/pve. Each has a network and a /run of its own, and a real sshd; pve1 reaches the
+    others by a wire each. Whatever runs in these networks is ended with them."""
+
+    def __init__(self, root):
+        self.root, self.shared, self.holders, self.hosts = root, root / "shared", {}, {}
+        for folder in ("pve", "cgroup"):        # where each host has its own
+            (root / folder).mkdir()
+        for keys in ("client", *NODES):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", root / f"{keys}.key"], check=True)
+        (root / "ssh_config").write_text(f"IdentityFile {root}/client.key\nIdentitiesOnly yes\n")
+        try:
+            for name in NODES:
+                self.add(name)
+            for name, address in list(NODES.items())[1:]:
+                self.inside("pve1", "ip", "link", "add", name, "type", "veth", "peer", "name", "wire", "netns", str(self.holders[name].pid))
+                self.inside("pve1", "ip", "addr", "add", address[:-1] + "1/24", "dev", name)
+                self.inside("pve1", "ip", "link", "set", name, "up")
+                self.inside(name, "ip", "link", "set", "wire", "up")
+                self.plug(name)
+        except BaseException:
+            self.close()
+            raise
+        self.members()
+        for number, (name, host) in enumerate(self.hosts.items(), 1):
+            host.add(number * 100 + 4, f"web-{number}", running=True)
+            host.add(number * 100 + 6, f"db-{number}")
+
+    def add(self, name):
+        host = self.hosts[name] = Host(self.root / name / "host", name, self.shared)
+        holder = self.holders[name] = subprocess.Popen(
+            ["unshare", "--net", "--mount", "sh", "-ec", "mount -t tmpfs tmpfs /run; mkdir -m 755 /run/sshd; "
+             f"mount --bind {host.pve} {self.root}/pve; mount --bind {host.cgroup} {self.root}/cgroup; "
+             f"mount --bind {self.root}/ssh_config /etc/ssh/ssh_config; [ ! -e ~/.bashrc ] || mount --bind /dev/null ~/.bashrc; ip link set lo up; echo; exec cat"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if not holder.stdout.readline():
+            pytest.skip(f"no namespaces for hosts of our own: {holder.stderr.read().decode()}")
+        (self.shared / "nodes" / name / "ssh_known_hosts").write_text(f"{name} {(self.root / f'{name}.key.pub').read_text()}")
+        config = self.root / f"{name}.sshd"
+        config.write_text(f"HostKey {self.root}/{name}.key\nAuthorizedKeysFile {self.root}/client.key.pub\nStrictModes no\nUsePAM no\n"
+                          f"PidFile none\nLogLevel VERBOSE\nSetEnv PATH={host.root}/bin:/usr/sbin:/usr/bin:/sbin:/bin\n")
+        self.inside(name, shutil.which("sshd", path="/usr/sbin:/sbin:" + os.environ["PATH"]), "-f", config, "-E", self.root / f"{name}.log")
+
+    def inside(self, name, *command):
+        return subprocess.run(["nsenter", "-t", str(self.holders[name].pid), "-n", "-m", *command], check=True, capture_output=True, text=True)
+
+    def connect(self, address, timeout):
+        """A connection made in pve1's network, by a thread that moves there."""
+        def work():
+            with open(f"/proc/{self.holders['pve1'].pid}/ns/net") as namespace:
+                if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
+                    raise OSError(ctypes.get_errno(), "setns")
+            return socket.create_connection(address, timeout)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            return pool.submit(work).result()
+
+    def daemon(self, proxmox=None, **options):
+        proxmox = {"pve_dir": f"{self.root}/pve", "cgroup_dir": f"{self.root}/cgroup", **(proxmox or {})}
+        return Daemon(self.hosts["pve1"], inside=["nsenter", "-t", str(self.holders["pve1"].pid), "-n", "-m"], connect=self.connect,
+                      proxmox=proxmox, **options)
+
+    def plug(self, name):
+        self.inside(name, "ip", "addr", "add", NODES[name] + "/24", "dev", "wire")
+
+    def unplug(self, name):
+        """From now on nothing comes back from a node, and nobody is told."""
+        self.inside(name, "ip", "addr", "flush", "dev", "wire")
+
+    def members(self, quorate=1, offline=()):
+        for name, host in self.hosts.items():
+            nodes = {each: {"id": number, "online": int(each not in offline), "ip": NODES[each]} for number, each in enumerate(NODES, 1)}
+            host.write("pve/.members", {"nodename": name, "version": 7, "nodelist": nodes,
+                                        "cluster": {"name": "lab", "version": 3, "nodes": 3, "quorate": quorate}})
+
+    def move(self, vm_id, source, target):
+        self.hosts[source].path(vm_id).rename(self.hosts[target].path(vm_id))
+        (self.hosts[source].cgroup / f"lxc/{vm_id}").rename(self.hosts[target].cgroup / f"lxc/{vm_id}")
+        self.hosts[target].list(vm_id)
+
+    def processes(self, name, word=""):
+        """The ids of the processes in a node's network whose command line has a word in it."""
+        found, network = [], os.readlink(f"/proc/{self.holders[name].pid}/ns/net")
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.readlink(folder / "ns/net") == network and word.encode() in (folder / "cmdline").read_bytes():
+                    found.append(int(folder.name))
+        return found
+
+    def logins(self, name):
+        return (self.root / f"{name}.log").read_text().count("Accepted publickey")
+
+    def calls(self):
+        """{node: the command lines that were run there, without those of earlier tests}"""
+        return {name: host.calls() for name, host in self.hosts.items() if host.calls()}
+
+    def reset(self):
+        for host in self.hosts.values():
+            host.faults()
+            (host.root / "calls.jsonl").unlink(missing_ok=True)
+
+    def close(self):
+        for name in self.holders:
+            for pid in self.processes(name):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+        for holder in self.holders.values():
+            holder.communicate()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    if TOOLS:
+        pytest.skip(f"not installed: {', '.join(TOOLS)}")
+    if os.geteuid():
+        pytest.skip("only root can make hosts of its own")
+    lab = Lab(tmp_path_factory.mktemp("lab"))
+    lab.api = lab.daemon()
+    yield lab
+    codes = lab.api.stop(), "internal error" in lab.api.log("error")
+    lab.close()
+    assert codes == (0, False)
+
+
+@pytest.fixture
+def lab(built):
+    """The cluster, where 104 and 106 are on pve1, 204 and 206 on pve2, 304 and 306 on pve3, and each 4 runs."""
+    built.reset()
+    yield built
+    built.members()
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_every_endpoint_works_on_each_node_of_a_cluster(lab, number):
+    api, name, running, new = lab.api, f"pve{number}", number * 100 + 4, number * 100 + 50
+    host = lab.hosts[name]
+
+    def done(reply, message):
+        assert (reply.status, reply.body["message"]) == (200, message), reply.body
+        return reply.body.get("data")
+    done(api.post("/scale/cores", {"vm_id": running, "cores": 4}), f"CPU cores set to 4 for VM {running}")
+    done(api.post("/scale/ram", {"vm_id": running, "memory": 4096}), f"Memory set to 4096 MB for VM {running}")
+    done(api.post("/scale/storage/increase", {"vm_id": running, "disk_size": 5}), f"Storage increased by 5 GB for VM {running}")
+    assert {key: host.conf(running)[key] for key in ("cores", "memory", "rootfs")} == {
+        "cores": "4", "memory": "4096", "rootfs": f"local-lvm:vm-{running}-disk-0,size=13G"}
+    done(api.post("/snapshot/create", {"vm_id": running, "snapshot_name": "before"}), f"Snapshot 'before' created for VM {running}")
+    assert [row["name"] for row in done(api.get(f"/snapshot/list?vm_id={running}"), f"Found 1 snapshots for VM {running}")] == ["before"]
+    done(api.post("/snapshot/rollback", {"vm_id": running, "snapshot_name": "before"}), f"Rolled back VM {running} to snapshot 'before'")
+    assert host.running(running)
+    done(api.delete("/snapshot/delete", {"vm_id": running, "snapshot_name": "before"}), f"Snapshot 'before' of VM {running} deleted")
+    done(api.post("/clone/create", {"vm_id": running, "new_vm_id": new, "new_vm_name": "test_clone", "start": True}),
+         f"Cloned VM {running} to new VM {new} (test_clone)")
+    assert host.running(new) and host.snapshots(running) == []
+    status = done(api.get(f"/resource/vm/status?vm_id={running}"), f"Retrieved status for VM {running}")
+    assert 0 <= status.pop("cpu_usage") <= 100
+    assert {key: status[key] for key in ("vm_id", "node", "name", "status", "cpu", "memory", "memory_used", "disk")} == {
+        "vm_id": running, "node": name, "name": f"web-{number}", "status": "running", "cpu": 4, "memory": 4096, "memory_used": 500, "disk": 13}
+    done(api.delete("/clone/delete", {"vm_id": new}), f"Deleted VM {new}")
+    assert not host.path(new).exists()
+    config = done(api.get(f"/resource/lxc/config?lxc_id={running}"), f"Successfully retrieved configuration for VM {running}")
+    assert (config["cores"], config["memory_mb"], config["disk_gb"]) == (4, 4096, 13)
+    node = done(api.get(f"/resource/node/status?node_name={name}"), f"Retrieved status for node '{name}'")
+    assert (node["cpu_count"], node["version"]) == (8, "8.3.0") and 0 <= node["cpu_usage"] <= 100
+    used = lab.calls()
+    assert not any(call.startswith("pct config") for call in used[name]), "files have told it"
+    assert list(used) == [name] and f"pct clone {running} {new}" in " ".join(used[name]), "nothing ran on another node"
+    for path, status, text in (
+            (f"/resource/vm/status?vm_id={number}99", 404, f"VM {number}99 does not exist on any node of the cluster"),
+            ("/resource/node/status?node_name=pve9", 404, "Node 'pve9' does not exist; known here: pve1, pve2, pve3")):
+        reply = api.get(path)
+        assert (reply.status, reply.body["error"]) == (status, text)
+    reply = api.post("/snapshot/rollback", {"vm_id": running, "snapshot_name": "nosuch"})
+    assert (reply.status, reply.body) == (404, error("Snapshot 'nosuch' does not exist", details="snapshot 'nosuch' does not exist"))
+    reply = api.post("/clone/create", {"vm_id": running, "new_vm_id": 306 if number < 3 else 206, "new_vm_name": "x"})
+    assert (reply.status, reply.body["error"][:6]) == (409, "The id")
+    host.faults(set={"exit": 255, "stderr": "something odd\n"})
+    reply = api.post("/scale/cores", {"vm_id": running, "cores": 2})
+    assert (reply.status, reply.body) == (500, error(f"pct set {running} failed with exit status 255", details="something odd"))
+
+
+def test_the_whole_cluster_is_listed_from_files(lab):
+    now = int(time.time())
+    (lab.shared / ".rrd").write_text(
+        f"pve2-node/pve2:864000:c:{now}:0.1:48:0.02:0.0:137438953472:1:0:0:1:1:1:1\n"
+        f"pve2.3-vm/204:3600:web-2:running:0:{now}:2:0.1:2147483648:5:8589934592:1:1:1:1:1\n"
+        f"pve-vm-9.0/304:7200:web-3:running:0:{now - 300}:2:0.1:2147483648:5:8589934592:1:1:1:1:1:1:1:1:1:1:1:1\n"
+        f"pve-vm-9.0/306:0:db-3:stopped:0:{now}:2::2147483648::8589934592:U:U:U:U\n")
+    try:
+        rows = lab.api.get("/resource/vm/list").body["data"]
+        assert [(row["vm_id"], row["node"], row["name"], row["status"]) for row in rows] == [
+            (104, "pve1", "web-1", "running"), (106, "pve1", "db-1", "stopped"), (204, "pve2", "web-2", "running"),
+            (206, "pve2", "db-2", None), (304, "pve3", "web-3", None), (306, "pve3", "db-3", "stopped")]      # 304's news is old
+        assert [row["uptime"] for row in rows][1:] == [0, 3600, None, None, 0]
+        limits = lab.api.get("/resource/vm/config?vm_id=204").body["data"]["limits"]
+        assert (limits["cores"]["max"], limits["memory_mb"]["max"]) == (48, 131072)
+        limits = lab.api.get("/resource/vm/config?vm_id=304").body["data"]["limits"]
+        assert (limits["cores"]["max"], limits["memory_mb"]["max"]) == (128, 1048576)
+        assert lab.api.get("/resource/cluster/status").body["data"] == {"cluster": "lab", "quorate": True, "nodes": [
+            {"name": name, "online": True, "local": name == "pve1", "address": address if name != "pve1" else "10.7.2.1"}
+            for name, address in NODES.items()]}
+        lab.members(offline=["pve2"])
+        assert [row["status"] for row in lab.api.get("/resource/vm/list").body["data"]][2:4] == [None, None]
+        assert lab.calls() == {}
+    finally:
+        (lab.shared / ".rrd").unlink()
+
+
+def test_a_node_that_is_cut_off_is_named_within_five_seconds_and_the_rest_works(lab):
+    assert lab.api.get("/resource/vm/status?vm_id=304").status == 200        # a connection is open
+    lab.unplug("pve3")
+    try:
+        time.sleep(1)                       # a node that has just answered is not asked anew
+        started = time.monotonic()
+        with concurrent.futures.ThreadPoolExecutor(13) as pool:
+            cut = [pool.submit(lab.api.get, "/resource/vm/status?vm_id=304"), pool.submit(lab.api.post, "/scale/cores", {"vm_id": 306, "cores": 1}),
+                   *(pool.submit(lab.api.get, f"/resource/{what}") for what in ["vm/status?vm_id=306", "node/status?node_name=pve3"] * 3)]
+            others = [pool.submit(lab.api.get, f"/resource/vm/status?vm_id={vm_id}") for vm_id in (104, 204)]
+            assert [each.result().status for each in others] == [200, 200] and time.monotonic() - started < 3
+            replies = [each.result() for each in cut]
+        assert time.monotonic() - started < 5
+        assert {reply.status for reply in replies} == {503} and all("Retry-After" in reply.headers for reply in replies)
+        assert {reply.body["error"] for reply in replies} == {
+            "Node 'pve3' cannot be reached over SSH; nothing was done. To see why, on this host: ssh -o HostKeyAlias=pve3 root@10.7.3.2"}
+        assert lab.api.get("/resource/vm/config?vm_id=304").status == 200        # a file, which is here
+        assert "pve3" not in lab.calls() or not any("set" in call for call in lab.calls()["pve3"])
+    finally:
+        lab.plug("pve3")
+    wait_until(lambda: lab.api.get("/resource/vm/status?vm_id=304").status == 200, 20)
+    assert lab.hosts["pve3"].conf(306)["cores"] == "2"
+
+
+def test_a_node_that_is_offline_is_named_at_once(lab):
+    lab.members(offline=["pve2"])
+    before = lab.logins("pve2")
+    for reply in (lab.api.get("/resource/vm/status?vm_id=204"), lab.api.post("/scale/cores", {"vm_id": 204, "cores": 1}),
+                  lab.api.get("/resource/node/status?node_name=pve2")):
+        assert (reply.status, reply.body) == (503, error("Node 'pve2' is offline; nothing on it can be reached"))
+    assert lab.api.get("/resource/vm/status?vm_id=304").status == 200 and lab.logins("pve2") == before and "pve2" not in lab.calls()
+
+
+def test_without_quorum_changes_are_refused_and_reads_work(lab):
+    lab.members(quorate=0, offline=["pve3"])
+    for vm_id in (104, 204):
+        for path, extra in (("/scale/cores", {"cores": 1}), ("/snapshot/create", {"snapshot_name": "late"}),
+                            ("/clone/create", {"new_vm_id": 150, "new_vm_name": "x"})):
+            reply = lab.api.post(path, {"vm_id": vm_id, **extra})
+            assert (reply.status, reply.body) == (503, error(
+                "The Proxmox cluster has no quorum, so nothing can be changed; see: pvecm status"))
+    assert lab.calls() == {}
+    for path in ("vm/list", "vm/status?vm_id=104", "vm/status?vm_id=204", "vm/config?vm_id=304", "node/status?node_name=pve2"):
+        assert lab.api.get("/resource/" + path).status == 200
+    assert lab.api.get("/resource/cluster/status").body["data"]["quorate"] is False
+
+
+@pytest.mark.parametrize("source, target", [("pve2", "pve3"), ("pve1", "pve2"), ("pve3", "pve1")])
+def test_a_container_that_migrates_meanwhile_is_looked_up_once_more(lab, source, target):
+    host, vm_id = lab.hosts[source], int(source[-1]) * 100 + 4
+    host.faults(set={"pause": 1}, status={"pause": 1})
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        change = pool.submit(lab.api.post, "/scale/cores", {"vm_id": vm_id, "cores": 3})
+        wait_until(lambda: host.calls() == [f"pct set {vm_id} --cores 3"])
+        lab.move(vm_id, source, target)
+        reply = change.result()
+        try:
+            assert reply.body == ok(f"CPU cores set to 3 for VM {vm_id}")
+            assert lab.calls() == {source: [f"pct set {vm_id} --cores 3"], target: [f"pct set {vm_id} --cores 3"]}
+            assert lab.api.get(f"/resource/vm/status?vm_id={vm_id}").body["data"]["node"] == target
+        finally:
+            lab.move(vm_id, target, source)
+
+
+def test_a_virtual_machine_is_called_one(lab):
+    lab.hosts["pve1"].list(170, "qemu")
+    lab.hosts["pve2"].list(270, "qemu")
+    for vm_id in (170, 270):
+        for reply in (lab.api.get(f"/resource/vm/status?vm_id={vm_id}"), lab.api.get(f"/resource/vm/config?vm_id={vm_id}"),
+                      lab.api.delete("/clone/delete", {"vm_id": vm_id})):
+            assert (reply.status, reply.body) == (404, error(f"VM {vm_id} is a virtual machine, not a container"))
+    reply = lab.api.post("/clone/create", {"vm_id": 204, "new_vm_id": 170, "new_vm_name": "x"})
+    assert (reply.status, reply.body["error"]) == (409, "The id 170 is taken")
+
+
+def test_a_change_over_a_lost_connection_goes_on_and_its_caller_is_told(lab):
+    pve2 = lab.hosts["pve2"]
+    pve2.faults(clone={"held": True})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        clone = pool.submit(lab.api.post, "/clone/create", {"vm_id": 206, "new_vm_id": 250, "new_vm_name": "far"})
+        wait_until(lambda: any("clone" in call for call in pve2.calls()))
+        for pid in lab.processes("pve2", "sshd: root"):
+            os.kill(pid, signal.SIGKILL)
+        reply = clone.result()
+    assert not pve2.ended("clone")
+    pve2.go()
+    assert reply.status == 504 and reply.body["error"] == (
+        "The connection to node 'pve2' was lost during pct clone 206, which goes on if the node does. "
+        "Ask for the container's state before trying again")
+    wait_until(lambda: pve2.ended("clone"))
+    assert (pve2.ended("clone")[0]["code"], "lock" in pve2.conf(250), "lock" in pve2.conf(206)) == (0, False, False)
+    assert "tmp." not in lab.inside("pve2", "ls", "/run").stdout, "its output was in files without names"
+    assert lab.api.delete("/clone/delete", {"vm_id": 250}).status == 200
+
+
+def test_a_clone_is_started_where_it_was_made_before_word_of_it_has_come(lab):
+    pve1, pve2 = lab.hosts["pve1"], lab.hosts["pve2"]
+    listed = (lab.shared / ".vmlist").read_text()
+    (pve1.pve / ".vmlist").unlink()
+    (pve1.pve / ".vmlist").write_text(listed)
+    try:
+        reply = lab.api.post("/clone/create", {"vm_id": 206, "new_vm_id": 253, "new_vm_name": "late", "start": True})
+        assert reply.body == ok("Cloned VM 206 to new VM 253 (late)") and pve2.running(253)
+    finally:
+        (pve1.pve / ".vmlist").unlink()
+        (pve1.pve / ".vmlist").symlink_to(lab.shared / ".vmlist")
+    assert lab.api.delete("/clone/delete", {"vm_id": 253}).status == 200
+
+
+def test_a_clone_on_another_node_outlives_the_daemon(lab):
+    pve2, daemon = lab.hosts["pve2"], lab.daemon(constants={"STOP_SECONDS": 5})
+    pve2.faults(clone={"held": True})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        clone = pool.submit(daemon.post, "/clone/create", {"vm_id": 206, "new_vm_id": 251, "new_vm_name": "far"})
+        wait_until(lambda: any("clone" in call for call in pve2.calls()))
+        assert daemon.stop() == 0
+        assert clone.result().status == 504
+    assert not pve2.ended("clone")
+    pve2.go()
+    wait_until(lambda: pve2.ended("clone"))
+    assert "lock" not in pve2.conf(251)
+    assert lab.api.delete("/clone/delete", {"vm_id": 251}).status == 200
+
+
+def test_a_hung_read_is_ended_on_its_own_node(lab):
+    pve3, daemon = lab.hosts["pve3"], lab.daemon(proxmox={"read_timeout_seconds": 1})
+    pve3.faults(status={"pause": 30})
+    started = time.monotonic()
+    reply = daemon.get("/resource/vm/status?vm_id=304")
+    assert (reply.status, reply.body["error"]) == (504, "pct status 304 did not finish in 1 s and was ended; it changes nothing")
+    assert time.monotonic() - started < 4
+    wait_until(lambda: not lab.processes("pve3", "status"))
+    assert daemon.stop() == 0
+
+
+def test_places_count_for_each_node_and_changes_to_one_container_wait(lab):
+    daemon = lab.daemon(proxmox={"max_commands": 1})
+    lab.hosts["pve2"].faults(set={"delay": 0.5})
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        slow = [pool.submit(daemon.post, "/scale/cores", {"vm_id": 204, "cores": cores}) for cores in (5, 6)]
+        wait_until(lambda: lab.hosts["pve2"].calls())
+        for vm_id in (104, 304):
+            assert daemon.post("/scale/cores", {"vm_id": vm_id, "cores": 4}).status == 200
+        assert not any(each.done() for each in slow)
+        assert "lxc_autoscale_api_commands_in_progress 1\n" in daemon.get("/metrics").body
+        assert [each.result().status for each in slow] == [200, 200]
+    first, second = lab.hosts["pve2"].rows("start")
+    assert second["at"] >= lab.hosts["pve2"].rows("end")[0]["at"]
+    assert daemon.stop() == 0
+
+
+def test_one_connection_to_a_node_is_shared(lab):
+    lab.api.get("/resource/vm/status?vm_id=204")
+    before = lab.logins("pve2")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(lambda cores: lab.api.post("/scale/cores", {"vm_id": 204 + cores % 2 * 2, "cores": cores}), range(1, 13)))
+    assert {reply.status for reply in replies} == {200} and lab.logins("pve2") == before
+    assert "on pve2: exit 0" in lab.api.log()
+
+
+def test_commands_beyond_what_a_connection_takes_wait(lab):
+    lab.hosts["pve2"].faults(status={"pause": 0.3})
+    daemon, ids = lab.daemon(proxmox={"max_commands": 64}), range(210, 250)
+    for vm_id in ids:
+        lab.hosts["pve2"].add(vm_id)
+    before = lab.logins("pve2")
+    with concurrent.futures.ThreadPoolExecutor(len(ids)) as pool:
+        replies = list(pool.map(lambda vm_id: daemon.get(f"/resource/vm/status?vm_id={vm_id}"), ids))
+    for vm_id in ids:
+        lab.hosts["pve2"].path(vm_id).unlink()
+    assert [reply.status for reply in replies] == [200] * len(ids) and lab.logins("pve2") <= before + 1
+    assert daemon.stop() == 0
+
+
+HOSTILE = ["; touch /tmp/x", "$(id)", "`id`", "a b", "a\nb", "'", '"', "''; id; '", "\\", "--", "-x", "*", "~", "!!", "&& id", "| id", "> x", "é\t", "#", ""]
+
+
+def run_commands(lab, script, argument):
+    """What a script on pve1 prints as JSON that has `commands`, the Nodes `pve2` and `pve3`, and an argument."""
+    setup = (f"import concurrent.futures, json, sys\nsys.path.insert(0, {str(HERE)!r})\nimport lxc_autoscale_api as daemon\n"
+             f"commands = daemon.Commands(4, 15, {str(lab.hosts['pve1'].pve)!r}, daemon.Metrics())\n"
+             f"pve2, pve3 = (daemon.Node(name, False, True, address) for name, address in {list(NODES.items())[1:]!r})\n"
+             "argument = json.loads(sys.argv[1])\n")
+    return json.loads(lab.inside("pve1", sys.executable, "-c", setup + script, json.dumps(argument)).stdout)
+
+
+def test_the_same_question_to_two_nodes_has_two_answers(lab):
+    for name in ("pve2", "pve3"):
+        lab.inside(name, "sh", "-c", "echo $0 > /run/who", name)
+    told = run_commands(lab, (
+        "with concurrent.futures.ThreadPoolExecutor(6) as pool:\n"
+        "    answers = list(pool.map(lambda node: commands.read(node, 'cat', '/run/who').stdout, [pve2, pve3] * 3))\n"
+        "print(json.dumps(answers))"), None)
+    assert told == ["pve2\n", "pve3\n"] * 3
+
+
+def test_no_argument_becomes_two_on_another_node(lab):
+    told = run_commands(lab, (
+        f"show = [{sys.executable!r}, '-IS', '-c', 'import sys, json; print(json.dumps(sys.argv[1:]))', *argument]\n"
+        "print(json.dumps([json.loads(commands.read(pve2, *show).stdout), json.loads(commands.change(pve2, *show).stdout)]))"), HOSTILE)
+    assert told == [HOSTILE, HOSTILE]
+    for body in ({"vm_id": "204; id", "cores": 1}, {"vm_id": 204, "cores": "1 --memory 64"}, {"vm_id": 204, "cores": "$(id)"}):
+        assert lab.api.post("/scale/cores", body).status == 400
+    for name in ("a b", "$(id)", "-o", "x;id", "x\ny"):
+        assert lab.api.post("/snapshot/create", {"vm_id": 204, "snapshot_name": name}).status == 400
+    assert lab.calls() == {}
+
+
+def test_a_node_that_refuses_us_is_told_with_what_ssh_said(lab):
+    known = lab.shared / "nodes/pve3/ssh_known_hosts"
+    text = known.read_text()
+    known.write_text(text.replace((lab.root / "pve3.key.pub").read_text().split()[1], (lab.root / "pve2.key.pub").read_text().split()[1]))
+    daemon = lab.daemon(constants={"RUN_DIR": "/run/other"})
+    try:
+        reply = daemon.post("/scale/cores", {"vm_id": 304, "cores": 1})
+    finally:
+        known.write_text(text)
+    assert reply.status == 503 and "Host key verification failed" in reply.body["details"]
+    assert daemon.post("/scale/cores", {"vm_id": 304, "cores": 2}).status == 200
+    assert daemon.stop() == 0
+
+
+def test_told_to_keep_to_this_node_the_daemon_does(lab):
+    daemon, before = lab.daemon(proxmox={"cluster": False}), lab.logins("pve2")
+    reply = daemon.get("/resource/vm/status?vm_id=204")
+    assert (reply.status, reply.body["error"]) == (404, "VM 204 does not exist on node 'pve1'")
+    assert daemon.post("/scale/cores", {"vm_id": 204, "cores": 1}).status == 404
+    assert [row["vm_id"] for row in daemon.get("/resource/vm/list").body["data"]] == [104, 106]
+    assert daemon.get("/resource/node/status?node_name=pve2").body["error"] == "Node 'pve2' does not exist; known here: pve1"
+    assert list(lab.calls()) == ["pve1"] and lab.logins("pve2") == before
+    assert daemon.stop() == 0
+
+
+def test_a_temporary_snapshot_left_on_another_node_is_named_with_it(lab):
+    pve2 = lab.hosts["pve2"]
+    pve2.faults(delsnapshot={"exit": 255, "stderr": "storage is gone\n"})
+    reply = lab.api.post("/clone/create", {"vm_id": 204, "new_vm_id": 252, "new_vm_name": "x"})
+    assert reply.status == 200 and " on node 'pve2' with: pct delsnapshot 204 autoscale_clone_" in reply.body["data"]["warnings"][0]
+    daemon = lab.daemon()
+    wait_until(lambda: " (on node 'pve2')" in daemon.log("error"))
+    assert daemon.stop() == 0
+    pve2.faults()
+    assert lab.api.delete("/snapshot/delete", {"vm_id": 204, "snapshot_name": pve2.snapshots(204)[0]}).status == 200
+    assert lab.api.delete("/clone/delete", {"vm_id": 252}).status == 200
+
+
+def test_a_virtual_machine_of_a_single_host_is_called_one_and_costs_no_process(api, host):
+    host.list(170, "qemu")
+    for reply in (api.get("/resource/vm/status?vm_id=170"), api.post("/scale/cores", {"vm_id": 170, "cores": 1})):
+        assert (reply.status, reply.body) == (404, error("VM 170 is a virtual machine, not a container"))
+    assert host.calls() == []
+
+
+MEMBERS = {"nodename": "proxmox", "cluster": {"name": "lab", "quorate": 1}, "nodelist": {
+    "proxmox": {"id": 1, "online": 1, "ip": "192.0.2.1"}, "pve2": {"id": 2, "online": 1, "ip": "192.0.2.2"}, "pve3": {"id": 3, "online": 1}}}
+
+
+def test_files_follow_a_container_that_moves_while_they_are_read(host, monkeypatch):
+    other = Host(host.root / "other", "pve2", host.shared)
+    other.add(204, "far")
+    host.write("pve/.members", MEMBERS)
+    proxmox, real = module.Proxmox(None, str(host.pve), str(host.cgroup), True), module.read_text
+
+    def move_first(path):
+        if path.endswith("nodes/pve2/lxc/204.conf"):
+            other.path(204).rename(host.path(204))
+            host.list(204)
+        return real(path)
+    monkeypatch.setattr(module, "read_text", move_first)
+    assert proxmox.locate(204).address == "192.0.2.2" and proxmox.conf(204).values["hostname"] == "far"
+    assert proxmox.locate(204) is None
+
+
+@pytest.mark.parametrize("node, says", [
+    ("gone", "Node 'gone' is offline; nothing on it can be reached"), ("pve3", "Node 'pve3' is offline; nothing on it can be reached"),
+    ("pve2", "ssh is not installed, or not on the daemon's PATH")])
+def test_a_node_that_cannot_be_asked_is_503(host, launch, tmp_path, node, says):
+    Host(host.root / "other", node, host.shared).add(204, "far")
+    host.write("pve/.members", MEMBERS)
+    api = launch(env={"PATH": str(host.root / "bin")}, constants={"RUN_DIR": str(tmp_path / "run")}, **ASKING)
+    for reply in (api.get("/resource/vm/status?vm_id=204"), api.delete("/clone/delete", {"vm_id": 204})):
+        assert (reply.status, reply.body, "Retry-After" in reply.headers) == (503, error(says), True)
+    assert api.get("/resource/vm/config?vm_id=204").body["data"]["hostname"] == "far"
+    assert api.get("/resource/vm/status?vm_id=104").status == 200
+
+
+@pytest.mark.parametrize("members", [None, "", "{", "[]", '{"nodename": 7}', '{"nodename": "proxmox", "cluster": {"name": "x"}}',
+                                     '{"nodename": "proxmox", "cluster": {"quorate": 0}, "nodelist": []}'])
+def test_a_look_up_that_fails_changes_nothing_on_a_single_host(host, launch, members):
+    (host.shared / ".vmlist").write_text("{")
+    if members is None:
+        (host.pve / ".members").unlink()
+    else:
+        (host.pve / ".members").write_text(members)
+    proxmox = module.Proxmox(None, str(host.pve), str(host.cgroup), True)
+    assert [proxmox.locate(vm_id) for vm_id in (104, 106, 105)] == [None] * 3
+    assert [row["vm_id"] for row in proxmox.list()] == [104, 106] and proxmox.members()[1] is None
+    assert proxmox.conf(104).values["cores"] == "2"
+
+
 # The daemon's life
 
 def test_commands_get_a_session_and_a_locale_of_their_own_and_no_input(asking, host):
@@ -2298,7 +2913,7 @@ def test_a_stop_lets_requests_in_work_finish(api, host):
 
 
 def test_a_stop_in_the_middle_of_a_clone_leaves_it_to_proxmox(launch, host):
-    host.faults(clone={"delay": 1.5})
+    host.faults(clone={"held": True})
     api = launch(constants={"STOP_SECONDS": 5.2})
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         clone = pool.submit(api.post, "/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
@@ -2316,6 +2931,7 @@ def test_a_stop_in_the_middle_of_a_clone_leaves_it_to_proxmox(launch, host):
     assert again.get("/routes").status == 200
     name, = host.snapshots(104)
     wait_until(lambda: f"remove it with: pct delsnapshot 104 {name}" in again.log("error"))
+    host.go()
     wait_until(lambda: "lock" not in host.conf(105) and "rootfs" in host.conf(105))
     assert host.conf(104)["cores"] == "2"
 
@@ -2525,7 +3141,7 @@ def test_a_thousand_containers_are_scraped_and_listed_soon(api, host):
 
 
 def test_a_container_that_vanishes_during_a_scrape_is_left_out(api, host, monkeypatch):
-    proxmox = module.Proxmox(None, str(host.pve), str(host.cgroup))
+    proxmox = module.Proxmox(None, str(host.pve), str(host.cgroup), True)
     real = module.read_text
 
     def vanish(path):
@@ -2543,17 +3159,18 @@ def test_containers_are_listed(api, host, launch):
     uptime = reply.body["data"][0].pop("uptime")
     assert 0 <= uptime < 60 and host.calls() == []
     assert reply.body == ok("Found 3 containers", [
-        {"vm_id": 104, "lxc_id": 104, "name": "web-01", "status": "running", "cores": 2, "memory": 2048},
-        {"vm_id": 106, "lxc_id": 106, "name": "db-01", "status": "stopped", "cores": 2, "memory": 2048, "uptime": 0},
-        {"vm_id": 107, "lxc_id": 107, "name": "ct107", "status": "stopped", "cores": None, "memory": 2048, "uptime": 0}])
+        {"vm_id": 104, "lxc_id": 104, "node": "proxmox", "name": "web-01", "status": "running", "cores": 2, "memory": 2048},
+        {"vm_id": 106, "lxc_id": 106, "node": "proxmox", "name": "db-01", "status": "stopped", "cores": 2, "memory": 2048, "uptime": 0},
+        {"vm_id": 107, "lxc_id": 107, "node": "proxmox", "name": "ct107", "status": "stopped", "cores": None, "memory": 2048, "uptime": 0}])
     assert api.get("/resource/lxc/list").status == 200
     without = launch(proxmox={"pve_dir": str(host.root / "nowhere")})
     pvesh = host.root / "bin/pvesh"
     rows = [{"vmid": "106", "name": "db-01", "status": "stopped", "cpus": 2, "maxmem": 2**31, "uptime": 0}, {"vmid": 104, "status": "running"}]
     pvesh.write_text(f"#!/bin/sh\ncase $2 in /nodes/*/lxc) echo '{json.dumps(rows)}';; *) exit 1;; esac\n")
+    own = socket.gethostname().split(".")[0]
     assert without.get("/resource/vm/list").body["data"] == [
-        {"vm_id": 104, "lxc_id": 104, "name": "CT104", "status": "running", "cores": None, "memory": None, "uptime": None},
-        {"vm_id": 106, "lxc_id": 106, "name": "db-01", "status": "stopped", "cores": 2, "memory": 2048, "uptime": 0}]
+        {"vm_id": 104, "lxc_id": 104, "node": own, "name": "CT104", "status": "running", "cores": None, "memory": None, "uptime": None},
+        {"vm_id": 106, "lxc_id": 106, "node": own, "name": "db-01", "status": "stopped", "cores": 2, "memory": 2048, "uptime": 0}]
 
 
 def test_a_snapshot_is_deleted(api, host):
