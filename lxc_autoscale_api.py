@@ -31,6 +31,7 @@ import math
 import os
 import re
 import resource
+import select
 import shlex
 import signal
 import socket
@@ -941,12 +942,13 @@ class Output:
 
 
 # What a node runs for us. Its pct must print into files there, for pct takes a broken stdout for an
-# interrupt, and sshd's pipe breaks with the connection; the files have no names, so that nothing is left.
+# interrupt, and sshd's pipe breaks with the connection; the files lose their names before it begins,
+# so that nothing is left.
 REMOTE = (
-    'export LC_ALL=C.UTF-8 LANG=C.UTF-8; out=$(mktemp -p /run) && err=$(mktemp -p /run) '
-    '&& exec 3>"$out" 4>"$err" 5<"$out" 6<"$err" && rm "$out" "$err" || exit 1; '
-    '"$@" </dev/null >&3 2>&4 3>&- 4>&- 5<&- 6<&-; code=$?; '
-    'cat <&5; cat <&6; echo; echo $code $(stat -Lc %s /dev/fd/5 /dev/fd/6)'
+    "export LC_ALL=C.UTF-8 LANG=C.UTF-8; file=/run/lxc_autoscale_api.$$; "
+    "exec 3>$file.out 4>$file.err && rm $file.out $file.err || exit 1; "
+    '"$@" </dev/null >&3 2>&4 3>&- 4>&-; code=$?; '
+    "cat /dev/fd/3 /dev/fd/4; echo; echo $code $(stat -Lc %s /dev/fd/3 /dev/fd/4)"
 )
 
 
@@ -974,6 +976,25 @@ def parse_reply(printed):
     code, out, err = map(int, end.groups())
     middle = max(0, end.start() - err)
     return code, printed[max(0, middle - out):middle], printed[middle:end.start()]
+
+
+def ended(process, seconds):
+    """Wait for a process's end -> whether it came within so many seconds, if given."""
+    deadline = time.monotonic() + (seconds or 0)
+    if seconds:
+        try:                                # the kernel wakes us; Popen.wait looks every 50 ms
+            pidfd = os.pidfd_open(process.pid)
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            poll.poll(seconds * 1000)
+            os.close(pidfd)
+        except OSError:                     # no descriptor is left
+            pass
+    try:
+        process.wait(max(0, deadline - time.monotonic()) if seconds else None)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 class Commands:
@@ -1023,20 +1044,22 @@ class Commands:
     def reach(self, node, way):
         """See that a node answers, and open the connection that its commands share; Problem 503 if it does not.
 
-        So a change is not begun over a connection that is dead, and nobody waits for long:
-        who asks while another tries takes what that one finds.
+        So a change is not begun over a connection that is dead, and nobody waits for long for
+        a node that is: who asks while another tries takes what that one finds.
         """
         if not node:
             return
         if not (node.online and node.address):
-            raise busy(f"Node '{node.name}' is offline; nothing on it can be reached", SLOT_SECONDS)
+            raise busy(f"Node '{node.name}' is offline; nothing was done. To see why, on this host: pvecm status", SLOT_SECONDS)
         asked = time.monotonic()
         with way.lock:
-            if way.tried < asked - (0 if way.problem else 1):
+            if way.tried < asked:
+                way.problem = None
                 try:
                     self.execute(node, ["true"], REACH_SECONDS)
                 except Problem as problem:
-                    way.problem = problem if problem.status == 503 else unreachable(node, problem.error)
+                    silent = lost(node, (), False, f"no answer within {REACH_SECONDS} s")
+                    way.problem = silent if problem.status == 504 else problem
                 way.tried = time.monotonic()
             if way.problem:                 # a copy, for each has a caller who may add to it
                 raise Problem(503, way.problem.error, dict(way.problem.headers), **way.problem.fields)
@@ -1081,11 +1104,8 @@ class Commands:
         with Output(bounded=seconds) as stdout, Output(bounded=seconds) as stderr:
             started = time.monotonic()
             process = self.start(node, argv, label, seconds, stdout.fd, stderr.fd)
-            in_time = True
-            try:
-                process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                in_time = False
+            in_time = ended(process, seconds)
+            if not in_time:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             took = time.monotonic() - started
@@ -1093,17 +1113,16 @@ class Commands:
             full = bool(seconds) and (out_full or err_full)
             reply = parse_reply(out) if node and in_time and not full else None
             code, out, err = reply or (process.returncode, out, err)
-        log.info("ran %s%s: exit %d in %.3f s", shlex.join(argv), f" on {node.name}" if node else "", code, took)
+        there = f" on {node.name}" if node else ""
+        log.info("ran %s%s: exit %d in %.3f s", shlex.join(argv), there, code, took)
         result = "timeout" if not in_time else "ok" if code == 0 else "failed"
         self.metrics.add("lxc_autoscale_api_commands_total", label, result)
         self.metrics.observe("lxc_autoscale_api_command_duration_seconds", took, label)
         if not in_time:
-            raise Problem(504, f"{' '.join(argv[:3])} did not finish in {seconds} s and was ended; it changes nothing")
+            raise Problem(504, f"{' '.join(argv[:3])}{there} did not finish in {seconds} s and was ended; it changes nothing")
         if node and not (reply or full):
-            raise cut_off(node, argv, seconds, err.decode("utf-8", "replace").strip())
-        if node:
-            way = self.way(node)
-            way.tried, way.problem = time.monotonic(), None
+            begun = not seconds and code not in (1, 2)      # which REMOTE ends with if it cannot begin
+            raise lost(node, argv, begun, err.decode("utf-8", "replace").strip())
         return Result(code, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"), full)
 
     def start(self, node, argv, label, seconds, stdout, stderr):
@@ -1127,20 +1146,16 @@ def too_many():
     return busy("Too many commands run on this host; nothing was done, try again later", SLOT_SECONDS)
 
 
-def unreachable(node, details):
-    problem = busy(f"Node '{node.name}' cannot be reached over SSH; nothing was done. "
-                   f"To see why, on this host: ssh -o HostKeyAlias={node.name} root@{node.address}", SLOT_SECONDS)
-    problem.add_details(*filter(None, [details[-MAX_DETAILS:]]))
-    return problem
-
-
-def cut_off(node, argv, seconds, details):
-    """ssh ended without a word of the command's end: it may not have come to the node, or run there still."""
-    if seconds:
-        return unreachable(node, details)
-    problem = Problem(504, f"The connection to node '{node.name}' was lost during {' '.join(argv[:3])}, which goes on if "
-                           "the node does. Ask for the container's state before trying again")
-    problem.add_details(*filter(None, [details[-MAX_DETAILS:]]))
+def lost(node, argv, begun, details):
+    """ssh ended without a word of a command's end -> the Problem; a change that had `begun` may run there still."""
+    if begun:
+        problem = Problem(504, f"The connection to node '{node.name}' was lost during {' '.join(argv[:3])}, which goes on "
+                               "if the node does. Ask for the container's state before trying again")
+    else:
+        problem = busy(f"Node '{node.name}' cannot run commands over SSH; nothing was done. To see why, on this host: "
+                       f"pvesh get /nodes/{node.name}/version", SLOT_SECONDS)
+    if details:
+        problem.add_details(details[-MAX_DETAILS:])
     return problem
 
 
@@ -2310,20 +2325,22 @@ class Api:
         operation = Operation(f"{route.method} {route.path} {shown}", client)
         seconds = getattr(self.config.proxmox, route.limit)
         return self.operations.run(operation, {values[name] for name in route.changes}, seconds,
-                                   lambda: self.host.place(values["vm_id"]), lambda: self.perform(route, values))
+                                   lambda: self.place(route, values["vm_id"]), lambda: route.handler(self, **values))
 
-    def perform(self, route, values):
+    @contextmanager
+    def place(self, route, vm_id):
+        """The host's place for a change, counted if it is a scaling action."""
         try:
-            answer = route.handler(self, **values)
+            with self.host.place(vm_id):
+                yield
         except Problem as problem:
             if route.scaling:               # an id that no container has would make series without end
-                container = "unknown" if problem.status == 404 else str(values["vm_id"])
+                container = "unknown" if problem.status == 404 else str(vm_id)
                 self.metrics.add("lxc_autoscale_scaling_failures_total", container, route.scaling[0],
                                  REASONS.get(problem.status, "failed"))
             raise
         if route.scaling:
-            self.metrics.add("lxc_autoscale_scaling_actions_total", str(values["vm_id"]), *route.scaling)
-        return answer
+            self.metrics.add("lxc_autoscale_scaling_actions_total", str(vm_id), *route.scaling)
 
 
 def digest(key):

@@ -1325,13 +1325,15 @@ def test_a_command_for_another_node_is_one_argument_of_ssh(tmp_path):
 
 @pytest.mark.parametrize("script", ["true", "exit 255", "echo out; echo err >&2; exit 2", "printf 'no end of line'", "printf '\\n1 2 3\\n'",
                                     "printf '\\xff\\x00'; printf '1 0 0\\n' >&2", "kill -9 $$", "head -c 3000000 /dev/zero"])
-def test_what_ran_on_another_node_comes_back_as_it_was(script):
-    there = subprocess.run(["sh", "-c", module.REMOTE, "sh", "sh", "-c", script], capture_output=True)
+def test_what_ran_on_another_node_comes_back_as_it_was(script, tmp_path):
+    remote = module.REMOTE.replace("/run/", f"{tmp_path}/")
+    there = subprocess.run(["sh", "-c", remote, "sh", "sh", "-c", script], capture_output=True)
     here = subprocess.run(["sh", "-c", script], capture_output=True)
     code = here.returncode if here.returncode >= 0 else 128 - here.returncode
     said = here.stderr if here.returncode >= 0 else b"Killed\n"        # the shell there says so
     assert module.parse_reply(b"a greeting from .bashrc\n" + there.stdout) == (code, here.stdout, said)
     assert module.parse_reply(there.stdout[:-1]) is None, "an answer that was cut short is none"
+    assert os.listdir(tmp_path) == []
 
 
 # Waiting, limiting, counting
@@ -2591,7 +2593,6 @@ def test_a_node_that_is_cut_off_is_named_within_five_seconds_and_the_rest_works(
     assert lab.api.get("/resource/vm/status?vm_id=304").status == 200        # a connection is open
     lab.unplug("pve3")
     try:
-        time.sleep(1)                       # a node that has just answered is not asked anew
         started = time.monotonic()
         with concurrent.futures.ThreadPoolExecutor(13) as pool:
             cut = [pool.submit(lab.api.get, "/resource/vm/status?vm_id=304"), pool.submit(lab.api.post, "/scale/cores", {"vm_id": 306, "cores": 1}),
@@ -2602,7 +2603,7 @@ def test_a_node_that_is_cut_off_is_named_within_five_seconds_and_the_rest_works(
         assert time.monotonic() - started < 5
         assert {reply.status for reply in replies} == {503} and all("Retry-After" in reply.headers for reply in replies)
         assert {reply.body["error"] for reply in replies} == {
-            "Node 'pve3' cannot be reached over SSH; nothing was done. To see why, on this host: ssh -o HostKeyAlias=pve3 root@10.7.3.2"}
+            "Node 'pve3' cannot run commands over SSH; nothing was done. To see why, on this host: pvesh get /nodes/pve3/version"}
         assert lab.api.get("/resource/vm/config?vm_id=304").status == 200        # a file, which is here
         assert "pve3" not in lab.calls() or not any("set" in call for call in lab.calls()["pve3"])
     finally:
@@ -2616,8 +2617,9 @@ def test_a_node_that_is_offline_is_named_at_once(lab):
     before = lab.logins("pve2")
     for reply in (lab.api.get("/resource/vm/status?vm_id=204"), lab.api.post("/scale/cores", {"vm_id": 204, "cores": 1}),
                   lab.api.get("/resource/node/status?node_name=pve2")):
-        assert (reply.status, reply.body) == (503, error("Node 'pve2' is offline; nothing on it can be reached"))
+        assert (reply.status, reply.body) == (503, error("Node 'pve2' is offline; nothing was done. To see why, on this host: pvecm status"))
     assert lab.api.get("/resource/vm/status?vm_id=304").status == 200 and lab.logins("pve2") == before and "pve2" not in lab.calls()
+    assert 'scaling_failures_total{container_id="204",resource="cpu",reason="unavailable"} 1\n' in lab.api.get("/metrics").body
 
 
 def test_without_quorum_changes_are_refused_and_reads_work(lab):
@@ -2678,8 +2680,23 @@ def test_a_change_over_a_lost_connection_goes_on_and_its_caller_is_told(lab):
         "Ask for the container's state before trying again")
     wait_until(lambda: pve2.ended("clone"))
     assert (pve2.ended("clone")[0]["code"], "lock" in pve2.conf(250), "lock" in pve2.conf(206)) == (0, False, False)
-    assert "tmp." not in lab.inside("pve2", "ls", "/run").stdout, "its output was in files without names"
+    assert "lxc_autoscale_api." not in lab.inside("pve2", "ls", "/run").stdout, "its output was in files without names"
     assert lab.api.delete("/clone/delete", {"vm_id": 250}).status == 200
+
+
+def test_a_node_without_room_for_a_commands_output_does_nothing_and_says_so(lab):
+    lab.inside("pve3", "mount", "-o", "remount,ro", "/run")
+    try:
+        for reply in (lab.api.post("/scale/cores", {"vm_id": 304, "cores": 3}), lab.api.get("/resource/vm/status?vm_id=304")):
+            assert reply.status == 503 and "Node 'pve3' cannot run commands over SSH; nothing was done" in reply.body["error"]
+            assert "Read-only file system" in reply.body["details"]
+        status, details = run_commands(lab, (          # if that comes after the node was found well
+            "try:\n    commands.execute(pve3, ['touch', '/run/done'], None)\n"
+            "except daemon.Problem as problem:\n    print(json.dumps([problem.status, problem.fields['details']]))"), None)
+        assert status == 503 and "Read-only file system" in details
+    finally:
+        lab.inside("pve3", "mount", "-o", "remount,rw", "/run")
+    assert lab.calls() == {} and lab.api.post("/scale/cores", {"vm_id": 304, "cores": 3}).status == 200
 
 
 def test_a_clone_is_started_where_it_was_made_before_word_of_it_has_come(lab):
@@ -2716,7 +2733,7 @@ def test_a_hung_read_is_ended_on_its_own_node(lab):
     pve3.faults(status={"pause": 30})
     started = time.monotonic()
     reply = daemon.get("/resource/vm/status?vm_id=304")
-    assert (reply.status, reply.body["error"]) == (504, "pct status 304 did not finish in 1 s and was ended; it changes nothing")
+    assert (reply.status, reply.body["error"]) == (504, "pct status 304 on pve3 did not finish in 1 s and was ended; it changes nothing")
     assert time.monotonic() - started < 4
     wait_until(lambda: not lab.processes("pve3", "status"))
     assert daemon.stop() == 0
@@ -2861,7 +2878,8 @@ def test_files_follow_a_container_that_moves_while_they_are_read(host, monkeypat
 
 
 @pytest.mark.parametrize("node, says", [
-    ("gone", "Node 'gone' is offline; nothing on it can be reached"), ("pve3", "Node 'pve3' is offline; nothing on it can be reached"),
+    ("gone", "Node 'gone' is offline; nothing was done. To see why, on this host: pvecm status"),
+    ("pve3", "Node 'pve3' is offline; nothing was done. To see why, on this host: pvecm status"),
     ("pve2", "ssh is not installed, or not on the daemon's PATH")])
 def test_a_node_that_cannot_be_asked_is_503(host, launch, tmp_path, node, says):
     Host(host.root / "other", node, host.shared).add(204, "far")
