@@ -16,7 +16,7 @@ set -eu
 NAME=lxc_autoscale_api
 DESTDIR=${DESTDIR:-}
 if [ -n "$DESTDIR" ]; then SYSTEMCTL=${SYSTEMCTL:-}; else SYSTEMCTL=${SYSTEMCTL:-systemctl}; fi
-HEALTH_TRIES=${HEALTH_TRIES:-20}
+HEALTH_TRIES=${HEALTH_TRIES:-100}
 HERE=$(cd "$(dirname "$0")" && pwd)
 
 MODULE=/usr/local/bin/$NAME.py
@@ -24,6 +24,7 @@ UNIT=/etc/systemd/system/$NAME.service
 CONFIG_DIR=/etc/lxc_autoscale_ml
 CONFIG=$CONFIG_DIR/$NAME.yaml
 LOGROTATE=/etc/logrotate.d/$NAME
+RUN_DIR=/run/$NAME
 LOGS="/var/log/autoscaleapi.log /var/log/autoscaleapi_access.log /var/log/autoscaleapi_error.log"
 
 say() { printf '%s\n' "$*"; }
@@ -160,7 +161,7 @@ wait_until_healthy() {
     until url=$(health); do
         tries=$((tries + 1))
         [ "$tries" -lt "$HEALTH_TRIES" ] || return 1
-        sleep 1
+        sleep 0.2
     done
 }
 
@@ -180,6 +181,7 @@ start_service() {
 uninstall() {
     [ -z "$SYSTEMCTL" ] || "$SYSTEMCTL" disable --now --quiet $NAME.service 2>/dev/null || true
     rm -f "$DESTDIR$MODULE" "$DESTDIR$UNIT" "$DESTDIR$LOGROTATE"
+    rm -rf "$DESTDIR$RUN_DIR"
     drop_kept
     [ -z "$SYSTEMCTL" ] || "$SYSTEMCTL" daemon-reload 2>/dev/null || true
     say "removed $NAME"

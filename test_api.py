@@ -221,13 +221,17 @@ def say(*lines):
     print(*lines, sep="\n", flush=True)
 
 
+def pause(seconds):
+    """For so long; True: until there is a file `go`."""
+    end = time.monotonic() + (60 if seconds is True else seconds)
+    while time.monotonic() < end and not (seconds is True and os.path.exists(ROOT + "/go")):
+        time.sleep(min(0.01, max(0, end - time.monotonic())))
+
+
 def dawdle():
     """The command's work takes this long; in the middle of it a fault may strike."""
     fault = FAULTS.get(ARGV[1], {})
-    time.sleep(fault.get("delay", 0))
-    end = time.monotonic() + 60
-    while fault.get("held") and not os.path.exists(ROOT + "/go") and time.monotonic() < end:
-        time.sleep(0.01)
+    pause(fault.get("delay", 0))
     if "work_fails" in fault:
         raise Refused(fault["work_fails"])
     if "kills_pct" in fault:
@@ -524,8 +528,7 @@ def strike(fault):
     if "grandchild" in fault and not os.fork():
         time.sleep(fault["grandchild"])
         os._exit(0)
-    if "pause" in fault:
-        time.sleep(fault["pause"])
+    pause(fault.get("pause", 0))
     if "spew" in fault:
         block = b"x" * 65536
         for _ in range(fault["spew"] // len(block)):
@@ -607,12 +610,12 @@ class Host:
         scratch.rename(self.root / name)
 
     def faults(self, **faults):
-        """Ask for faults by command, such as clone={"delay": 1}; the ones asked for before are gone."""
+        """Ask for faults by command, such as clone={"delay": 1}, or True to wait for go(); the ones asked for before are gone."""
         (self.root / "go").unlink(missing_ok=True)
         self.write("faults.json", faults)
 
     def go(self):
-        """Let the work of commands with the fault {"held": True} go on."""
+        """Let commands with the fault {"delay": True} or {"pause": True} go on."""
         (self.root / "go").touch()
 
     def path(self, vm_id):
@@ -1670,7 +1673,7 @@ def test_traffic_is_told_from_inside_the_container():
 
 
 def test_identical_reads_share_a_process_and_none_sees_the_past(asking, host):
-    host.faults(status={"pause": 0.8})
+    host.faults(status={"pause": True})
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         first = pool.submit(asking.get, "/resource/vm/status?vm_id=106")
         wait_until(host.calls)
@@ -1678,6 +1681,7 @@ def test_identical_reads_share_a_process_and_none_sees_the_past(asking, host):
         other = pool.submit(asking.get, "/resource/vm/status?vm_id=104")
         wait_until(lambda: threads(asking) >= 15)
         host.path(106).write_text(host.path(106).read_text().replace("memory: 2048", "memory: 4096"))
+        host.go()
         assert [each.result().body["data"]["memory"] for each in later] == [4096] * 10
         assert (first.result().status, other.result().status) == (200, 200)
     assert Counter(host.calls()) == {"pct status 106 --verbose": 2, "pct status 104 --verbose": 1}
@@ -2026,7 +2030,7 @@ def test_the_shipped_deadlines_are_those_of_the_documentation():
 
 
 def test_a_request_that_trickles_is_cut_off_at_its_deadline(launch):
-    api = launch(constants={"REQUEST_SECONDS": 0.4, "IDLE_SECONDS": 0.8})
+    api = launch(constants={"REQUEST_SECONDS": 0.4, "IDLE_SECONDS": 0.6})
     for data in (framed("GET /routes HTTP/1.1", "Host: x", LOGIN), framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, "Content-Length: 500", body="{" * 400)):
         started = time.monotonic()
         with api.connect(5) as sock:
@@ -2049,11 +2053,11 @@ def test_a_request_that_trickles_is_cut_off_at_its_deadline(launch):
         sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
         assert read_answer(sock).status == 200
         started = time.monotonic()
-        assert sock.recv(10) == b"" and 0.7 < time.monotonic() - started < 3
+        assert sock.recv(10) == b"" and 0.5 < time.monotonic() - started < 3
 
 
 def test_one_connection_too_many_is_told_so_at_once(launch):
-    api = launch(server={"max_connections": 4}, constants={"YIELD_SECONDS": 60})
+    api = launch(server={"max_connections": 4}, constants={"YIELD_SECONDS": 60, "LINGER_SECONDS": 0.3})
     held = [api.connect() for _ in range(4)]
     wait_until(lambda: threads(api) >= 7)
     started, before, used = time.monotonic(), threads(api), descriptors(api)
@@ -2080,11 +2084,11 @@ def test_a_place_held_without_a_request_goes_to_an_honest_client(launch):
 
 
 def test_500_silent_or_slow_connections_do_not_delay_an_honest_request(launch):
-    api = launch(constants={"REQUEST_SECONDS": 2})
+    api = launch(constants={"REQUEST_SECONDS": 1.3, "YIELD_SECONDS": 0.5, "LINGER_SECONDS": 0.3})
     assert api.get("/health/check").status == 200
     slow = [api.connect() for _ in range(500)]
     begun, times = time.monotonic(), []
-    while time.monotonic() - begun < 1.9:
+    while time.monotonic() - begun < 1.2:
         for sock in slow[::2]:
             with contextlib.suppress(OSError):
                 sock.send(b"G")
@@ -2092,8 +2096,8 @@ def test_500_silent_or_slow_connections_do_not_delay_an_honest_request(launch):
         status = api.get("/health/check").status
         times.append((time.monotonic() - started, status, started - begun))
         time.sleep(0.02)
-    late = [status for _, status, moment in times if moment > 1.2]
-    assert late == [200] * len(late) and late       # after a second, the slow ones give way
+    late = [status for _, status, moment in times if moment > 0.7]
+    assert late == [200] * len(late) and late       # after half a second, the slow ones give way
     assert sorted(seconds for seconds, _, _ in times)[len(times) // 2] < 0.1
     wait_until(lambda: threads(api) < 8 and descriptors(api) < 20, 10)
     for sock in slow:
@@ -2231,7 +2235,7 @@ def test_a_grandchild_that_holds_the_output_open_delays_nothing(asking, host):
 
 
 def test_a_change_that_takes_too_long_goes_on_reserved_and_logged(launch, host):
-    host.faults(set={"delay": 1.8})
+    host.faults(set={"delay": True})
     api = launch(proxmox={"change_timeout_seconds": 1}, constants={"TURN_SECONDS": 0.3})
     reply = api.post("/scale/cores", {"vm_id": 104, "cores": 5})
     assert (reply.status, reply.body["error"]) == (504, (
@@ -2241,6 +2245,7 @@ def test_a_change_that_takes_too_long_goes_on_reserved_and_logged(launch, host):
     assert busy.status == 409
     assert re.fullmatch(r"VM 104 is busy for over 0\.3 s with: POST /scale/cores vm_id=104 cores=5, since \S+Z; nothing was done", busy.body["error"])
     assert api.post("/snapshot/create", {"vm_id": 106, "snapshot_name": "s1"}).status == 200      # another container is free
+    host.go()
     wait_until(lambda: host.conf(104)["cores"] == "5")
     wait_until(lambda: api.log().count("vm_id=104 cores=5 by 127.0.0.1: done, after") == 1)
     assert 'scaling_actions_total{container_id="104",resource="cpu",action="set"} 1' in api.get("/metrics").body
@@ -2274,7 +2279,7 @@ def test_a_change_does_not_wait_for_a_read_that_waits_for_it(launch, host):
 
 
 def test_who_waits_too_long_for_a_place_gets_503(launch, host):
-    host.faults(status={"pause": 0.9})
+    host.faults(status={"pause": True})
     api = launch(proxmox={"max_commands": 1, "cgroup_dir": "/nowhere"}, constants={"SLOT_SECONDS": 0.2})
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         first = pool.submit(api.get, "/resource/vm/status?vm_id=104")
@@ -2282,6 +2287,7 @@ def test_who_waits_too_long_for_a_place_gets_503(launch, host):
         for reply in (api.get("/resource/vm/status?vm_id=106"), api.post("/scale/cores", {"vm_id": 106, "cores": 3})):
             assert (reply.status, reply.body["error"]) == (503, "Too many commands run on this host; nothing was done, try again later")
             assert "Retry-After" in reply.headers
+        host.go()
         assert first.result().status == 200
 
 
@@ -2590,26 +2596,28 @@ def test_the_whole_cluster_is_listed_from_files(lab):
 
 
 def test_a_node_that_is_cut_off_is_named_within_five_seconds_and_the_rest_works(lab):
-    assert lab.api.get("/resource/vm/status?vm_id=304").status == 200        # a connection is open
+    assert module.REACH_SECONDS <= 4            # in half of that the same is seen here
+    api = lab.daemon(constants={"REACH_SECONDS": 2, "RUN_DIR": "/run/cut"})
+    assert api.get("/resource/vm/status?vm_id=304").status == 200        # a connection is open
     lab.unplug("pve3")
     try:
         started = time.monotonic()
         with concurrent.futures.ThreadPoolExecutor(13) as pool:
-            cut = [pool.submit(lab.api.get, "/resource/vm/status?vm_id=304"), pool.submit(lab.api.post, "/scale/cores", {"vm_id": 306, "cores": 1}),
-                   *(pool.submit(lab.api.get, f"/resource/{what}") for what in ["vm/status?vm_id=306", "node/status?node_name=pve3"] * 3)]
-            others = [pool.submit(lab.api.get, f"/resource/vm/status?vm_id={vm_id}") for vm_id in (104, 204)]
-            assert [each.result().status for each in others] == [200, 200] and time.monotonic() - started < 3
+            cut = [pool.submit(api.get, "/resource/vm/status?vm_id=304"), pool.submit(api.post, "/scale/cores", {"vm_id": 306, "cores": 1}),
+                   *(pool.submit(api.get, f"/resource/{what}") for what in ["vm/status?vm_id=306", "node/status?node_name=pve3"] * 3)]
+            others = [pool.submit(api.get, f"/resource/vm/status?vm_id={vm_id}") for vm_id in (104, 204)]
+            assert [each.result().status for each in others] == [200, 200] and time.monotonic() - started < 1.5
             replies = [each.result() for each in cut]
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 3
         assert {reply.status for reply in replies} == {503} and all("Retry-After" in reply.headers for reply in replies)
         assert {reply.body["error"] for reply in replies} == {
             "Node 'pve3' cannot run commands over SSH; nothing was done. To see why, on this host: pvesh get /nodes/pve3/version"}
-        assert lab.api.get("/resource/vm/config?vm_id=304").status == 200        # a file, which is here
+        assert api.get("/resource/vm/config?vm_id=304").status == 200        # a file, which is here
         assert "pve3" not in lab.calls() or not any("set" in call for call in lab.calls()["pve3"])
     finally:
         lab.plug("pve3")
-    wait_until(lambda: lab.api.get("/resource/vm/status?vm_id=304").status == 200, 20)
-    assert lab.hosts["pve3"].conf(306)["cores"] == "2"
+    wait_until(lambda: api.get("/resource/vm/status?vm_id=304").status == 200, 20)
+    assert lab.hosts["pve3"].conf(306)["cores"] == "2" and api.stop() == 0
 
 
 def test_a_node_that_is_offline_is_named_at_once(lab):
@@ -2639,11 +2647,12 @@ def test_without_quorum_changes_are_refused_and_reads_work(lab):
 @pytest.mark.parametrize("source, target", [("pve2", "pve3"), ("pve1", "pve2"), ("pve3", "pve1")])
 def test_a_container_that_migrates_meanwhile_is_looked_up_once_more(lab, source, target):
     host, vm_id = lab.hosts[source], int(source[-1]) * 100 + 4
-    host.faults(set={"pause": 1}, status={"pause": 1})
+    host.faults(set={"pause": True})
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         change = pool.submit(lab.api.post, "/scale/cores", {"vm_id": vm_id, "cores": 3})
         wait_until(lambda: host.calls() == [f"pct set {vm_id} --cores 3"])
         lab.move(vm_id, source, target)
+        host.go()
         reply = change.result()
         try:
             assert reply.body == ok(f"CPU cores set to 3 for VM {vm_id}")
@@ -2666,7 +2675,7 @@ def test_a_virtual_machine_is_called_one(lab):
 
 def test_a_change_over_a_lost_connection_goes_on_and_its_caller_is_told(lab):
     pve2 = lab.hosts["pve2"]
-    pve2.faults(clone={"held": True})
+    pve2.faults(clone={"delay": True})
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         clone = pool.submit(lab.api.post, "/clone/create", {"vm_id": 206, "new_vm_id": 250, "new_vm_name": "far"})
         wait_until(lambda: any("clone" in call for call in pve2.calls()))
@@ -2715,7 +2724,7 @@ def test_a_clone_is_started_where_it_was_made_before_word_of_it_has_come(lab):
 
 def test_a_clone_on_another_node_outlives_the_daemon(lab):
     pve2, daemon = lab.hosts["pve2"], lab.daemon(constants={"STOP_SECONDS": 5})
-    pve2.faults(clone={"held": True})
+    pve2.faults(clone={"delay": True})
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         clone = pool.submit(daemon.post, "/clone/create", {"vm_id": 206, "new_vm_id": 251, "new_vm_name": "far"})
         wait_until(lambda: any("clone" in call for call in pve2.calls()))
@@ -2741,7 +2750,7 @@ def test_a_hung_read_is_ended_on_its_own_node(lab):
 
 def test_places_count_for_each_node_and_changes_to_one_container_wait(lab):
     daemon = lab.daemon(proxmox={"max_commands": 1})
-    lab.hosts["pve2"].faults(set={"delay": 0.5})
+    lab.hosts["pve2"].faults(set={"delay": True})
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         slow = [pool.submit(daemon.post, "/scale/cores", {"vm_id": 204, "cores": cores}) for cores in (5, 6)]
         wait_until(lambda: lab.hosts["pve2"].calls())
@@ -2749,6 +2758,7 @@ def test_places_count_for_each_node_and_changes_to_one_container_wait(lab):
             assert daemon.post("/scale/cores", {"vm_id": vm_id, "cores": 4}).status == 200
         assert not any(each.done() for each in slow)
         assert "lxc_autoscale_api_commands_in_progress 1\n" in daemon.get("/metrics").body
+        lab.hosts["pve2"].go()
         assert [each.result().status for each in slow] == [200, 200]
     first, second = lab.hosts["pve2"].rows("start")
     assert second["at"] >= lab.hosts["pve2"].rows("end")[0]["at"]
@@ -2765,8 +2775,8 @@ def test_one_connection_to_a_node_is_shared(lab):
 
 
 def test_commands_beyond_what_a_connection_takes_wait(lab):
-    lab.hosts["pve2"].faults(status={"pause": 0.3})
-    daemon, ids = lab.daemon(proxmox={"max_commands": 64}), range(210, 250)
+    lab.hosts["pve2"].faults(status={"pause": 0.2})
+    daemon, ids = lab.daemon(proxmox={"max_commands": 64}), range(210, 240)
     for vm_id in ids:
         lab.hosts["pve2"].add(vm_id)
     before = lab.logins("pve2")
@@ -2915,23 +2925,22 @@ def test_commands_get_a_session_and_a_locale_of_their_own_and_no_input(asking, h
 
 
 def test_a_stop_lets_requests_in_work_finish(api, host):
-    host.faults(set={"delay": 0.7})
+    host.faults(set={"delay": True})
     idle = api.connect()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         answer = pool.submit(api.post, "/scale/cores", {"vm_id": 104, "cores": 5})
         wait_until(host.calls)
-        started = time.monotonic()
         api.process.send_signal(signal.SIGTERM)
         wait_until(lambda: not answers(api.port), 1)
-        assert idle.recv(10) == b""
-        assert time.monotonic() - started < 0.6                 # both at once
+        assert idle.recv(10) == b"" and not answer.done()
+        host.go()
         assert (answer.result().status, answer.result().headers["Connection"]) == (200, "close")
     assert api.process.wait(5) == 0
     idle.close()
 
 
 def test_a_stop_in_the_middle_of_a_clone_leaves_it_to_proxmox(launch, host):
-    host.faults(clone={"held": True})
+    host.faults(clone={"delay": True})
     api = launch(constants={"STOP_SECONDS": 5.2})
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         clone = pool.submit(api.post, "/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
@@ -3089,7 +3098,7 @@ def test_the_daemon_tells_about_itself(launch, host):
     api.get("/resource/vm/status?vm_id=104", headers=via)
     api.get("/routes", headers=via)
     api.get("/routes", key="wrong")
-    host.faults(set={"delay": 1})
+    host.faults(set={"delay": 0.7})
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         change = pool.submit(api.post, "/scale/cores", {"vm_id": 104, "cores": 3})
         wait_until(lambda: len(host.calls()) == 2)
@@ -3283,7 +3292,7 @@ class Code(str):
 
 
 def test_the_watchdog_is_fed_only_while_the_daemon_answers(launch, manager):
-    env = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "600000"}
+    env = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "300000"}
     api = launch(env=env)
     assert [manager.recv(1000) for _ in range(4)] == [b"READY=1"] + [b"WATCHDOG=1"] * 3
     assert api.stop() == 0
@@ -3398,7 +3407,7 @@ def installed(tmp_path, host):
     config.parent.mkdir(parents=True)
     config.write_text(config_text(host, port, KEY))
 
-    def run(source=HERE, *arguments, tries=2):
+    def run(source=HERE, *arguments, tries=25):
         return subprocess.run([str(source / "install.sh"), *arguments], capture_output=True, text=True,
                               env={**os.environ, "DESTDIR": str(folder), "SYSTEMCTL": str(systemctl), "HEALTH_TRIES": str(tries)})
     yield folder, run, port
@@ -3468,8 +3477,10 @@ def test_an_uninstallation_keeps_what_is_the_administrators_and_a_purge_does_not
     log.parent.mkdir(parents=True)
     log.write_text("x")
     (tmp_path / (MODULE_PATH + ".old")).write_text("left by an installation that was cut short")
+    sockets = tmp_path / "run/lxc_autoscale_api"
+    sockets.mkdir(parents=True)
     assert install(tmp_path, "--uninstall").returncode == 0
-    assert not list(tmp_path.rglob("*.old"))
+    assert not list(tmp_path.rglob("*.old")) and not sockets.exists()
     assert [path for path in (MODULE_PATH, UNIT_PATH, LOGROTATE_PATH, CONFIG_PATH) if (tmp_path / path).exists()] == [CONFIG_PATH]
     assert log.exists()
     assert install(tmp_path, "--purge").returncode == 0
