@@ -581,6 +581,12 @@ def fake_bytecode():
         return Path(py_compile.compile(str(source), cfile=f"{folder}/simulated.pyc", doraise=True)).read_bytes()
 
 
+@functools.lru_cache(maxsize=None)
+def daemons_bytecode():
+    """A folder for what daemons that import the module compile once; it goes with this process."""
+    return tempfile.TemporaryDirectory()
+
+
 class Host:
     """A folder that a simulated Proxmox host lives in; hosts of one cluster have `shared` in common."""
 
@@ -683,6 +689,7 @@ def start_daemon(host, config, constants=None, inside=(), **popen):
     env = {**os.environ, "PATH": f"{host.root}/bin:{os.environ['PATH']}", **popen.pop("env", {})}
     command = [str(MODULE)]
     if constants is not None:
+        env = {**env, "PYTHONPYCACHEPREFIX": daemons_bytecode().name, "PYTHONDONTWRITEBYTECODE": ""}
         patched = "".join(f"daemon.{name} = {value!r}\n" for name, value in constants.items())
         command = ["-c", f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport lxc_autoscale_api as daemon\n{patched}sys.exit(daemon.main())"]
     return subprocess.Popen([*inside, sys.executable, *command, "--config", str(path)], env=env, **popen)
