@@ -1300,6 +1300,23 @@ def used_bytes(path):
     return (found.f_blocks - found.f_bfree) * found.f_frsize
 
 
+def busy_meter(clock):
+    """Begin to measure -> a function that tells how busy so many processors were since, in percent, or None.
+
+    clock() gives (busy, total), or None where nobody tells. Neither `pct status` nor the first
+    `pvesh` of a process does, so it is measured around these, and over 0.1 s at least.
+    """
+    begun, before = time.monotonic(), clock()
+
+    def share(processors=1):
+        if not before or not processors:
+            return None
+        time.sleep(max(0, begun + 0.1 - time.monotonic()))
+        after = clock()
+        return after and round(max(0, after[0] - before[0]) / max(1e-6, after[1] - before[1]) / processors * 100, 2)
+    return share
+
+
 def listed_container(vm_id, node, name, status, cores, memory, uptime):
     return {"vm_id": vm_id, "lxc_id": vm_id, "node": node, "name": name, "status": status, "cores": cores,
             "memory": memory, "uptime": uptime}
@@ -1461,14 +1478,14 @@ class Proxmox:
 
     def status_at(self, node, vm_id):
         """From the container's file and cgroup, else from `pct status`."""
-        before = self.cpu_clock(node, vm_id)
+        busy = busy_meter(lambda: self.cpu_clock(node, vm_id))
         values = None if node else self.read_status(vm_id)
         values = values or parse_status(self.ask(node, "pct", "status", vm_id, "--verbose"))
         get, stopped = values.get, values.get("status") == "stopped"
         return {
             "vm_id": vm_id, "lxc_id": vm_id, "node": node.name if node else self.node_name(),
             "name": get("name") and str(get("name")), "status": get("status"),
-            "cpu": get("cpus"), "cpu_usage": 0 if stopped else self.cpu_usage(node, vm_id, get("cpus"), before),
+            "cpu": get("cpus"), "cpu_usage": 0 if stopped else busy(get("cpus")),
             "memory": in_unit(get("maxmem"), MIB), "memory_used": in_unit(get("mem"), MIB),
             "swap": in_unit(get("maxswap"), MIB), "swap_used": in_unit(get("swap"), MIB),
             "disk": in_unit(get("maxdisk"), GIB),
@@ -1505,9 +1522,9 @@ class Proxmox:
         return os.path.isdir(self.cgroup_dir) and not os.path.isdir(f"{self.cgroup_dir}/memory")
 
     def cpu_clock(self, node, vm_id):
-        """(time, processor time used so far), in seconds, from the container's cgroup (v2), or None."""
+        """(processor time used, time) so far, in seconds, from the container's cgroup (v2), or None."""
         used = find_number(r"^usage_usec (\d+)", self.text_at(node, f"{self.cgroup_dir}/lxc/{vm_id}/cpu.stat"))
-        return None if used is None else (time.monotonic(), used / 1e6)
+        return None if used is None else (used / 1e6, time.monotonic())
 
     def usage(self, vm_id):
         """What the cgroup (v2) of a running container says, in bytes and seconds; None where it does not run."""
@@ -1585,17 +1602,6 @@ class Proxmox:
                 tell(name, usage[key], label)
         return families
 
-    def cpu_usage(self, node, vm_id, cpus, before):
-        """Percent of the allotted processors, over the time since `before` or 0.1 s, whichever is longer.
-
-        `pct status` itself never tells it.
-        """
-        if before is None or not cpus:
-            return None
-        time.sleep(max(0, before[0] + 0.1 - time.monotonic()))
-        after = self.cpu_clock(node, vm_id)
-        return after and round(max(0, after[1] - before[1]) / (after[0] - before[0]) / cpus * 100, 2)
-
     def running(self, vm_id):
         said = self.where(vm_id, lambda node: self.ask(node, "pct", "status", vm_id))
         return parse_status(said).get("status") == "running"
@@ -1613,13 +1619,13 @@ class Proxmox:
             raise Problem(404, f"Node '{name}' does not exist; known here: {', '.join(sorted(known))}")
         node = known.get(name)
         node = None if node and node.local else node
-        before = self.node_cpu_clock(node) if known or name == self.node_name() else None
+        busy = busy_meter(lambda: self.node_cpu_clock(node) if known or name == self.node_name() else None)
         data = self.ask_json(node, f"/nodes/{name}/status")
         memory, swap, disk = (data.get(key) or {} for key in ("memory", "swap", "rootfs"))
         total, used = memory.get("total"), memory.get("used")
         version = re.match(r"[^/]*/([^/]+)", data.get("pveversion") or "")
         return {
-            "node": name, "cpu_usage": self.node_cpu_usage(node, before),
+            "node": name, "cpu_usage": busy(),
             "cpu_count": (data.get("cpuinfo") or {}).get("cpus"),
             "load_average": [float(each) for each in data["loadavg"]] if data.get("loadavg") else None,
             "memory_usage": round(used / total * 100, 2) if total and used is not None else None,
@@ -1630,18 +1636,10 @@ class Proxmox:
         }
 
     def node_cpu_clock(self, node):
-        """(time, busy, total) of all processors of a node since its start, in ticks, from /proc/stat, or None."""
+        """(busy, total) of all processors of a node since its start, in ticks, from /proc/stat, or None."""
         ticks = re.match(r"cpu +((?:\d+ ){7}\d+)", self.text_at(node, "/proc/stat") or "")
         ticks = ticks and [int(each) for each in ticks[1].split()]
-        return ticks and (time.monotonic(), sum(ticks) - ticks[3] - ticks[4], sum(ticks))
-
-    def node_cpu_usage(self, node, before):
-        """Percent of all processors. `pvesh` tells 0 in a process's first call, so it is measured around that."""
-        if not before:
-            return None
-        time.sleep(max(0, before[0] + 0.1 - time.monotonic()))
-        after = self.node_cpu_clock(node)
-        return after and round((after[1] - before[1]) / max(1, after[2] - before[2]) * 100, 2)
+        return ticks and (sum(ticks) - ticks[3] - ticks[4], sum(ticks))
 
     def node_name(self):
         """This node's, which is its host name without a domain."""
