@@ -1026,12 +1026,12 @@ class Commands:
         return self.here.__dict__.setdefault("names", set())
 
     @contextmanager
-    def place(self, node):
+    def place(self, node, asked=None):
         held, way, name = self.held(), self.way(node), node and node.name
         if name in held:
             yield
             return
-        self.reach(node, way)
+        self.reach(node, asked or time.monotonic())
         if not way.gate.enter(SLOT_SECONDS):
             raise too_many()
         held.add(name)
@@ -1041,19 +1041,19 @@ class Commands:
             held.discard(name)
             way.gate.leave()
 
-    def reach(self, node, way):
+    def reach(self, node, asked):
         """See that a node answers, and open the connection that its commands share; Problem 503 if it does not.
 
         So a change is not begun over a connection that is dead, and nobody waits for long for
-        a node that is: who asks while another tries takes what that one finds.
+        a node that is. What was found since `asked` will do, by whomever, for a second.
         """
         if not node:
             return
         if not (node.online and node.address):
             raise busy(f"Node '{node.name}' is offline; nothing was done. To see why, on this host: pvecm status", SLOT_SECONDS)
-        asked = time.monotonic()
+        way = self.way(node)
         with way.lock:
-            if way.tried < asked:
+            if way.tried < max(asked, time.monotonic() - 1):
                 way.problem = None
                 try:
                     self.execute(node, ["true"], REACH_SECONDS)
@@ -1160,10 +1160,13 @@ def lost(node, argv, begun, details):
 
 
 class Operation:
-    """A change that somebody asked for: what, by whom, and what its caller will be told."""
+    """A change that somebody asked for: what, by whom, to which container, and what its caller will be told.
 
-    def __init__(self, title, client):
-        self.title, self.client = title, client
+    At its end count(problem) is called, with None if all went well.
+    """
+
+    def __init__(self, title, client, vm_id, count):
+        self.title, self.client, self.vm_id, self.count = title, client, vm_id, count
         self.begun, self.outcome, self.lock = threading.Event(), Future(), threading.Lock()
         self.running = False
 
@@ -1195,13 +1198,13 @@ class Operations:
     its containers reserved, and its end is logged and counted.
     """
 
-    def __init__(self):
-        self.turns, self.asked = Turns(), set()
+    def __init__(self, host):
+        self.host, self.turns, self.asked = host, Turns(), set()
 
-    def run(self, operation, vm_ids, seconds, place, work):
-        """work() in a place(), with `vm_ids` reserved -> its result, or its Problem, or 504 after so many seconds."""
+    def run(self, operation, vm_ids, seconds, work):
+        """work() under the reservation of `vm_ids` -> its result, or its Problem, or 504 after so many seconds."""
         try:
-            threading.Thread(target=self.work, args=(operation, vm_ids, place, work), daemon=True).start()
+            threading.Thread(target=self.work, args=(operation, vm_ids, work), daemon=True).start()
         except RuntimeError:
             raise busy("The host has no thread left; nothing was done, try again later", SLOT_SECONDS) from None
         operation.begun.wait()
@@ -1210,15 +1213,16 @@ class Operations:
         except FutureTimeout:
             raise goes_on(operation, f"did not finish in {seconds} s") from None
 
-    def work(self, operation, vm_ids, place, work):
+    def work(self, operation, vm_ids, work):
         self.asked.add(operation)
         started, outcome, result, problem = time.monotonic(), "done", None, None
         try:
+            self.host.ready(operation.vm_id, started)       # or it would wait behind one that waits for a dead node
             with ExitStack() as held:
                 who = f"{operation.title}, since {utc(int(time.time()))}"
                 for vm_id in sorted(vm_ids):        # in one order, so that no two wait for each other
                     held.enter_context(self.turns.turn(vm_id, started + TURN_SECONDS - time.monotonic(), who))
-                held.enter_context(place())
+                held.enter_context(self.host.place(operation.vm_id, started))
                 if not operation.begin():
                     raise busy("The daemon stopped before this began; nothing was done", SLOT_SECONDS)
                 result = work()
@@ -1233,6 +1237,7 @@ class Operations:
             outcome = f"{problem.status} {problem.error}"
         log.info("change %s by %s: %s, after %.1f s", operation.title, operation.client, outcome,
                  time.monotonic() - started)
+        operation.count(problem)
         self.asked.discard(operation)
         operation.tell(result, problem)
         operation.begun.set()
@@ -1382,12 +1387,17 @@ class Proxmox:
                 raise
         return run(now)
 
-    def place(self, vm_id):
-        """A place to run commands for a change to a container; Problem 503 without quorum."""
-        _, cluster = self.members()
+    def ready(self, vm_id, asked):
+        """The Node where a container can be changed, seen since `asked`; Problem 503 without quorum or sign of life."""
+        node, (_, cluster) = self.locate(vm_id), self.members()
         if cluster and not cluster.quorate:
             raise busy("The Proxmox cluster has no quorum, so nothing can be changed; see: pvecm status", 30)
-        return self.commands.place(self.locate(vm_id))
+        self.commands.reach(node, asked)
+        return node
+
+    def place(self, vm_id, asked):
+        """A place to run commands for a change to a container."""
+        return self.commands.place(self.ready(vm_id, asked), asked)
 
     def there(self, vm_id):
         """ on node '…'", for a command that somebody is told to run, where that is not this node."""
@@ -2320,25 +2330,19 @@ class Api:
         self.guard(route, values)
         shown = " ".join(f"{name}={value}" for name, value in values.items())
         client, _ = self.client(request)
-        operation = Operation(f"{route.method} {route.path} {shown}", client)
-        seconds = getattr(self.config.proxmox, route.limit)
+        vm_id, seconds = values["vm_id"], getattr(self.config.proxmox, route.limit)
+        operation = Operation(f"{route.method} {route.path} {shown}", client, vm_id,
+                              lambda problem: self.count_scaling(route, vm_id, problem))
         return self.operations.run(operation, {values[name] for name in route.changes}, seconds,
-                                   lambda: self.place(route, values["vm_id"]), lambda: route.handler(self, **values))
+                                   lambda: route.handler(self, **values))
 
-    @contextmanager
-    def place(self, route, vm_id):
-        """The host's place for a change, counted if it is a scaling action."""
-        try:
-            with self.host.place(vm_id):
-                yield
-        except Problem as problem:
-            if route.scaling:               # an id that no container has would make series without end
-                container = "unknown" if problem.status == 404 else str(vm_id)
-                self.metrics.add("lxc_autoscale_scaling_failures_total", container, route.scaling[0],
-                                 REASONS.get(problem.status, "failed"))
-            raise
-        if route.scaling:
+    def count_scaling(self, route, vm_id, problem):
+        if route.scaling and not problem:
             self.metrics.add("lxc_autoscale_scaling_actions_total", str(vm_id), *route.scaling)
+        elif route.scaling:                 # an id that no container has would make series without end
+            container = "unknown" if problem.status == 404 else str(vm_id)
+            self.metrics.add("lxc_autoscale_scaling_failures_total", container, route.scaling[0],
+                             REASONS.get(problem.status, "failed"))
 
 
 def digest(key):
@@ -2832,7 +2836,7 @@ def build(config):
     settings = config.proxmox
     commands = Commands(settings.max_commands, settings.read_timeout_seconds, settings.pve_dir, metrics)
     host = Proxmox(commands, settings.pve_dir, settings.cgroup_dir, settings.cluster)
-    return Server(config, Api(config, host, Operations(), metrics))
+    return Server(config, Api(config, host, Operations(host), metrics))
 
 
 def catch_signals(*numbers):

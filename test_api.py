@@ -1349,7 +1349,7 @@ def test_what_ran_on_another_node_comes_back_as_it_was(script, tmp_path):
 # Waiting, limiting, counting
 
 def test_an_operation_is_either_refused_or_begun():
-    begun, refused = module.Operation("x", "y"), module.Operation("x", "y")
+    begun, refused = (module.Operation("x", "y", 104, lambda problem: None) for _ in range(2))
     assert begun.begin()
     begun.refuse(module.busy("too late", 1))
     assert not begun.outcome.done()
@@ -2606,25 +2606,29 @@ def test_a_node_that_is_cut_off_is_named_within_five_seconds_and_the_rest_works(
     assert module.REACH_SECONDS <= 4            # in half of that the same is seen here
     api = lab.daemon(constants={"REACH_SECONDS": 2, "RUN_DIR": "/run/cut"})
     assert api.get("/resource/vm/status?vm_id=304").status == 200        # a connection is open
-    lab.unplug("pve3")
-    try:
-        started = time.monotonic()
-        with concurrent.futures.ThreadPoolExecutor(13) as pool:
+    lab.hosts["pve3"].faults(set={"delay": True})
+    with concurrent.futures.ThreadPoolExecutor(14) as pool:
+        begun = pool.submit(api.post, "/scale/cores", {"vm_id": 306, "cores": 5})
+        wait_until(lambda: lab.hosts["pve3"].calls("start")[-1] == "pct set 306 --cores 5")
+        lab.unplug("pve3")
+        try:
+            started = time.monotonic()
             cut = [pool.submit(api.get, "/resource/vm/status?vm_id=304"), pool.submit(api.post, "/scale/cores", {"vm_id": 306, "cores": 1}),
                    *(pool.submit(api.get, f"/resource/{what}") for what in ["vm/status?vm_id=306", "node/status?node_name=pve3"] * 3)]
             others = [pool.submit(api.get, f"/resource/vm/status?vm_id={vm_id}") for vm_id in (104, 204)]
             assert [each.result().status for each in others] == [200, 200] and time.monotonic() - started < 1.5
             replies = [each.result() for each in cut]
-        assert time.monotonic() - started < 3
-        assert {reply.status for reply in replies} == {503} and all("Retry-After" in reply.headers for reply in replies)
-        assert {reply.body["error"] for reply in replies} == {
-            "Node 'pve3' cannot run commands over SSH; nothing was done. To see why, on this host: pvesh get /nodes/pve3/version"}
-        assert api.get("/resource/vm/config?vm_id=304").status == 200        # a file, which is here
-        assert "pve3" not in lab.calls() or not any("set" in call for call in lab.calls()["pve3"])
-    finally:
-        lab.plug("pve3")
-    wait_until(lambda: api.get("/resource/vm/status?vm_id=304").status == 200, 20)
-    assert lab.hosts["pve3"].conf(306)["cores"] == "2" and api.stop() == 0
+            assert time.monotonic() - started < 3 and not begun.done()
+            assert {reply.status for reply in replies} == {503} and all("Retry-After" in reply.headers for reply in replies)
+            assert {reply.body["error"] for reply in replies} == {
+                "Node 'pve3' cannot run commands over SSH; nothing was done. To see why, on this host: pvesh get /nodes/pve3/version"}
+            assert api.get("/resource/vm/config?vm_id=304").status == 200        # a file, which is here
+        finally:
+            lab.hosts["pve3"].go()
+            lab.plug("pve3")
+        assert begun.result().body == ok("CPU cores set to 5 for VM 306"), "it has waited for its node"
+    assert lab.hosts["pve3"].conf(306)["cores"] == "5"
+    assert api.post("/scale/cores", {"vm_id": 306, "cores": 2}).status == 200 and api.stop() == 0
 
 
 def test_a_node_that_is_offline_is_named_at_once(lab):
@@ -2645,6 +2649,7 @@ def test_without_quorum_changes_are_refused_and_reads_work(lab):
             reply = lab.api.post(path, {"vm_id": vm_id, **extra})
             assert (reply.status, reply.body) == (503, error(
                 "The Proxmox cluster has no quorum, so nothing can be changed; see: pvecm status"))
+    assert lab.api.post("/scale/cores", {"vm_id": 999, "cores": 1}).status == 404
     assert lab.calls() == {}
     for path in ("vm/list", "vm/status?vm_id=104", "vm/status?vm_id=204", "vm/config?vm_id=304", "node/status?node_name=pve2"):
         assert lab.api.get("/resource/" + path).status == 200
