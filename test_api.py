@@ -2475,6 +2475,21 @@ class Lab:
         (self.hosts[source].cgroup / f"lxc/{vm_id}").rename(self.hosts[target].cgroup / f"lxc/{vm_id}")
         self.hosts[target].list(vm_id)
 
+    @contextlib.contextmanager
+    def behind(self, name):
+        """What the others change in /etc/pve has not come to a node yet."""
+        pve = self.hosts[name].pve
+        for each, copy in ((".vmlist", shutil.copy), ("nodes", shutil.copytree)):
+            (pve / each).unlink()
+            copy(self.shared / each, pve / each)
+        try:
+            yield
+        finally:
+            shutil.rmtree(pve / "nodes")
+            (pve / ".vmlist").unlink()
+            for each in (".vmlist", "nodes"):
+                (pve / each).symlink_to(self.shared / each)
+
     def processes(self, name, word=""):
         """The ids of the processes in a node's network whose command line has a word in it."""
         found, network = [], os.readlink(f"/proc/{self.holders[name].pid}/ns/net")
@@ -2720,17 +2735,18 @@ def test_a_node_without_room_for_a_commands_output_does_nothing_and_says_so(lab)
     assert lab.calls() == {} and lab.api.post("/scale/cores", {"vm_id": 304, "cores": 3}).status == 200
 
 
-def test_a_clone_is_started_where_it_was_made_before_word_of_it_has_come(lab):
-    pve1, pve2 = lab.hosts["pve1"], lab.hosts["pve2"]
-    listed = (lab.shared / ".vmlist").read_text()
-    (pve1.pve / ".vmlist").unlink()
-    (pve1.pve / ".vmlist").write_text(listed)
-    try:
+def test_what_a_node_has_done_counts_before_word_of_it_has_come(lab):
+    pve2 = lab.hosts["pve2"]
+    with lab.behind("pve1"):
+        assert lab.api.post("/scale/storage/increase", {"vm_id": 206, "disk_size": 1}).body == ok("Storage increased by 1 GB for VM 206")
         reply = lab.api.post("/clone/create", {"vm_id": 206, "new_vm_id": 253, "new_vm_name": "late", "start": True})
         assert reply.body == ok("Cloned VM 206 to new VM 253 (late)") and pve2.running(253)
-    finally:
-        (pve1.pve / ".vmlist").unlink()
-        (pve1.pve / ".vmlist").symlink_to(lab.shared / ".vmlist")
+        pve2.faults(clone={"kills_pct": True})
+        reply = lab.api.post("/clone/create", {"vm_id": 206, "new_vm_id": 254, "new_vm_name": "late"})
+        assert (reply.status, reply.body["error"]) == (500, "pct clone 206 failed with exit status 137")
+        assert reply.body["details"].endswith("VM 254 is left half-made; remove it on node 'pve2' with: pct unlock 254 && pct destroy 254")
+    pve2.path(254).unlink()
+    pve2.add(206, "db-2")
     assert lab.api.delete("/clone/delete", {"vm_id": 253}).status == 200
 
 
@@ -2911,6 +2927,19 @@ def test_a_node_that_cannot_be_asked_is_503(host, launch, tmp_path, node, says):
         assert (reply.status, reply.body, "Retry-After" in reply.headers) == (503, error(says), True)
     assert api.get("/resource/vm/config?vm_id=204").body["data"]["hostname"] == "far"
     assert api.get("/resource/vm/status?vm_id=104").status == 200
+
+
+def test_who_share_what_was_found_of_a_node_do_not_share_its_problem(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "RUN_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    commands, asked, problems = module.Commands(4, 15, str(tmp_path), module.Metrics()), time.monotonic(), []
+    for number in range(2):
+        with pytest.raises(module.Problem) as found:
+            commands.reach(module.Node("pve2", False, True, "192.0.2.2"), asked)
+        found.value.add_details(f"the clone {number} is left")
+        problems.append(found.value.answer().body)
+    assert [json.loads(body)["details"] for body in problems] == ["the clone 0 is left", "the clone 1 is left"]
+    assert "commands_total{command=\"true\",result=\"not_started\"} 1\n" in commands.metrics.render({})
 
 
 @pytest.mark.parametrize("members", [None, "", "{", "[]", '{"nodename": 7}', '{"nodename": "proxmox", "cluster": {"name": "x"}}',
