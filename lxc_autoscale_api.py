@@ -1415,11 +1415,8 @@ class Proxmox:
 
     def file_conf(self, vm_id):
         """From its file here, on whichever node it lives, or None."""
-        for _ in range(2):                  # it may move just now
-            document = read_text(self.conf_path(vm_id, self.locate(vm_id)))
-            if document is not None:
-                return parse_config(document)
-        return None
+        document = read_text(self.conf_path(vm_id, self.locate(vm_id)))
+        return None if document is None else parse_config(document)
 
     def fresh_conf(self, vm_id):
         return self.where(vm_id, lambda node: self.conf_at(node, vm_id))

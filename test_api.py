@@ -1301,6 +1301,8 @@ def test_members_are_read():
         "pve1": module.Node("pve1", True, True, "192.0.2.1"), "pve2": module.Node("pve2", False, False, "192.0.2.2"),
         "pve3": module.Node("pve3", False, False, None)}))
     assert module.parse_members(document.replace('"quorate": 1', '"quorate": 0'))[1].quorate is False
+    alone = module.parse_members(document.replace('"online": 1', '"online": 0'))[1]
+    assert [node.online for node in alone.nodes.values()] == [True, False, False], "this node is, whatever corosync says"
     assert module.parse_members('{\n"nodename": "pve",\n"version": 0\n}\n') == ("pve", None)
 
 
@@ -1324,8 +1326,10 @@ def test_a_command_for_another_node_is_one_argument_of_ssh(tmp_path):
     node = module.Node("pve2", False, True, "192.0.2.2")
     hostile = ["pct", "set", "104; id", "$(id)", "a b", "'", "-o"]
     command = module.over_ssh(node, hostile, None, tmp_path / "missing")
-    assert command[:7] == ["ssh", "-e", "none", "-o", "BatchMode=yes", "-o", "HostKeyAlias=pve2"]
-    assert command[-3:-1] == ["root@192.0.2.2", "--"] and shlex.split(command[-1]) == ["sh", "-c", module.REMOTE, "sh", *hostile]
+    assert command[:-1] == ["ssh", "-e", "none", "-o", "BatchMode=yes", "-o", "HostKeyAlias=pve2", "-o", "ConnectTimeout=3",
+                            "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3", "-o", "ControlMaster=auto",
+                            "-o", "ControlPath=/run/lxc_autoscale_api/%C", "-o", "ControlPersist=300", "root@192.0.2.2", "--"]
+    assert shlex.split(command[-1]) == ["sh", "-c", module.REMOTE, "sh", *hostile]
     known = tmp_path / "ssh_known_hosts"
     known.write_text("")
     command = module.over_ssh(node, ["pct", "list"], 15, known)
