@@ -942,10 +942,11 @@ class Output:
 
 
 # What a node runs for us. Its pct must print into files there, for pct takes a broken stdout for an
-# interrupt, and sshd's pipe breaks with the connection; the files lose their names before it begins,
-# so that nothing is left.
+# interrupt, and sshd's pipe breaks with the connection; so it is not begun without 256 blocks of room.
+# The files lose their names before it begins, so that nothing is left.
 REMOTE = (
     "export LC_ALL=C.UTF-8 LANG=C.UTF-8; file=/run/lxc_autoscale_api.$$; "
+    "[ $(stat -fc %a /run/) -gt 256 ] || { echo /run is full >&2; exit 1; }; "
     "exec 3>$file.out 4>$file.err && rm $file.out $file.err || exit 1; "
     '"$@" </dev/null >&3 2>&4 3>&- 4>&-; code=$?; '
     "cat /dev/fd/3 /dev/fd/4; echo; echo $code $(stat -Lc %s /dev/fd/3 /dev/fd/4)"
@@ -1123,6 +1124,8 @@ class Commands:
         if node and not (reply or full):
             begun = not seconds and code not in (1, 2)      # which REMOTE ends with if it cannot begin
             raise lost(node, argv, begun, err.decode("utf-8", "replace").strip())
+        if node and code == 127:            # as the shell there says it
+            raise busy(f"{argv[0]} is not installed on node '{node.name}', or not on its PATH", 60)
         return Result(code, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"), full)
 
     def start(self, node, argv, label, seconds, stdout, stderr):

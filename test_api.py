@@ -2724,19 +2724,30 @@ def test_a_change_over_a_lost_connection_goes_on_and_its_caller_is_told(lab):
     assert lab.api.delete("/clone/delete", {"vm_id": 250}).status == 200
 
 
-def test_a_node_without_room_for_a_commands_output_does_nothing_and_says_so(lab):
-    lab.inside("pve3", "mount", "-o", "remount,ro", "/run")
+@pytest.mark.parametrize("options, says", [("ro", "Read-only file system"), ("size=512k", "/run is full")])
+def test_a_node_without_room_for_a_commands_output_does_nothing_and_says_so(lab, options, says):
+    lab.inside("pve3", "mount", "-o", f"remount,{options}", "/run")
     try:
         for reply in (lab.api.post("/scale/cores", {"vm_id": 304, "cores": 3}), lab.api.get("/resource/vm/status?vm_id=304")):
             assert reply.status == 503 and "Node 'pve3' cannot run commands over SSH; nothing was done" in reply.body["error"]
-            assert "Read-only file system" in reply.body["details"]
+            assert says in reply.body["details"]
         status, details = run_commands(lab, (          # if that comes after the node was found well
-            "try:\n    commands.execute(pve3, ['touch', '/run/done'], None)\n"
+            "try:\n    commands.execute(pve3, ['true'], None)\n"
             "except daemon.Problem as problem:\n    print(json.dumps([problem.status, problem.fields['details']]))"), None)
-        assert status == 503 and "Read-only file system" in details
+        assert status == 503 and says in details
     finally:
-        lab.inside("pve3", "mount", "-o", "remount,rw", "/run")
+        lab.inside("pve3", "mount", "-o", "remount,rw,size=16m", "/run")
     assert lab.calls() == {} and lab.api.post("/scale/cores", {"vm_id": 304, "cores": 3}).status == 200
+
+
+def test_a_node_without_pct_is_503(lab):
+    pct = lab.hosts["pve3"].root / "bin/pct"
+    pct.rename(f"{pct}.away")
+    try:
+        for reply in (lab.api.post("/scale/cores", {"vm_id": 304, "cores": 3}), lab.api.get("/resource/vm/status?vm_id=304")):
+            assert (reply.status, reply.body) == (503, error("pct is not installed on node 'pve3', or not on its PATH"))
+    finally:
+        Path(f"{pct}.away").rename(pct)
 
 
 def test_what_a_node_has_done_counts_before_word_of_it_has_come(lab):
