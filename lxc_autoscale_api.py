@@ -1034,7 +1034,7 @@ class Commands:
             return
         self.reach(node, asked or time.monotonic())
         if not way.gate.enter(SLOT_SECONDS):
-            raise too_many()
+            raise too_many(node)
         held.add(name)
         try:
             yield
@@ -1073,22 +1073,22 @@ class Commands:
         """
         if self.held():                     # in a change: waiting for others' reads could be waiting for oneself
             return self.run(node, argv, self.read_seconds)
-        asked = (node, argv)
+        question = (node, argv)
         with self.lock:
-            first = asked not in self.unbegun
-            shared = self.unbegun.setdefault(asked, Future())
+            first = question not in self.unbegun
+            shared = self.unbegun.setdefault(question, Future())
         if not first:
             return shared.result()
         try:
-            with self.turns.turn(asked, SLOT_SECONDS, None), self.place(node):
+            with self.turns.turn(question, SLOT_SECONDS, None), self.place(node):
                 with self.lock:
-                    del self.unbegun[asked]
+                    del self.unbegun[question]
                 shared.set_result(self.run(node, argv, self.read_seconds))
         except BaseException as error:
-            problem = too_many() if isinstance(error, Late) else error
+            problem = too_many(node) if isinstance(error, Late) else error
             with self.lock:
-                if self.unbegun.get(asked) is shared:
-                    del self.unbegun[asked]
+                if self.unbegun.get(question) is shared:
+                    del self.unbegun[question]
             shared.set_exception(problem)
         return shared.result()
 
@@ -1145,8 +1145,9 @@ class Commands:
             raise busy(f"{argv[0]} {what}", 60) from None
 
 
-def too_many():
-    return busy("Too many commands run on this host; nothing was done, try again later", SLOT_SECONDS)
+def too_many(node):
+    where = f"node '{node.name}'" if node else "this host"
+    return busy(f"Too many commands run on {where}; nothing was done, try again later", SLOT_SECONDS)
 
 
 def lost(node, argv, begun, details):

@@ -2792,7 +2792,7 @@ def test_a_hung_read_is_ended_on_its_own_node(lab):
 
 
 def test_places_count_for_each_node_and_changes_to_one_container_wait(lab):
-    daemon = lab.daemon(proxmox={"max_commands": 1})
+    daemon = lab.daemon(proxmox={"max_commands": 1}, constants={"SLOT_SECONDS": 0.3})
     lab.hosts["pve2"].faults(set={"delay": True})
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         slow = [pool.submit(daemon.post, "/scale/cores", {"vm_id": 204, "cores": cores}) for cores in (5, 6)]
@@ -2801,6 +2801,8 @@ def test_places_count_for_each_node_and_changes_to_one_container_wait(lab):
             assert daemon.post("/scale/cores", {"vm_id": vm_id, "cores": 4}).status == 200
         assert not any(each.done() for each in slow)
         assert "lxc_autoscale_api_commands_in_progress 1\n" in daemon.get("/metrics").body
+        reply = daemon.post("/scale/cores", {"vm_id": 206, "cores": 4})
+        assert (reply.status, reply.body["error"]) == (503, "Too many commands run on node 'pve2'; nothing was done, try again later")
         lab.hosts["pve2"].go()
         assert [each.result().status for each in slow] == [200, 200]
     first, second = lab.hosts["pve2"].rows("start")
