@@ -981,18 +981,20 @@ def parse_reply(printed):
 
 def ended(process, seconds):
     """Wait for a process's end -> whether it came within so many seconds, if given."""
-    deadline = time.monotonic() + (seconds or 0)
-    if seconds:
-        try:                                # the kernel wakes us; Popen.wait looks every 50 ms
-            pidfd = os.pidfd_open(process.pid)
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            poll.poll(seconds * 1000)
-            os.close(pidfd)
-        except OSError:                     # no descriptor is left
-            pass
+    if not seconds:
+        process.wait()
+        return True
+    deadline = time.monotonic() + seconds
+    try:                                    # the kernel wakes us; Popen.wait looks every 50 ms
+        pidfd = os.pidfd_open(process.pid)
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.poll(seconds * 1000)
+        os.close(pidfd)
+    except OSError:                         # no descriptor is left
+        pass
     try:
-        process.wait(max(0, deadline - time.monotonic()) if seconds else None)
+        process.wait(max(0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         return False
     return True
@@ -1404,7 +1406,7 @@ class Proxmox:
         return self.commands.place(self.ready(vm_id, asked), asked)
 
     def there(self, vm_id):
-        """ on node '…'", for a command that somebody is told to run, where that is not this node."""
+        """Where to run a command that somebody is told to run: " on node 'pve2'", or nothing where that is this node."""
         try:
             node = self.locate(vm_id)
         except Problem:
@@ -1573,26 +1575,27 @@ class Proxmox:
         return os.path.isdir(f"{self.cgroup_dir}/lxc/{vm_id}")
 
     def list(self):
-        """All containers, from their files and cgroups, else from pvesh; on other nodes from what these broadcast."""
-        found, others = self.list_here(), self.others()
-        news = self.news() if others else {}
-        for node in others:
+        """All containers, from their files and states, else, of this node, from pvesh."""
+        own, nodes, found = self.node_name(), self.others(), []
+        news = self.news() if nodes else {}
+        if os.path.isdir(self.conf_folder()) and self.has_cgroups():
+            nodes.append(None)
+        else:
+            found = [listed_container(int(row["vmid"]), own, row.get("name") or f"CT{row['vmid']}", row.get("status"),
+                                      row.get("cpus"), in_unit(row.get("maxmem"), MIB), row.get("uptime"))
+                     for row in self.ask_json(None, f"/nodes/{own}/lxc")]
+        for node in nodes:
             for vm_id, (_, values, _) in self.confs(node).items():
-                status, uptime = heard(news.get(("vm", str(vm_id)))) if node.online else (None, None)
-                found.append(listed_container(vm_id, node.name, container_name(vm_id, values), status,
+                status, uptime = self.state(node, vm_id, news)
+                found.append(listed_container(vm_id, node.name if node else own, container_name(vm_id, values), status,
                                               number(values.get("cores")), number(values.get("memory")), uptime))
         return sorted(found, key=lambda row: row["vm_id"])
 
-    def list_here(self):
-        own = self.node_name()
-        if not os.path.isdir(self.conf_folder()) or not self.has_cgroups():
-            rows = self.ask_json(None, f"/nodes/{own}/lxc")
-            return [listed_container(int(row["vmid"]), own, row.get("name") or f"CT{row['vmid']}", row.get("status"),
-                                     row.get("cpus"), in_unit(row.get("maxmem"), MIB), row.get("uptime")) for row in rows]
-        return [listed_container(vm_id, own, container_name(vm_id, values), "running" if up else "stopped",
-                                 number(values.get("cores")), number(values.get("memory")),
-                                 self.uptime(vm_id, self.init_pid(vm_id)) if up else 0)
-                for vm_id, (_, values, _) in self.confs().items() for up in [self.up(vm_id)]]
+    def state(self, node, vm_id, news):
+        """(status, uptime in seconds) of a container: here from its cgroup, elsewhere from its node's news, or Nones."""
+        if node:
+            return heard(news.get(("vm", str(vm_id)))) if node.online else (None, None)
+        return ("running", self.uptime(vm_id, self.init_pid(vm_id))) if self.up(vm_id) else ("stopped", 0)
 
     def gauges(self):
         """The container families at this moment, without a process; of what files do not say, nothing."""
