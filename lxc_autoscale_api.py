@@ -26,7 +26,6 @@ import hmac
 import ipaddress
 import json
 import logging
-import logging.handlers
 import math
 import os
 import re
@@ -63,6 +62,7 @@ MAX_QUERY = 100             # parameters in a query
 MAX_OUTPUT = 4 << 20        # bytes that are read of what a command prints
 MAX_DETAILS = 4000          # characters of it that go into an answer
 MAX_CLIENTS = 5000          # addresses that the rate limiter remembers
+MAX_LINES = 10000           # lines of a log that wait for its disk
 MAX_SESSIONS = 8            # commands at once on another node: its sshd takes 10 on a connection (MaxSessions)
 
 REQUEST_SECONDS = 10        # for a whole request to arrive, and for an answer to leave
@@ -74,6 +74,7 @@ SLOT_SECONDS = 30           # waiting for one of the places to run a command
 PROBE_SECONDS = 10          # a health probe's result is kept
 REACH_SECONDS = 4           # for another node to answer over SSH
 NEWS_SECONDS = 60           # what nodes broadcast every 10 s is believed
+LOG_SECONDS = 0.5           # for a line of the main or error log to be written before its caller goes on
 STOP_SECONDS = 30           # for requests in work to be answered when the daemon stops
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -2732,73 +2733,117 @@ TOO_MANY = (f"{STATUS_LINES[503]}Retry-After: 1\r\nContent-Type: application/jso
 
 # Logs
 
-class SafeFormatter(logging.Formatter):
-    """One line a record, in UTC, in which nothing can forge a line or a terminal escape, and no key appears."""
-    converter = time.gmtime
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
-    def __init__(self, keys):
-        super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-        self.keys = keys
 
-    def format(self, record):
-        if hasattr(record, "lines"):
-            return "\n".join(map(self.safe, record.lines))
-        return self.safe(super().format(record))
+class LogFile(logging.Handler):
+    """A log, whose lines a thread of its own writes to a file that logrotate may move away.
+
+    A disk that hangs, or is full, costs lines and nothing else: MAX_LINES of them wait, the
+    others are counted, and nobody who logs waits longer than LOG_SECONDS for them, once.
+    """
+
+    def __init__(self, gather=0):
+        super().__init__()
+        self.gather = gather                # seconds in which lines gather before they are written
+        self.path = self.fd = self.opened = None
+        self.keys, self.lines, self.lost = [], deque(), 0
+        self.changed, self.added, self.written = threading.Condition(), 0, 0
+        self.hangs = self.broken = False
+        self.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+
+    def point(self, path, keys, level=logging.NOTSET):
+        """Write to this path from now on, and blot these keys out."""
+        begun = self.path is not None
+        self.path, self.keys = path, keys
+        self.setLevel(level)
+        if not begun:
+            threading.Thread(target=self.run, name="log", daemon=True).start()
+        with self.changed:
+            self.changed.notify_all()
+
+    def handle(self, record):               # without logging's own lock, under which all would wait
+        self.add(self.format(record), LOG_SECONDS)
+
+    def add(self, line, patience=0):
+        """Leave a line to be written; with patience it is waited for, so that it is there first."""
+        if not self.path:
+            return
+        with self.changed:
+            if len(self.lines) >= MAX_LINES:
+                self.lost += 1
+                return
+            self.lines.append(f"{utc(int(time.time()))} {line}")
+            self.added += 1
+            number = self.added
+            self.changed.notify_all()
+            if patience and not self.hangs:
+                self.hangs = not self.changed.wait_for(lambda: self.written >= number, patience)
+
+    def flush(self, seconds=LOG_SECONDS):
+        """Let the lines that wait be written, if that takes no longer."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.written >= self.added, seconds)
+
+    def run(self):
+        self.write([])                      # a file that cannot be opened is said at once
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.lines or self.path != self.opened)
+            time.sleep(self.gather)
+            with self.changed:
+                lines, lost = list(self.lines), self.lost
+                self.lines.clear()
+                self.lost = 0
+            if lost:
+                lines.append(f"{utc(int(time.time()))} WARNING {lost} lines before this one were lost")
+            self.write(lines)
+            with self.changed:
+                self.written, self.hangs = self.added - len(self.lines), False
+                self.changed.notify_all()
+
+    def write(self, lines):
+        """Write lines to the file, or say once that this cannot be done."""
+        path = self.path
+        try:
+            self.open(path)
+            data = "".join(self.safe(line) + "\n" for line in lines).encode("utf-8", "replace")
+            while data:
+                data = data[os.write(self.fd, data):]
+            self.broken = False
+        except OSError as error:
+            if not self.broken:
+                what = "opened" if self.fd is None else "written"
+                complain(f"{path} cannot be {what}: {error.strerror}; going on without it")
+            self.broken = True
+
+    def open(self, path):
+        """Open the file, or open it again if another path is wanted or the file was moved away."""
+        if self.fd is not None and self.opened == path and same_file(self.fd, path):
+            return
+        if self.fd is not None:
+            os.close(self.fd)
+        self.fd, self.opened = None, path
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY
+        self.fd = os.open(path, flags, 0o600)
 
     def safe(self, line):
+        """A line in which nothing forges a line or a terminal escape, and no key appears."""
         for key in self.keys:
             line = line.replace(key, "[API key]")
         return UNSAFE.sub(lambda bad: ascii(bad[0])[1:-1], line)
 
 
-UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+def same_file(fd, path):
+    """Tell whether a path still leads to an open file."""
+    try:
+        there, here = os.stat(path), os.fstat(fd)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
 
-class LogFile(logging.handlers.WatchedFileHandler):
-    """A file that logrotate may move away; one that cannot be written is said once, and costs its lines only."""
-    broken = False
-
-    def emit(self, record):
-        try:
-            super().emit(record)
-        except OSError:
-            self.handleError(record)
-
-    def handleError(self, record):
-        if not self.broken:
-            complain(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}; going on without it")
-        self.broken = True
-
-    def flush(self):
-        super().flush()
-        self.broken = False
-
-
-class AccessLog:
-    """Lines that requests leave here, and a thread that writes what has gathered in one go."""
-
-    def __init__(self):
-        self.lines, self.wanted, self.handler = deque(), threading.Event(), logging.NullHandler()
-
-    def add(self, line):
-        self.lines.append(f"{utc(int(time.time()))} {line}")
-        if not self.wanted.is_set():
-            self.wanted.set()
-
-    def run(self):
-        while True:
-            self.wanted.wait()
-            time.sleep(0.05)
-            self.wanted.clear()
-            self.write()
-
-    def write(self):
-        lines = [self.lines.popleft() for _ in range(len(self.lines))]
-        if lines:
-            self.handler.handle(logging.makeLogRecord({"lines": lines}))
-
-
-access_log = AccessLog()
+main_log, error_log, access_log = LogFile(), LogFile(), LogFile(gather=0.05)
 
 
 def complain(text):
@@ -2808,28 +2853,13 @@ def complain(text):
         pass
 
 
-def open_log(path, keys, level=logging.NOTSET):
-    """A handler for a file; one that cannot be opened is said on stderr and left out."""
-    try:
-        handler = LogFile(path, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        complain(f"{path} cannot be opened: {error.strerror}; going on without it")
-        return logging.NullHandler()
-    handler.setFormatter(SafeFormatter(keys))
-    handler.setLevel(level)
-    return handler
-
-
-def open_logs(settings, keys):
-    """Point the logs at their files, in place of those that they were pointed at."""
-    old = [*log.handlers, access_log.handler]
-    log.handlers = [open_log(settings.log_file, keys, settings.log_level),
-                    open_log(settings.error_log, keys, "WARNING")]
-    access_log.handler = open_log(settings.access_log, keys)
+def point_logs(settings, keys):
+    """Let the logs go to the files of the settings, in place of those where they went."""
+    main_log.point(settings.log_file, keys, settings.log_level)
+    error_log.point(settings.error_log, keys, "WARNING")
+    access_log.point(settings.access_log, keys)
+    log.handlers, log.propagate = [main_log, error_log], False
     log.setLevel(min(logging.getLevelName(settings.log_level), logging.WARNING))
-    log.propagate = False
-    for handler in old:
-        handler.close()
 
 
 # The daemon
@@ -2887,7 +2917,7 @@ def reload(server, path):
         complain(f"not reloaded, the old settings stay: {error.text}")
         log.error("not reloaded, the old settings stay: %s", error.text)
     else:
-        open_logs(config.logging, config.keys)
+        point_logs(config.logging, config.keys)
         server.api.configure(config)
         log.info("reloaded %s", path)
         if (config.server, config.proxmox) != (old.server, old.proxmox):
@@ -2897,7 +2927,6 @@ def reload(server, path):
 
 def serve(server, signals, config_path):
     """Answer until a signal; then let requests in work finish, and leave what still runs alone."""
-    threading.Thread(target=access_log.run, name="access log", daemon=True).start()
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     log.info("lxc_autoscale_api %s listens on %s port %d", VERSION, *server.server_address[:2])
     notify("READY=1")
@@ -2921,8 +2950,9 @@ def serve(server, signals, config_path):
     if not server.wait_for_answers(STOP_SECONDS - 5):
         server.api.operations.leave_running()
         server.wait_for_answers(5)
-    access_log.write()
     log.info("stopped")
+    for each in (main_log, error_log, access_log):
+        each.flush()
 
 
 def main():
@@ -2940,8 +2970,7 @@ def main():
     if arguments.check_config:
         print(f"{arguments.config}: ok")
         return 0
-    os.umask(0o077)
-    open_logs(config.logging, config.keys)
+    point_logs(config.logging, config.keys)
     signals = catch_signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     try:
         server = build(config)
