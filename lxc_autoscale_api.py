@@ -40,11 +40,13 @@ import sys
 import threading
 import time
 from bisect import bisect_left
-from collections import OrderedDict, deque, namedtuple
-from concurrent.futures import Future, InvalidStateError, TimeoutError as FutureTimeout
+from collections import Counter, OrderedDict, deque, namedtuple
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, TimeoutError as FutureTimeout, wait
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from queue import Empty, SimpleQueue
 from socketserver import TCPServer
 from types import SimpleNamespace
 from urllib.parse import parse_qsl, unquote
@@ -59,10 +61,13 @@ MAX_LINE = 8192             # bytes of a request line
 MAX_HEAD = 32768            # bytes of a request line and its headers
 MAX_BODY = 65536            # bytes of a body
 MAX_QUERY = 100             # parameters in a query
+LARGE = 65536               # bytes of an answer that is not copied to be sent
 MAX_OUTPUT = 4 << 20        # bytes that are read of what a command prints
 MAX_DETAILS = 4000          # characters of it that go into an answer
 MAX_CLIENTS = 5000          # addresses that the rate limiter remembers
 MAX_LINES = 10000           # lines of a log that wait for its disk
+MAX_FLIGHTS = 256           # questions that are being answered at once
+MAX_HUNG = 16               # reads that hang; while there are so many, no further one is begun
 MAX_SESSIONS = 8            # commands at once on another node: its sshd takes 10 on a connection (MaxSessions)
 
 REQUEST_SECONDS = 10        # for a whole request to arrive, and for an answer to leave
@@ -71,9 +76,14 @@ YIELD_SECONDS = 1           # after which a connection without a request gives u
 LINGER_SECONDS = 1          # for a refused client to take its answer
 TURN_SECONDS = 60           # waiting for another change to the same container
 SLOT_SECONDS = 30           # waiting for one of the places to run a command
+FILE_SECONDS = 5            # for a file under /etc/pve to be read
+KILL_SECONDS = 1            # for a command to end that was killed
+WORKER_SECONDS = 5          # that an idle thread waits for work
 PROBE_SECONDS = 10          # a health probe's result is kept
 REACH_SECONDS = 4           # for another node to answer over SSH
 NEWS_SECONDS = 60           # what nodes broadcast every 10 s is believed
+LOOK_SECONDS = 0.5          # between two looks at who has left
+COMPLAINT_SECONDS = 60      # between two lines about an address that holds too many connections
 LOG_SECONDS = 0.5           # for a line of the main or error log to be written before its caller goes on
 STOP_SECONDS = 30           # for requests in work to be answered when the daemon stops
 
@@ -90,7 +100,13 @@ class Answer:
 
     def __init__(self, status, body, headers=None, content_type="application/json"):
         self.status, self.headers, self.content_type = status, headers or {}, content_type
-        self.body = body if isinstance(body, str) else json.dumps(body) + "\n"
+        self.body = (body if isinstance(body, str) else json.dumps(body) + "\n").encode()
+
+    def with_headers(self, headers):
+        """The same answer with further headers; the body is shared, for it may be large."""
+        other = copy(self)
+        other.headers = {**self.headers, **headers}
+        return other
 
 
 def success(message, data=None):
@@ -118,11 +134,40 @@ def busy(error, seconds):
     return Problem(503, error, {"Retry-After": str(seconds)})
 
 
-class Request(namedtuple("Request", "method path query headers peer length read_body")):
+class Gone(Exception):
+    """The client has left, or was shown the door."""
+
+
+class Client:
+    """Who is at the other end of a connection.
+
+    `address` is whom it speaks for, `local` whether that is this host itself. `waited_for`
+    tells since when the daemon waits for it, to send a request or to take an answer (None:
+    the daemon works for it), `asking` since when a request of it is being answered, if one
+    is. `left` is done once it has gone, or has lost its place to others.
+    """
+
+    def __init__(self, sock, address):
+        self.sock, self.address, self.local = sock, address, False
+        self.waited_for, self.asking, self.left = time.monotonic(), None, Future()
+
+    def wait(self, future):
+        """-> a Future's result; Gone if the client leaves before it is there."""
+        wait([future, self.left], return_when=FIRST_COMPLETED)
+        if not future.done():
+            raise Gone
+        return future.result()
+
+    def leave(self):
+        if not self.left.done():
+            self.left.set_result(None)
+
+
+class Request(namedtuple("Request", "method path query headers length read_body client")):
     """A well-framed request.
 
-    `headers` is {lower-case name: value}, `peer` the address at the other end, `length`
-    the Content-Length or None; the body is read only when `read_body()` is called.
+    `headers` is {lower-case name: value}, `length` the Content-Length or None; the body is
+    read only when `read_body()` is called.
     """
 
 
@@ -673,8 +718,11 @@ def number_or_text(value):
     return float(value) if re.fullmatch(r"-?\d{1,19}\.\d{1,19}", value, re.ASCII) else value
 
 
-class Node(namedtuple("Node", "name local online address")):
-    """A Proxmox VE host of a cluster; `address` is an IP address, or None where nobody knows it."""
+class Node(namedtuple("Node", "name local online address known_hosts", defaults=[None])):
+    """A Proxmox VE host of a cluster; `address` is an IP address, or None where nobody knows it.
+
+    `known_hosts` is the path of the file with its SSH key, or None before VE 8.2.
+    """
 
 
 class Cluster(namedtuple("Cluster", "name quorate nodes")):
@@ -906,6 +954,121 @@ class Turns:
                     del self.lines[key]
 
 
+class Workers:
+    """Threads for work that others wait for, or do not wait for; an idle one is used again."""
+
+    def __init__(self):
+        self.lock, self.idle = threading.Lock(), []     # a queue for each idle thread
+
+    def run(self, work, *arguments):
+        """Begin work(*arguments) in another thread -> the Future of its result."""
+        job = (Future(), work, arguments)
+        with self.lock:
+            inbox = self.idle.pop() if self.idle else None
+        if inbox is None:
+            inbox = SimpleQueue()
+            try:
+                threading.Thread(target=self.serve, args=(inbox,), daemon=True).start()
+            except RuntimeError:
+                raise busy("The host has no thread left; nothing was done, try again later", SLOT_SECONDS) from None
+        inbox.put(job)
+        return job[0]
+
+    def serve(self, inbox):
+        """Do one job after the other, until none has come for WORKER_SECONDS."""
+        while True:
+            try:
+                future, work, arguments = inbox.get(timeout=WORKER_SECONDS)
+            except Empty:
+                with self.lock:
+                    if inbox in self.idle:
+                        self.idle.remove(inbox)
+                        return
+                continue                    # a job was given at the last moment
+            result, error = None, None
+            try:
+                result = work(*arguments)
+            except BaseException as raised:
+                error = raised
+            with self.lock:
+                self.idle.append(inbox)
+            future.set_exception(error) if error else future.set_result(result)
+            del future, work, arguments, result, error  # or they would stay until the next job
+
+
+class Flights:
+    """One call for all who ask the same at the same time, each in a thread of its own.
+
+    All who ask before a call begins share it, and who comes later waits for the next: one at
+    a time, and nothing is told from before it was asked.
+    """
+
+    def __init__(self, workers):
+        self.workers, self.lock, self.flying, self.next = workers, threading.Lock(), set(), {}
+
+    def join(self, question, call):
+        """-> the Future of call(), which answers a question; Problem 503 if too many are being answered."""
+        with self.lock:
+            future = self.next.get(question)
+            if future:
+                return future
+            if question not in self.flying and len(self.flying) >= MAX_FLIGHTS:
+                raise busy("Too many questions are being answered; try again later", 1)
+            future = self.next[question] = Future()
+            if question in self.flying:
+                return future               # it begins when the one before has ended
+            self.flying.add(question)
+        try:
+            self.workers.run(self.fly, question, call)
+        except Problem as problem:          # no thread is left
+            with self.lock:
+                self.flying.discard(question)
+                self.next.pop(question).set_exception(problem)
+        return future
+
+    def fly(self, question, call):
+        while True:
+            with self.lock:
+                future = self.next.pop(question, None)
+                if not future:
+                    self.flying.discard(question)
+                    return
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+
+class Files:
+    """Reads what may hang, and waits for none of it longer than FILE_SECONDS.
+
+    /etc/pve is a FUSE file system, and a container's disk may be somewhere in the network.
+    A read that hangs cannot be ended, so it is left alone in its thread; when MAX_HUNG of
+    them are, no further one is begun.
+    """
+
+    def __init__(self, workers):
+        self.workers, self.hung = workers, set()
+
+    def read(self, function, *arguments):
+        """-> function(*arguments); Problem 503 if it hangs, or cannot read what is there."""
+        if len(self.hung) >= MAX_HUNG:
+            raise hanging()
+        future = self.workers.run(function, *arguments)
+        if not wait([future], FILE_SECONDS).done:
+            self.hung.add(future)
+            future.add_done_callback(self.hung.discard)
+            raise hanging()
+        try:
+            return future.result()
+        except OSError as error:
+            raise busy(f"{error.filename or 'A file'} cannot be read: {error.strerror}", SLOT_SECONDS) from None
+
+
+def hanging():
+    return busy("Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster", SLOT_SECONDS)
+
+
 class Result(namedtuple("Result", "exit stdout stderr overflow")):
     """A command that ended.
 
@@ -954,16 +1117,15 @@ REMOTE = (
 )
 
 
-def over_ssh(node, argv, seconds, known_hosts):
+def over_ssh(node, argv, seconds):
     """An argument list to run on another Node, for at most so many seconds if given -> one to run here.
 
-    As Proxmox's own tools reach each other (PVE::SSHInfo); `known_hosts` is the node's file
-    of VE 8.2 and later, which counts where it exists.
+    As Proxmox's own tools reach each other (PVE::SSHInfo).
     """
     options = ["BatchMode=yes", f"HostKeyAlias={node.name}", "ConnectTimeout=3", "ServerAliveInterval=10",
                "ServerAliveCountMax=3", "ControlMaster=auto", f"ControlPath={RUN_DIR}/%C", "ControlPersist=300"]
-    if os.path.exists(known_hosts):
-        options += [f"UserKnownHostsFile={known_hosts}", "GlobalKnownHostsFile=none"]
+    if node.known_hosts:
+        options += [f"UserKnownHostsFile={node.known_hosts}", "GlobalKnownHostsFile=none"]
     if seconds:                             # here only ssh could be ended
         argv = ["timeout", "-s", "KILL", str(seconds), *argv]
     return ["ssh", "-e", "none", *(each for option in options for each in ("-o", option)), f"root@{node.address}", "--",
@@ -1001,55 +1163,65 @@ def ended(process, seconds):
     return True
 
 
+LONG = {"clone", "snapshot", "delsnapshot", "rollback", "destroy"}      # what may take hours
+
+
 class Commands:
     """Starts every process, at most `width` at once on each node, without a shell, with nothing on stdin.
 
     `node` is the Node where a command runs, or None for this one; on others MAX_SESSIONS is a
     bound, too. Each has a session of its own: what kills the daemon's group, or stops its
     unit, leaves it alone. A thread holds one place on a node however often it asks for one.
+    Long changes leave some of the places to others.
     """
 
-    def __init__(self, width, read_seconds, pve_dir, metrics):
-        self.width, self.read_seconds, self.pve_dir, self.metrics = width, read_seconds, pve_dir, metrics
-        self.here, self.lock, self.turns, self.unbegun, self.ways = threading.local(), threading.Lock(), Turns(), {}, {}
+    def __init__(self, width, read_seconds, workers, metrics):
+        self.width, self.read_seconds, self.workers, self.metrics = width, read_seconds, workers, metrics
+        self.here, self.lock, self.ways, self.hung = threading.local(), threading.Lock(), {}, {}
 
     def gauges(self):
         ways = list(self.ways.values())
         return {"lxc_autoscale_api_commands_in_progress": {(): sum(way.width - way.gate.free for way in ways)},
-                "lxc_autoscale_api_commands_waiting": {(): sum(len(way.gate.queue) for way in ways)}}
+                "lxc_autoscale_api_commands_waiting": {(): sum(
+                    len(gate.queue) for way in ways for gate in (way.gate, way.long))}}
 
     def way(self, node):
         """What is known of a node: its places, when it was last tried, and the Problem of that, if it had one."""
         width = min(self.width, MAX_SESSIONS) if node else self.width
         with self.lock:
             return self.ways.setdefault(node and node.name, SimpleNamespace(
-                width=width, gate=Gate(width), lock=threading.Lock(), tried=-math.inf, problem=None))
+                width=width, gate=Gate(width), long=Gate(max(1, width - max(1, width // 4))),
+                lock=threading.Lock(), tried=-math.inf, problem=None))
 
     def held(self):
         """The names of the nodes on which this thread holds a place."""
         return self.here.__dict__.setdefault("names", set())
 
     @contextmanager
-    def place(self, node, asked=None):
+    def place(self, node, asked=None, long=False):
         held, way, name = self.held(), self.way(node), node and node.name
         if name in held:
             yield
             return
-        self.reach(node, asked or time.monotonic())
-        if not way.gate.enter(SLOT_SECONDS):
-            raise too_many(node)
-        held.add(name)
-        try:
-            yield
-        finally:
-            held.discard(name)
-            way.gate.leave()
+        self.reach(node, asked)
+        deadline = time.monotonic() + SLOT_SECONDS
+        with ExitStack() as places:
+            for gate in (way.long, way.gate) if long else (way.gate,):
+                if not gate.enter(max(0, deadline - time.monotonic())):
+                    raise too_many(node)
+                places.callback(gate.leave)
+            held.add(name)
+            try:
+                yield places
+            finally:
+                held.discard(name)
 
     def reach(self, node, asked):
         """See that a node answers, and open the connection that its commands share; Problem 503 if it does not.
 
         So a change is not begun over a connection that is dead, and nobody waits for long for
-        a node that is. What was found since `asked` will do, by whomever, for a second.
+        a node that is. What was found since `asked` will do, by whomever, for a second; to a
+        read (None) so will, for a second, that the node did not answer.
         """
         if not node:
             return
@@ -1057,7 +1229,8 @@ class Commands:
             raise busy(f"Node '{node.name}' is offline; nothing was done. To see why, on this host: pvecm status", SLOT_SECONDS)
         way = self.way(node)
         with way.lock:
-            if way.tried < max(asked, time.monotonic() - 1):
+            now = time.monotonic()
+            if way.tried < max(asked or now, now - 1) and not (way.problem and not asked and way.tried > now - 1):
                 way.problem = None
                 try:
                     self.execute(node, ["true"], REACH_SECONDS)
@@ -1069,59 +1242,40 @@ class Commands:
                 raise Problem(503, way.problem.error, dict(way.problem.headers), **way.problem.fields)
 
     def read(self, node, *argv):
-        """Run a command that changes nothing; past its time it is killed with its whole group.
-
-        All who ask the same before it begins share it, and who comes later waits for the
-        next: one process at a time, and nothing is told from before it was asked.
-        """
-        if self.held():                     # in a change: waiting for others' reads could be waiting for oneself
-            return self.run(node, argv, self.read_seconds)
-        question = (node, argv)
-        with self.lock:
-            first = question not in self.unbegun
-            shared = self.unbegun.setdefault(question, Future())
-        if not first:
-            return shared.result()
-        try:
-            with self.turns.turn(question, SLOT_SECONDS, None), self.place(node):
-                with self.lock:
-                    del self.unbegun[question]
-                shared.set_result(self.run(node, argv, self.read_seconds))
-        except BaseException as error:
-            problem = too_many(node) if isinstance(error, Late) else error
-            with self.lock:
-                if self.unbegun.get(question) is shared:
-                    del self.unbegun[question]
-            shared.set_exception(problem)
-        return shared.result()
+        """Run a command that changes nothing; past its time it is killed with its whole group."""
+        return self.run(node, argv, self.read_seconds)
 
     def change(self, node, *argv):
         """Run a command that changes something; it is waited for and never killed."""
         return self.run(node, argv, None)
 
     def run(self, node, argv, seconds):
-        with self.place(node):
-            return self.execute(node, [str(each) for each in argv], seconds)
+        with self.place(node, long=argv[0] == "pct" and argv[1] in LONG) as places:
+            return self.execute(node, [str(each) for each in argv], seconds, places)
 
-    def execute(self, node, argv, seconds):
+    def execute(self, node, argv, seconds, places=None):
+        """Run a command now -> its Result, or Problem; `places` are kept while it cannot be ended."""
+        if seconds and (node, *argv) in self.hung:
+            raise self.still_hung(node, argv)
         label = " ".join(argv[:2] if argv[0] in ("pct", "pvesh") else argv[:1])
         with Output(bounded=seconds) as stdout, Output(bounded=seconds) as stderr:
             started = time.monotonic()
             process = self.start(node, argv, label, seconds, stdout.fd, stderr.fd)
             in_time = ended(process, seconds)
-            if not in_time:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            gone = in_time or self.kill(process, (node, *argv), places)
             took = time.monotonic() - started
             (out, out_full), (err, err_full) = stdout.read(), stderr.read()
             full = bool(seconds) and (out_full or err_full)
             reply = parse_reply(out) if node and in_time and not full else None
             code, out, err = reply or (process.returncode, out, err)
         there = f" on {node.name}" if node else ""
-        log.info("ran %s%s: exit %d in %.3f s", shlex.join(argv), there, code, took)
+        how = f"exit {code}" if gone else "it cannot be ended"
+        log.info("ran %s%s: %s in %.3f s", shlex.join(argv), there, how, took)
         result = "timeout" if not in_time else "ok" if code == 0 else "failed"
         self.metrics.add("lxc_autoscale_api_commands_total", label, result)
         self.metrics.observe("lxc_autoscale_api_command_duration_seconds", took, label)
+        if not gone:
+            raise self.still_hung(node, argv)
         if not in_time:
             raise Problem(504, f"{' '.join(argv[:3])}{there} did not finish in {seconds} s and was ended; it changes nothing")
         if node and not (reply or full):
@@ -1131,11 +1285,36 @@ class Commands:
             raise busy(f"{argv[0]} is not installed on node '{node.name}', or not on its PATH", 60)
         return Result(code, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"), full)
 
+    def kill(self, process, question, places):
+        """Kill a command's whole group -> whether it has ended.
+
+        A process that hangs in the kernel does not end. It is left alone, its places stay
+        taken until it is gone, and the same is not asked again before.
+        """
+        os.killpg(process.pid, signal.SIGKILL)
+        if ended(process, KILL_SECONDS):
+            return True
+        kept = places.pop_all() if places else ExitStack()
+        self.hung[question] = process.pid
+        kept.callback(self.hung.pop, question, None)
+
+        def bury():
+            with kept:
+                process.wait()
+        self.workers.run(bury)
+        return False
+
+    def still_hung(self, node, argv):
+        where = f" on node '{node.name}'" if node else ""
+        return Problem(504, f"{' '.join(argv[:3])}{where} hangs and cannot be ended (process "
+                            f"{self.hung.get((node, *argv), 'gone now')}); it changes nothing. The storage or "
+                            "/etc/pve behind it does not answer")
+
     def start(self, node, argv, label, seconds, stdout, stderr):
         env = {**os.environ, "LC_ALL": "C.UTF-8", "LANG": "C.UTF-8"}
         env.pop("NOTIFY_SOCKET", None)
         if node:
-            argv = over_ssh(node, argv, seconds, f"{self.pve_dir}/nodes/{node.name}/ssh_known_hosts")
+            argv = over_ssh(node, argv, seconds)
         try:
             if node:
                 os.makedirs(RUN_DIR, 0o700, exist_ok=True)
@@ -1172,8 +1351,8 @@ class Operation:
     At its end count(problem) is called, with None if all went well.
     """
 
-    def __init__(self, title, client, vm_id, count):
-        self.title, self.client, self.vm_id, self.count = title, client, vm_id, count
+    def __init__(self, title, client, vm_id, count, long=False):
+        self.title, self.client, self.vm_id, self.count, self.long = title, client, vm_id, count, long
         self.begun, self.outcome, self.lock = threading.Event(), Future(), threading.Lock()
         self.running = False
 
@@ -1229,7 +1408,7 @@ class Operations:
                 who = f"{operation.title}, since {utc(int(time.time()))}"
                 for vm_id in sorted(vm_ids):        # in one order, so that no two wait for each other
                     held.enter_context(self.turns.turn(vm_id, started + TURN_SECONDS - time.monotonic(), who))
-                held.enter_context(self.host.place(operation.vm_id, started))
+                held.enter_context(self.host.place(operation.vm_id, started, operation.long))
                 if not operation.begin():
                     raise busy("The daemon stopped before this began; nothing was done", SLOT_SECONDS)
                 result = work()
@@ -1279,22 +1458,51 @@ CONTAINER_USAGE = (                         # metric, key of Proxmox.usage
 )
 
 
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ESRCH, errno.ENODEV)   # the last: of a cgroup that has just gone
+
+
 def read_text(path):
-    """A small file's text, or None if it cannot be read; far cheaper than open() where a thousand are read."""
+    """A small file's text, or None if it is not there; OSError if it is there and cannot be read.
+
+    Far cheaper than open() where a thousand are read.
+    """
+    fd = None
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
         data = chunk = os.read(fd, 65536)
         while len(chunk) > 2000:            # the kernel's own files come a page at a time
             chunk = os.read(fd, 65536)
             data += chunk
-    except OSError:                         # such as the files of a cgroup that has just gone
-        return None
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return None
+        error.filename = path               # os.read does not say which
+        raise
     finally:
-        os.close(fd)
+        if fd is not None:
+            os.close(fd)
     return data.decode("utf-8", "replace")
+
+
+def is_there(path):
+    """Tell whether a path exists; OSError if that cannot be seen."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return False
+        raise
+    return True
+
+
+def names_in(folder):
+    """The names in a folder, none if it is not there; OSError if it cannot be read."""
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return []
+        raise
 
 
 def find_number(pattern, text):
@@ -1340,9 +1548,10 @@ class Proxmox:
     A `node` is the Node of the cluster where something is asked for, or None for this one.
     """
 
-    def __init__(self, commands, pve_dir, cgroup_dir, clustered):
-        self.commands, self.pve_dir, self.cgroup_dir, self.clustered = commands, pve_dir, cgroup_dir, clustered
-        self.probe_lock, self.probed = threading.Lock(), (-math.inf, False, "")
+    def __init__(self, commands, files, pve_dir, cgroup_dir, clustered):
+        self.commands, self.files = commands, files
+        self.pve_dir, self.cgroup_dir, self.clustered = pve_dir, cgroup_dir, clustered
+        self.probed = (-math.inf, False, "")
 
     def ask(self, node, *argv):
         return checked(argv, self.commands.read(node, *argv)).stdout
@@ -1361,17 +1570,22 @@ class Proxmox:
 
     def members(self):
         """-> (this node's name or None, its Cluster or None)."""
+        return self.files.read(self.read_members)
+
+    def read_members(self):
         own, cluster = parse_members(read_text(f"{self.pve_dir}/.members"))
         return own, cluster if self.clustered else None
 
     def locate(self, vm_id):
-        """The Node where a container lives, None for this one; Problem 404 for what is known to be none.
+        """The Node where a container lives, None for this one; Problem 404 for what is known to be none."""
+        return self.files.read(self.find, vm_id)
 
-        Its file here is looked for first: no id is on two nodes, and the list may be long.
-        """
-        if os.path.exists(f"{self.pve_dir}/lxc/{vm_id}.conf"):
+    def find(self, vm_id):
+        """Its file here is looked for first: no id is on two nodes, and the list may be long."""
+        if is_there(f"{self.pve_dir}/lxc/{vm_id}.conf"):
             return None
-        ids, (_, cluster) = parse_vmlist(read_text(f"{self.pve_dir}/.vmlist")), self.members()
+        self.see_that_it_is_mounted()
+        ids, (_, cluster) = parse_vmlist(read_text(f"{self.pve_dir}/.vmlist")), self.read_members()
         guest = ids.get(str(vm_id))
         if guest and guest.get("type") != "lxc":
             raise Problem(404, f"VM {vm_id} is a virtual machine, not a container")
@@ -1381,7 +1595,17 @@ class Proxmox:
             return None
         name = guest.get("node")
         node = cluster.nodes.get(name, Node(name, False, False, None))      # of a node that has left, files may stay
-        return None if node.local else node
+        return None if node.local else self.with_known_hosts(node)
+
+    def see_that_it_is_mounted(self):
+        """Problem 503 where pve_dir is an empty folder: pmxcfs, once mounted, always has the link lxc (pmxcfs.c)."""
+        if not os.path.lexists(f"{self.pve_dir}/lxc") and is_there(self.pve_dir):
+            raise busy(f"Proxmox's cluster file system is not mounted at {self.pve_dir}; see: systemctl status "
+                       "pve-cluster", SLOT_SECONDS)
+
+    def with_known_hosts(self, node):
+        path = f"{self.pve_dir}/nodes/{node.name}/ssh_known_hosts"
+        return node._replace(known_hosts=path if is_there(path) else None)
 
     def where(self, vm_id, run):
         """run(node) on the node where a container lives, and once more if it has moved meanwhile."""
@@ -1402,9 +1626,9 @@ class Proxmox:
         self.commands.reach(node, asked)
         return node
 
-    def place(self, vm_id, asked):
+    def place(self, vm_id, asked, long):
         """A place to run commands for a change to a container."""
-        return self.commands.place(self.ready(vm_id, asked), asked)
+        return self.commands.place(self.ready(vm_id, asked), asked, long)
 
     def there(self, vm_id):
         """Where to run a command that somebody is told to run: " on node 'pve2'", or nothing where that is this node."""
@@ -1422,7 +1646,7 @@ class Proxmox:
 
     def file_conf(self, vm_id):
         """From its file here, on whichever node it lives, or None."""
-        document = read_text(self.conf_path(vm_id, self.locate(vm_id)))
+        document = self.files.read(lambda: read_text(self.conf_path(vm_id, self.find(vm_id))))
         return None if document is None else parse_config(document)
 
     def fresh_conf(self, vm_id):
@@ -1441,23 +1665,20 @@ class Proxmox:
     def text_at(self, node, path):
         """A small file's text on any node, or None if it cannot be read."""
         if not node:
-            return read_text(path)
+            return self.files.read(read_text, path)
         result = self.commands.read(node, "cat", path)
         return result.stdout if result.exit == 0 else None
 
     def confs(self, node=None):
         """{id: Conf} of all containers of a node whose files are there."""
-        try:
-            names = os.listdir(self.conf_folder(node))
-        except OSError:
-            return {}
+        names = names_in(self.conf_folder(node))
         ids = sorted(int(name[:-5]) for name in names if re.fullmatch(r"[1-9][0-9]{2,8}\.conf", name))
         documents = ((vm_id, read_text(self.conf_path(vm_id, node))) for vm_id in ids)
         return {vm_id: parse_config(document) for vm_id, document in documents if document is not None}    # one may vanish
 
     def others(self):
         """The other Nodes of the cluster, if there is one."""
-        _, cluster = self.members()
+        _, cluster = self.read_members()
         return [node for node in cluster.nodes.values() if not node.local] if cluster else []
 
     def news(self):
@@ -1483,7 +1704,7 @@ class Proxmox:
         """(processors, memory in MB) of a node, each infinite where nobody tells."""
         if not node:
             return os.cpu_count() or math.inf, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB
-        fields = self.news().get(("node", node.name), [])
+        fields = self.files.read(self.news).get(("node", node.name), [])
         cpus, memory = (number(field) for field in (fields + [""] * 8)[4:8:3])
         return cpus or math.inf, memory // MIB if memory else math.inf
 
@@ -1493,8 +1714,10 @@ class Proxmox:
     def status_at(self, node, vm_id):
         """From the container's file and cgroup, else from `pct status`."""
         busy = busy_meter(lambda: self.cpu_clock(node, vm_id))
-        values = None if node else self.read_status(vm_id)
+        values = None if node else self.files.read(self.read_status, vm_id)
         values = values or parse_status(self.ask(node, "pct", "status", vm_id, "--verbose"))
+        if not node and values.get("pid") and "disk" not in values:
+            values["disk"] = self.disk_used(values["pid"])
         get, stopped = values.get, values.get("status") == "stopped"
         return {
             "vm_id": vm_id, "lxc_id": vm_id, "node": node.name if node else self.node_name(),
@@ -1528,12 +1751,19 @@ class Proxmox:
         netin, netout = parse_net_dev(read_text("/proc/net/dev") or "", vm_id)
         swapped = read_text(f"{self.cgroup_dir}/lxc/{vm_id}/memory.swap.current")
         return {**found, "mem": usage["memory"], "swap": find_number(r"(\d+)", swapped),
-                "disk": pid and used_bytes(f"/proc/{pid}/root"), "uptime": self.uptime(vm_id, pid),
+                "pid": pid, "uptime": self.uptime(vm_id, pid),
                 "netin": netin, "netout": netout, "diskread": usage["disk_read"], "diskwrite": usage["disk_write"]}
+
+    def disk_used(self, pid):
+        """Bytes in use on a container's root disk, seen through its init; None if that disk does not answer."""
+        try:
+            return self.files.read(used_bytes, f"/proc/{pid}/root")
+        except Problem:
+            return None
 
     def has_cgroups(self):
         """Whether control groups are there in version 2; version 1 has a folder for each controller."""
-        return os.path.isdir(self.cgroup_dir) and not os.path.isdir(f"{self.cgroup_dir}/memory")
+        return is_there(self.cgroup_dir) and not is_there(f"{self.cgroup_dir}/memory")
 
     def cpu_clock(self, node, vm_id):
         """(processor time used, time) so far, in seconds, from the container's cgroup (v2), or None."""
@@ -1573,24 +1803,33 @@ class Proxmox:
 
     def up(self, vm_id):
         """Whether a container runs: its cgroup is there while it does."""
-        return os.path.isdir(f"{self.cgroup_dir}/lxc/{vm_id}")
+        return is_there(f"{self.cgroup_dir}/lxc/{vm_id}")
 
     def list(self):
         """All containers, from their files and states, else, of this node, from pvesh."""
-        own, nodes, found = self.node_name(), self.others(), []
-        news = self.news() if nodes else {}
-        if os.path.isdir(self.conf_folder()) and self.has_cgroups():
-            nodes.append(None)
-        else:
+        own = self.node_name()
+        rows, complete = self.files.read(self.read_list, own)
+        found = []
+        if not complete:
             found = [listed_container(int(row["vmid"]), own, row.get("name") or f"CT{row['vmid']}", row.get("status"),
                                       row.get("cpus"), in_unit(row.get("maxmem"), MIB), row.get("uptime"))
                      for row in self.ask_json(None, f"/nodes/{own}/lxc")]
+        return sorted(found + rows, key=lambda row: row["vm_id"])
+
+    def read_list(self, own):
+        """-> (the containers whose files are there, whether this node's are among them)."""
+        nodes, found = self.others(), []
+        news = self.news() if nodes else {}
+        self.see_that_it_is_mounted()
+        complete = is_there(self.conf_folder()) and self.has_cgroups()
+        if complete:
+            nodes.append(None)
         for node in nodes:
             for vm_id, (_, values, _) in self.confs(node).items():
                 status, uptime = self.state(node, vm_id, news)
                 found.append(listed_container(vm_id, node.name if node else own, container_name(vm_id, values), status,
                                               number(values.get("cores")), number(values.get("memory")), uptime))
-        return sorted(found, key=lambda row: row["vm_id"])
+        return found, complete
 
     def state(self, node, vm_id, news):
         """(status, uptime in seconds) of a container: here from its cgroup, elsewhere from its node's news, or Nones."""
@@ -1600,11 +1839,15 @@ class Proxmox:
 
     def gauges(self):
         """The container families at this moment, without a process; of what files do not say, nothing."""
+        return self.files.read(self.read_gauges)
+
+    def read_gauges(self):
         families = {name: {} for name in FAMILIES if name.startswith("lxc_autoscale_container_")}
 
         def tell(name, value, *labels):
             if value is not None:
                 families["lxc_autoscale_container_" + name][labels] = value
+        self.see_that_it_is_mounted()
         has_cgroups = self.has_cgroups()
         for vm_id, (_, values, _) in self.confs().items():
             label, usage, memory = str(vm_id), self.usage(vm_id), number(values.get("memory"))
@@ -1633,7 +1876,7 @@ class Proxmox:
         if known and name not in known:
             raise Problem(404, f"Node '{name}' does not exist; known here: {', '.join(sorted(known))}")
         node = known.get(name)
-        node = None if node and node.local else node
+        node = None if node is None or node.local else self.files.read(self.with_known_hosts, node)
         busy = busy_meter(lambda: self.node_cpu_clock(node) if known or name == self.node_name() else None)
         data = self.ask_json(node, f"/nodes/{name}/status")
         memory, swap, disk = (data.get(key) or {} for key in ("memory", "swap", "rootfs"))
@@ -1677,17 +1920,16 @@ class Proxmox:
         }
 
     def health(self):
-        """(whether `pct` works, what it said), at most PROBE_SECONDS old, and never asked twice at once."""
+        """(whether `pct` works, what it said), at most PROBE_SECONDS old; nobody asks this twice at once."""
         if time.monotonic() - self.probed[0] > PROBE_SECONDS:
-            with self.probe_lock:
-                if time.monotonic() - self.probed[0] > PROBE_SECONDS:
-                    self.probed = self.probe()
+            self.probed = self.probe()
         return self.probed[1:]
 
     def probe(self):
-        started = time.monotonic()
+        """Run `pct list`, which needs none of the places: long changes must not look like a fault."""
+        argv, started = ["pct", "list"], time.monotonic()
         try:
-            self.ask(None, "pct", "list")
+            checked(argv, self.commands.execute(None, argv, self.commands.read_seconds))
             ok, detail = True, f"pct list answered in {time.monotonic() - started:.2f} s"
         except Problem as problem:
             ok, detail = False, problem.error
@@ -1790,9 +2032,11 @@ class Proxmox:
 
     def forgotten_snapshots(self):
         """Commands that remove what an earlier daemon, stopped in the middle of a clone, left behind."""
-        return [f"pct delsnapshot {vm_id} {name}" + (f" (on node '{node.name}')" if node else "")
-                for node in [None, *self.others()] for vm_id, conf in self.confs(node).items()
-                for name in conf.snapshots if name.startswith(TEMPORARY_SNAPSHOT)]
+        def read():
+            return [f"pct delsnapshot {vm_id} {name}" + (f" (on node '{node.name}')" if node else "")
+                    for node in [None, *self.others()] for vm_id, conf in self.confs(node).items()
+                    for name in conf.snapshots if name.startswith(TEMPORARY_SNAPSHOT)]
+        return self.files.read(read)
 
 
 def checked(argv, result):
@@ -1857,19 +2101,19 @@ def plain_address(text):
     return getattr(found, "ipv4_mapped", None) or found
 
 
-def client_of(request, trusted):
-    """-> (the client's address, whether it is never limited).
+def client_of(headers, address, trusted):
+    """A request's headers and the other end's address -> (the client's address, whether it is never limited).
 
     Only a proxy in `trusted` may speak for others: by the rightmost address in
     X-Forwarded-For that is not a trusted proxy itself, or else by X-Real-IP. Whoever
     comes through a proxy is no local program.
     """
-    said = request.headers.get("x-forwarded-for", request.headers.get("x-real-ip"))
+    said = headers.get("x-forwarded-for", headers.get("x-real-ip"))
     if said is None:
-        return request.peer, request.peer.startswith("127.") or request.peer == "::1"
-    peer = plain_address(request.peer)
+        return address, address.startswith("127.") or address == "::1"
+    peer = plain_address(address)
     if not any(peer in network for network in trusted):
-        return request.peer, peer.is_loopback
+        return address, peer.is_loopback
     client = peer
     for hop in reversed(said.split(",")):
         try:
@@ -2100,20 +2344,22 @@ def show_openapi(api):
     return Answer(200, openapi())
 
 
-class Route(namedtuple("Route", "method path handler parameters summary changes limit scaling key limited also",
-                      defaults=[(), "change_timeout_seconds", (), True, True, ""])):
+class Route(namedtuple("Route", "method path handler parameters summary changes limit scaling key limited also shared",
+                      defaults=[(), "change_timeout_seconds", (), True, True, "", False])):
     """One endpoint.
 
     `changes` names the parameters whose containers it changes, `limit` the setting of its
     time, `scaling` its metrics labels (resource, action); `key` and `limited` say whether
-    a key is needed and the rate is limited, and `also` is its other path.
+    a key is needed and the rate is limited, `also` is its other path, and `shared` says that
+    all who ask the same at the same time share one answer, for it costs much.
     """
 
 
-LONG = "long_change_timeout_seconds"
+LONG_LIMIT = "long_change_timeout_seconds"
 ROUTES = (
-    Route("GET", "/health/check", check_health, (), "Whether Proxmox's commands work.", key=False),
-    Route("GET", "/metrics", show_metrics, (), "Metrics for Prometheus.", key=False, limited=False),
+    Route("GET", "/health/check", check_health, (), "Whether Proxmox's commands work.", key=False, shared=True),
+    Route("GET", "/metrics", show_metrics, (), "Metrics for Prometheus.", key=False, limited=False,
+          shared=True),
     Route("GET", "/routes", list_routes, (), "This list."),
     Route("GET", "/openapi.json", show_openapi, (), "This API's description in OpenAPI 3.1."),
     Route("POST", "/scale/cores", set_cores, (VM_ID, CORES), "Set a container's number of CPU cores.",
@@ -2123,25 +2369,27 @@ ROUTES = (
     Route("POST", "/scale/storage/increase", grow_storage, (VM_ID, DISK_SIZE), "Grow a container's root disk by so many GB.",
           changes=("vm_id",), scaling=("storage", "increase")),
     Route("POST", "/snapshot/create", create_snapshot, (VM_ID, SNAPSHOT_NAME), "Take a snapshot of a container.",
-          changes=("vm_id",), limit=LONG),
+          changes=("vm_id",), limit=LONG_LIMIT),
     Route("GET", "/snapshot/list", list_snapshots, (VM_ID,), "List a container's snapshots, oldest first."),
     Route("DELETE", "/snapshot/delete", delete_snapshot, (VM_ID, SNAPSHOT_NAME), "Delete a snapshot of a container.",
-          changes=("vm_id",), limit=LONG),
+          changes=("vm_id",), limit=LONG_LIMIT),
     Route("POST", "/snapshot/rollback", roll_back, (VM_ID, SNAPSHOT_NAME), "Roll a container back to a snapshot.",
-          changes=("vm_id",), limit=LONG),
+          changes=("vm_id",), limit=LONG_LIMIT),
     Route("POST", "/clone/create", create_clone, (VM_ID, NEW_VM_ID, NEW_VM_NAME, START), "Clone a container, running or not.",
-          changes=("vm_id", "new_vm_id"), limit=LONG),
+          changes=("vm_id", "new_vm_id"), limit=LONG_LIMIT),
     Route("DELETE", "/clone/delete", delete_clone, (VM_ID,), "Destroy a container, running or not.",
-          changes=("vm_id",), limit=LONG),
-    Route("GET", "/resource/vm/list", list_containers, (), "All containers, in a cluster of all nodes.", also="/resource/lxc/list"),
+          changes=("vm_id",), limit=LONG_LIMIT),
+    Route("GET", "/resource/vm/list", list_containers, (), "All containers, in a cluster of all nodes.",
+          also="/resource/lxc/list", shared=True),
     Route("GET", "/resource/vm/status", show_status, (VM_ID,), "A container's state and what it uses.",
-          also="/resource/lxc/status"),
+          also="/resource/lxc/status", shared=True),
     Route("GET", "/resource/vm/config", show_config, (VM_ID,), "A container's allotment, and the limits for scaling it.",
           also="/resource/lxc/config"),
-    Route("GET", "/resource/node/status", show_node, (NODE_NAME,), "A node's load, memory and disk."),
-    Route("GET", "/resource/cluster/status", show_cluster, (), "The cluster's nodes and quorum."),
+    Route("GET", "/resource/node/status", show_node, (NODE_NAME,), "A node's load, memory and disk.", shared=True),
+    Route("GET", "/resource/cluster/status", show_cluster, (), "The cluster's nodes and quorum.", shared=True),
 )
 PATHS = {path: route for route in ROUTES for path in (route.path, route.also) if path}
+CLIENT_LEFT = 499           # in log and metrics, as nginx has it: there was nobody to answer
 REASONS = {400: "refused", 404: "not_found", 409: "conflict", 503: "unavailable"}
 
 
@@ -2219,8 +2467,8 @@ def describe_parameter(parameter):
 class Api:
     """Request -> Answer; the one place where a Problem becomes an Answer."""
 
-    def __init__(self, config, host, operations, metrics):
-        self.host, self.operations, self.metrics = host, operations, metrics
+    def __init__(self, config, host, operations, metrics, workers=None):
+        self.host, self.operations, self.metrics, self.flights = host, operations, metrics, Flights(workers)
         self.limiter = self.bounds = None
         self.in_progress = lambda: 1            # the server says how many, once there is one
         self.configure(config)
@@ -2235,18 +2483,21 @@ class Api:
         self.digests = [digest(key.encode()) for key in config.keys]
 
     def answer(self, request):
+        """-> the Answer, or None if the client has left before there was one."""
         started, headers = time.perf_counter(), {}
         route = PATHS.get(request.path)
         try:
             answer = self.dispatch(request, route, headers)
         except Problem as problem:
             answer = problem.answer()
+        except Gone:
+            answer = None
         except Exception as error:
             log.exception("internal error in %s %s", request.method, loggable_path(request.path))
             answer = internal_error(error).answer()
-        answer.headers.update(headers)
-        self.count(request.method, route, answer.status, time.perf_counter() - started)
-        return answer
+        status = answer.status if answer else CLIENT_LEFT
+        self.count(request.method, route, status, time.perf_counter() - started)
+        return answer.with_headers(headers) if headers and answer else answer
 
     def count(self, method, route, status, seconds):
         method = method if method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS") else "other"
@@ -2274,18 +2525,18 @@ class Api:
                                "from a JSON body")
         else:
             values = parse_parameters(route.parameters, read_object(request))
-        if not route.changes:
+        if route.changes:
+            return self.change(request, route, values)
+        if not route.shared:
             return route.handler(self, **values)
-        return self.change(request, route, values)
-
-    def client(self, request):
-        return client_of(request, self.config.server.trusted_proxies)
+        question = (route.path, *values.values())
+        return request.client.wait(self.flights.join(question, lambda: route.handler(self, **values)))
 
     def limit(self, request, headers):
-        limiter, (client, exempt) = self.limiter, self.client(request)
-        if exempt or not limiter:
+        limiter, client = self.limiter, request.client
+        if client.local or not limiter:
             return
-        admitted, remaining, wait = limiter.admit(client)
+        admitted, remaining, wait = limiter.admit(client.address)
         headers.update({"X-RateLimit-Limit": str(limiter.limit), "X-RateLimit-Remaining": str(remaining),
                         "X-RateLimit-Reset": str(math.ceil(time.time() + wait))})
         if not admitted:
@@ -2334,10 +2585,10 @@ class Api:
         """Run a handler that changes containers, in their turn."""
         self.guard(route, values)
         shown = " ".join(f"{name}={value}" for name, value in values.items())
-        client, _ = self.client(request)
+        client = request.client.address
         vm_id, seconds = values["vm_id"], getattr(self.config.proxmox, route.limit)
         operation = Operation(f"{route.method} {route.path} {shown}", client, vm_id,
-                              lambda problem: self.count_scaling(route, vm_id, problem))
+                              lambda problem: self.count_scaling(route, vm_id, problem), route.limit == LONG_LIMIT)
         return self.operations.run(operation, {values[name] for name in route.changes}, seconds,
                                    lambda: route.handler(self, **values))
 
@@ -2385,10 +2636,6 @@ COMMON_HEADERS = f"Server: lxc_autoscale_api/{VERSION}\r\nCache-Control: no-stor
 def timeval(seconds):
     """Seconds -> the struct that SO_RCVTIMEO and SO_SNDTIMEO take."""
     return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
-
-
-class Gone(Exception):
-    """The client has left, or was shown the door."""
 
 
 def parse_request_line(line):
@@ -2439,8 +2686,8 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self):
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(REQUEST_SECONDS))
-        address = self.client_address[0]
-        self.peer = str(plain_address(address)) if ":" in address else address
+        self.client = self.server.clients.get(self.request) or Client(self.request, "-")
+        self.peer = self.client.address
         self.buffer, self.unread, self.continues, self.linger = bytearray(), 0, False, False
         self.patience, self.fresh, self.minor = None, True, 1
         self.deadline = time.monotonic() + REQUEST_SECONDS
@@ -2456,15 +2703,20 @@ class Handler(BaseHTTPRequestHandler):
             return self.respond(problem.answer(), "-", "-", 0)
         except (Gone, OSError):
             return None
-        if not self.server.begin(self.request):
+        speaks_for = client_of(request.headers, self.peer, self.server.api.config.server.trusted_proxies)
+        if not self.server.begin(self.client, *speaks_for):
             return self.respond(busy("The daemon is stopping, or this connection has lost its place; nothing was done", 1)
                                 .answer(), request.method, request.path, 0)
         started = time.perf_counter()
         answer = self.server.api.answer(request)
+        if answer is None:
+            self.note(request.method, request.path, CLIENT_LEFT, 0, started)
+            return self.server.end(self.client)
         self.close_connection = (self.server.stopping or self.wants_close(request) or not self.can_drain()
                                  or answer.status in (408, 411))       # where its body ends is not known
-        self.respond(answer, request.method, request.path, started, self.server.api.client(request)[0])
-        self.server.end(self.request)
+        self.client.waited_for = time.monotonic()       # to take the answer
+        self.respond(answer, request.method, request.path, started)
+        self.server.end(self.client)
         if not self.close_connection:
             self.drain()
         return None
@@ -2483,7 +2735,7 @@ class Handler(BaseHTTPRequestHandler):
         del self.buffer[:end + 4]
         length = int(headers["content-length"]) if "content-length" in headers else None
         self.unread, self.continues = length or 0, "expect" in headers and self.minor == 1
-        return Request(method, path, query, headers, self.peer, length, self.read_body)
+        return Request(method, path, query, headers, length, self.read_body, self.client)
 
     def read_until(self, marker, limit, problem):
         """-> where `marker` begins in the buffer; `problem` if it is not among the first `limit` bytes."""
@@ -2535,6 +2787,7 @@ class Handler(BaseHTTPRequestHandler):
         self.fresh = False
 
     def read_body(self):
+        before, self.client.waited_for = self.client.waited_for, time.monotonic()
         try:
             if self.continues:
                 self.continues = False
@@ -2543,6 +2796,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.receive()
         except (Gone, OSError):
             raise Problem(400, "The connection ended before the body did") from None
+        finally:
+            self.client.waited_for = before
         body = bytes(self.buffer[:self.unread])
         del self.buffer[:self.unread]
         self.unread = 0
@@ -2561,9 +2816,9 @@ class Handler(BaseHTTPRequestHandler):
         except Problem:
             self.close_connection = True
 
-    def respond(self, answer, method, path, started, client=None):
-        """Send an answer in one write, and log the request."""
-        body = answer.body.encode()
+    def respond(self, answer, method, path, started):
+        """Send an answer, in one write if it is not large, and log the request."""
+        body = answer.body
         headers = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
         if answer.status != 204:
             headers += f"Content-Type: {answer.content_type}\r\nContent-Length: {len(body)}\r\n"
@@ -2572,14 +2827,21 @@ class Handler(BaseHTTPRequestHandler):
         elif self.minor == 0:
             headers += "Connection: keep-alive\r\n"
         head = f"{STATUS_LINES[answer.status]}Date: {http_date(int(time.time()))}\r\n{COMMON_HEADERS}{headers}\r\n"
-        sent = b"" if method == "HEAD" else body
+        head, sent = head.encode("latin-1"), b"" if method == "HEAD" else body
         try:
-            self.send(head.encode("latin-1") + sent)
+            if len(sent) > LARGE:           # its bytes are shared, and not copied for each client
+                self.send(head)
+                self.send(sent)
+            else:
+                self.send(head + sent)
         except OSError:
             self.close_connection = True
+        self.note(method, path, answer.status, len(sent), started)
+
+    def note(self, method, path, status, size, started):
+        """Log a request."""
         milliseconds = (time.perf_counter() - started) * 1000 if started else 0
-        access_log.add(f"{client or self.peer} {method} {loggable_path(path)} {answer.status} {len(sent)} "
-                       f"{milliseconds:.1f} ms")
+        access_log.add(f"{self.client.address} {method} {loggable_path(path)} {status} {size} {milliseconds:.1f} ms")
 
     def send(self, data):
         """Send all; OSError if the client takes no byte for REQUEST_SECONDS, or not all in twice that."""
@@ -2612,12 +2874,12 @@ class Server(ThreadingHTTPServer):
     def __init__(self, config, api):
         server = config.server
         self.api, self.places = api, server.max_connections
-        api.in_progress = lambda: sum(since is None for since in list(self.connections.values()))
+        api.in_progress = lambda: sum(client.asking is not None for client in list(self.clients.values()))
         self.address_family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
         self.changed = threading.Condition()
-        self.connections = {}               # socket -> waiting for a request since; None: in work
+        self.clients = {}                   # {socket: Client}
         self.refused = deque()              # (until, socket): told to go, not yet closed
-        self.stopping = False
+        self.stopping, self.own_port, self.looked, self.complained = False, None, 0, -math.inf
         super().__init__((server.host, server.port), Handler)
 
     def server_bind(self):
@@ -2632,28 +2894,61 @@ class Server(ThreadingHTTPServer):
             raise
 
     def process_request(self, request, client_address):
+        address = client_address[0]
+        address = str(plain_address(address)) if ":" in address else address
         with self.changed:
-            if len(self.connections) >= self.places and not self.evict():
+            full = len(self.clients) >= self.places and client_address[1] != self.own_port
+            if full and not self.make_room(address):
                 return self.turn_away(request)
-            self.connections[request] = time.monotonic()
+            self.clients[request] = Client(request, address)
         return super().process_request(request, client_address)
 
-    def evict(self):
-        """Take the place of the connection that has waited longest without sending a whole request."""
-        waiting = [(since, each) for each, since in self.connections.items() if since is not None]
-        since, oldest = min(waiting, key=lambda pair: pair[0], default=(math.inf, None))
-        if time.monotonic() - since < YIELD_SECONDS:
+    def make_room(self, address):
+        """Take a place from the address that holds most -> whether there is one for a client from `address`.
+
+        If that is one of those which hold most, only a connection that was waited for some
+        time already gives way.
+        """
+        held = Counter(client.address for client in self.clients.values())
+        held[address] += 1
+        most = max(held.values())
+        greedy = [client for client in self.clients.values() if held[client.address] == most]
+        least = min(greedy, key=lambda client: client.waited_for or math.inf)
+        if held[address] == most and time.monotonic() - (least.waited_for or math.inf) < YIELD_SECONDS:
             return False
-        self.hang_up(oldest)
-        del self.connections[oldest]
+        if held[address] < most and time.monotonic() - self.complained > COMPLAINT_SECONDS:
+            self.complained = time.monotonic()
+            log.warning("%s holds %d of %d connections; one of them gives way to %s", least.address, most,
+                        self.places, address)
+        self.dismiss(least)
         return True
 
-    def hang_up(self, connection):
-        """Wake a connection's thread: it reads an end. What it is answering still goes out."""
+    def dismiss(self, client):
+        """Take a client's place; one that waits for an answer is not waited for any more."""
+        self.hang_up(client)
+        self.clients.pop(client.sock, None)
+        client.leave()
+
+    def hang_up(self, client):
+        """Wake a connection's thread: it reads an end. What is sent to one that asks for nothing still goes out."""
         try:
-            connection.shutdown(socket.SHUT_RD)
+            client.sock.shutdown(socket.SHUT_RDWR if client.asking else socket.SHUT_RD)
         except OSError:
             pass
+
+    def notice_departures(self):
+        """Give back the places of those who have left while their request waits."""
+        late = time.monotonic() - LOOK_SECONDS
+        waiting = {client.sock.fileno(): client for client in list(self.clients.values())
+                   if client.asking and client.asking < late}
+        poll = select.poll()
+        for number in waiting:
+            if number >= 0:                 # else it has just been closed
+                poll.register(number, select.POLLRDHUP)
+        for number, _ in poll.poll(0):
+            with self.changed:
+                if waiting[number].waited_for is None:
+                    self.dismiss(waiting[number])
 
     def turn_away(self, request):
         """Tell one too many, without a thread; it is closed when it had time to read."""
@@ -2669,30 +2964,35 @@ class Server(ThreadingHTTPServer):
             self.close_refused(math.inf)
 
     def service_actions(self):
-        if self.refused:
-            self.close_refused(time.monotonic())
+        now = time.monotonic()
+        if now - self.looked > LOOK_SECONDS:
+            self.looked = now
+            self.close_refused(now)
+            self.notice_departures()
 
     def close_refused(self, now):
         while self.refused and self.refused[0][0] <= now:
             self.refused.popleft()[1].close()
 
-    def begin(self, connection):
-        """A whole request has come -> whether it may be answered."""
+    def begin(self, client, address, local):
+        """A whole request has come from a client, which speaks for an address -> whether it may be answered."""
         with self.changed:
-            if self.stopping or connection not in self.connections:
+            if self.stopping or client.sock not in self.clients:
                 return False
-            self.connections[connection] = None
+            client.address, client.local = address, local
+            client.waited_for, client.asking = None, time.monotonic()
             return True
 
-    def end(self, connection):
+    def end(self, client):
+        """The answer has gone out."""
         with self.changed:
-            self.connections[connection] = time.monotonic()
+            client.waited_for, client.asking = time.monotonic(), None
             if self.stopping:
                 self.changed.notify_all()
 
     def shutdown_request(self, request):
         with self.changed:
-            self.connections.pop(request, None)
+            self.clients.pop(request, None)
         super().shutdown_request(request)
 
     def handle_error(self, request, client_address):
@@ -2703,9 +3003,13 @@ class Server(ThreadingHTTPServer):
         host, port = self.server_address[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         try:
-            with socket.create_connection((host, port), REQUEST_SECONDS) as sock:
+            with socket.socket(self.address_family) as sock:
+                sock.settimeout(REQUEST_SECONDS)
+                sock.bind((host, 0))
+                self.own_port = sock.getsockname()[1]       # it is let in even if all places are taken
+                sock.connect((host, port))
                 sock.sendall(b"OPTIONS /health/check HTTP/1.0\r\n\r\n")
-                return sock.recv(9).startswith(b"HTTP/1.1")
+                return sock.recv(12) == b"HTTP/1.1 204"
         except OSError:
             return False
 
@@ -2713,17 +3017,20 @@ class Server(ThreadingHTTPServer):
         """Refuse new connections, and hang up on those that have not sent a whole request."""
         with self.changed:
             self.stopping = True
-            for connection, since in self.connections.items():
-                if since is not None:
-                    self.hang_up(connection)
-        self.hang_up(self.socket)           # on Linux this ends a listening socket at once
+            for client in self.clients.values():
+                if not client.asking:
+                    self.hang_up(client)
+        try:
+            self.socket.shutdown(socket.SHUT_RD)        # on Linux this ends a listening socket at once
+        except OSError:
+            pass
         self.shutdown()
         self.server_close()
 
     def wait_for_answers(self, seconds):
         """-> whether all requests in work were answered within so many seconds."""
         with self.changed:
-            return self.changed.wait_for(lambda: None not in self.connections.values(), seconds)
+            return self.changed.wait_for(lambda: not any(client.asking for client in self.clients.values()), seconds)
 
 
 TOO_MANY_BODY = '{"status": "error", "error": "Too many connections; try again later"}\n'
@@ -2868,9 +3175,10 @@ def build(config):
     """Settings -> a Server that listens."""
     metrics = Metrics()
     settings = config.proxmox
-    commands = Commands(settings.max_commands, settings.read_timeout_seconds, settings.pve_dir, metrics)
-    host = Proxmox(commands, settings.pve_dir, settings.cgroup_dir, settings.cluster)
-    return Server(config, Api(config, host, Operations(host), metrics))
+    workers = Workers()
+    commands = Commands(settings.max_commands, settings.read_timeout_seconds, workers, metrics)
+    host = Proxmox(commands, Files(workers), settings.pve_dir, settings.cgroup_dir, settings.cluster)
+    return Server(config, Api(config, host, Operations(host), metrics, workers))
 
 
 def catch_signals(*numbers):
@@ -2925,24 +3233,34 @@ def reload(server, path):
     notify("READY=1")
 
 
+def warn_of_forgotten_snapshots(host):
+    try:
+        for command in host.forgotten_snapshots():
+            log.warning("a temporary snapshot was left by an earlier stop; once no clone runs, remove it with: %s", command)
+    except Problem as problem:
+        log.warning("not looked for snapshots that an earlier stop left: %s", problem.error)
+
+
+def feed_watchdog(server, seconds, stopping):
+    """Tell systemd that the daemon is alive as long as it answers itself; not if it does not ask (None)."""
+    while seconds and not stopping.wait(seconds):
+        if server.answers():
+            notify("WATCHDOG=1")
+
+
 def serve(server, signals, config_path):
     """Answer until a signal; then let requests in work finish, and leave what still runs alone."""
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     log.info("lxc_autoscale_api %s listens on %s port %d", VERSION, *server.server_address[:2])
     notify("READY=1")
-    for command in server.api.host.forgotten_snapshots():
-        log.warning("a temporary snapshot was left by an earlier stop; once no clone runs, remove it with: %s", command)
-    signals.settimeout(watchdog_seconds())
-    while True:
-        try:
-            number = signals.recv(1)[0]
-        except socket.timeout:
-            if server.answers():
-                notify("WATCHDOG=1")
-            continue
-        if number != signal.SIGHUP:
-            break
+    threading.Thread(target=warn_of_forgotten_snapshots, args=(server.api.host,), daemon=True).start()
+    stopping = threading.Event()
+    threading.Thread(target=feed_watchdog, args=(server, watchdog_seconds(), stopping), daemon=True).start()
+    number = signals.recv(1)[0]
+    while number == signal.SIGHUP:
         reload(server, config_path)
+        number = signals.recv(1)[0]
+    stopping.set()
     notify("STOPPING=1")
     log.info("stopping on %s", signal_name(number))
     server.stop_listening()
