@@ -68,6 +68,7 @@ MAX_CLIENTS = 5000          # addresses that the rate limiter remembers
 MAX_LINES = 10000           # lines of a log that wait for its disk
 MAX_FLIGHTS = 256           # questions that are being answered at once
 MAX_HUNG = 16               # reads that hang; while there are so many, no further one is begun
+MAX_SENDING = 32            # large answers that are on their way at once
 MAX_SESSIONS = 8            # commands at once on another node: its sshd takes 10 on a connection (MaxSessions)
 
 REQUEST_SECONDS = 10        # for a whole request to arrive, and for an answer to leave
@@ -2830,8 +2831,9 @@ class Handler(BaseHTTPRequestHandler):
         head, sent = head.encode("latin-1"), b"" if method == "HEAD" else body
         try:
             if len(sent) > LARGE:           # its bytes are shared, and not copied for each client
-                self.send(head)
-                self.send(sent)
+                with self.server.large_answer(self.client):
+                    self.send(head)
+                    self.send(sent)
             else:
                 self.send(head + sent)
         except OSError:
@@ -2878,6 +2880,7 @@ class Server(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
         self.changed = threading.Condition()
         self.clients = {}                   # {socket: Client}
+        self.sending = deque()              # the Clients to which large answers are on their way
         self.refused = deque()              # (until, socket): told to go, not yet closed
         self.stopping, self.own_port, self.looked, self.complained = False, None, 0, -math.inf
         super().__init__((server.host, server.port), Handler)
@@ -2935,6 +2938,20 @@ class Server(ThreadingHTTPServer):
             client.sock.shutdown(socket.SHUT_RDWR if client.asking else socket.SHUT_RD)
         except OSError:
             pass
+
+    @contextmanager
+    def large_answer(self, client):
+        """Send a large answer: of more than MAX_SENDING, the one that has been on its way longest gives way."""
+        with self.changed:
+            self.sending.append(client)
+            if len(self.sending) > MAX_SENDING:
+                self.dismiss(self.sending.popleft())
+        try:
+            yield
+        finally:
+            with self.changed:
+                if client in self.sending:
+                    self.sending.remove(client)
 
     def notice_departures(self):
         """Give back the places of those who have left while their request waits."""

@@ -784,6 +784,11 @@ ASKING = {"proxmox": {"cgroup_dir": "/nowhere"}}
 Reply = namedtuple("Reply", "status body headers")
 
 
+class Code(str):
+    """What stands in a patch as it is, and not as a string."""
+    __repr__ = str.__str__
+
+
 class Daemon:
     """The daemon as a process on a free port, and a client for it."""
 
@@ -799,8 +804,9 @@ class Daemon:
         self.stderr.seek(0)
         return self.stderr.read()
 
-    def connect(self, timeout=30):
-        return self.connection(("127.0.0.1", self.port), timeout)
+    def connect(self, timeout=30, source="127.0.0.1"):
+        """A connection from an address of this machine's loopback network."""
+        return self.connection(("127.0.0.1", self.port), timeout, (source, 0))
 
     def request(self, method, path, body=None, headers=None, key=KEY, timeout=60):
         headers = dict(headers or {})
@@ -2029,6 +2035,7 @@ def cpu_ticks(daemon):
 def test_the_shipped_deadlines_are_those_of_the_documentation():
     assert (module.REQUEST_SECONDS, module.IDLE_SECONDS, module.TURN_SECONDS, module.SLOT_SECONDS, module.PROBE_SECONDS, module.STOP_SECONDS) == (
         10, 30, 60, 30, 10, 30)
+    assert (module.FILE_SECONDS, module.KILL_SECONDS, module.REACH_SECONDS, module.YIELD_SECONDS) == (5, 1, 4, 1)
 
 
 def test_a_request_that_trickles_is_cut_off_at_its_deadline(launch):
@@ -2102,6 +2109,102 @@ def test_500_silent_or_slow_connections_do_not_delay_an_honest_request(launch):
     assert late == [200] * len(late) and late       # after half a second, the slow ones give way
     assert sorted(seconds for seconds, _, _ in times)[len(times) // 2] < 0.1
     wait_until(lambda: threads(api) < 5 and descriptors(api) < 20, 10)
+    for sock in slow:
+        sock.close()
+
+
+HEALTH = framed("GET /health/check HTTP/1.1", "Host: x")
+
+
+def test_one_address_that_holds_all_places_with_answered_requests_gives_way(launch):
+    api = launch(server={"max_connections": 8})
+    held = [api.connect(source="127.0.0.2") for _ in range(8)]
+    for _ in range(5):
+        for sock in held:
+            with contextlib.suppress(OSError):
+                sock.sendall(framed("OPTIONS /metrics HTTP/1.1", "Host: x"))
+        assert [api.get("/routes").status for _ in range(5)] == [200] * 5
+    warnings = re.findall(r"WARNING (.*)\n", api.log("error"))
+    assert warnings == ["127.0.0.2 holds 8 of 8 connections; one of them gives way to 127.0.0.1"]
+    for sock in held:
+        sock.close()
+
+
+def test_one_address_that_holds_all_places_with_work_gives_way_and_its_threads_end(launch, host):
+    host.faults(list={"pause": True})
+    api = launch(server={"max_connections": 8}, constants={"WORKER_SECONDS": 0.2})
+    held = [api.connect(source="127.0.0.2") for _ in range(8)]
+    for sock in held:
+        sock.sendall(HEALTH)
+    wait_until(lambda: "lxc_autoscale_api_requests_in_progress 8\n" in api.get("/metrics").body)
+    with contextlib.ExitStack() as honest:
+        others = [honest.enter_context(api.connect()) for _ in range(4)]
+        for sock in others:
+            sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
+            assert read_answer(sock).status == 200
+        wait_until(lambda: threads(api) <= 4 + 4 + 2)       # honest ones, those left, and the probe
+        host.go()
+        answered = [sock for sock in held if b" 200 OK" in sock.recv(100)]
+        assert len(answered) == 4
+    for sock in held:
+        sock.close()
+
+
+def test_a_client_behind_a_proxy_is_counted_by_its_own_address(launch):
+    api = launch(server={"max_connections": 4}, constants={"YIELD_SECONDS": 60})
+    held = [api.connect() for _ in range(3)]
+    for sock in held:
+        sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN, "X-Forwarded-For: 198.51.100.7"))
+        assert read_answer(sock).status == 200
+    with api.connect() as honest:
+        honest.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN, "X-Forwarded-For: 198.51.100.8"))
+        assert read_answer(honest).status == 200
+        assert api.get("/routes").status == 200
+        honest.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
+        assert read_answer(honest).status == 200, "who holds little keeps it"
+    assert re.findall(r"WARNING (.*)\n", api.log("error")) == ["198.51.100.7 holds 3 of 4 connections; one of them gives way to 127.0.0.1"]
+    for sock in held:
+        sock.close()
+
+
+def test_who_leaves_while_a_request_waits_gives_the_place_back(launch, host):
+    host.faults(list={"pause": True})
+    api = launch(server={"max_connections": 4}, constants={"LOOK_SECONDS": 0.05})
+    for _ in range(3):
+        gone = [api.connect() for _ in range(3)]
+        for sock in gone:
+            sock.sendall(HEALTH)
+        wait_until(lambda: "lxc_autoscale_api_requests_in_progress 4\n" in api.get("/metrics").body)
+        for sock in gone:
+            sock.close()
+        wait_until(lambda: "lxc_autoscale_api_requests_in_progress 1\n" in api.get("/metrics").body)
+    host.go()
+    wait_until(lambda: api.log("access").count(" 127.0.0.1 GET /health/check 499 0 ") == 9)
+    assert host.calls() == ["pct list"] and api.get("/health/check").status == 200
+
+
+def test_slow_readers_of_a_large_answer_share_its_bytes(launch):
+    api = launch(constants={"Metrics.render": Code("lambda *_: daemon.time.sleep(0.3) or 8000000 * 'x'")})
+    before = resident_kb(api)
+    slow = [api.connect() for _ in range(20)]
+    for sock in slow:
+        sock.sendall(framed("GET /metrics HTTP/1.1", "Host: x"))
+    assert len(api.get("/metrics").body) == 8000000
+    assert resident_kb(api) - before < 50000        # of 160,000
+    for sock in slow:
+        sock.close()
+
+
+def test_of_many_slow_readers_of_large_answers_the_oldest_gives_way(launch):
+    api = launch(constants={"Metrics.render": Code("lambda *_: 8000000 * 'x'"), "MAX_SENDING": 3})
+    slow = []
+    for _ in range(5):
+        slow.append(api.connect())
+        slow[-1].sendall(framed("GET /metrics HTTP/1.1", "Host: x"))
+        assert slow[-1].recv(10) == b"HTTP/1.1 2"
+    assert api.get("/routes").status == 200
+    whole = [len(read_all(sock)) > 8000000 for sock in slow if not sock.shutdown(socket.SHUT_WR)]
+    assert whole == [False, False, True, True, True]
     for sock in slow:
         sock.close()
 
@@ -2211,6 +2314,126 @@ def test_without_descriptors_left_it_waits_and_recovers(host, launch):
     assert reply.status in (200, 503)
     resource.prlimit(api.process.pid, resource.RLIMIT_NOFILE, (1024, 4096))
     assert api.get("/resource/vm/status?vm_id=104").status == 200
+
+
+HANGING = "Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster"
+
+
+def test_a_file_of_proxmox_that_hangs_is_503_and_all_else_works(launch, host):
+    os.mkfifo(host.path(110))                       # whoever reads it waits for a writer
+    api = launch(proxmox={"read_timeout_seconds": 1}, constants={"FILE_SECONDS": 0.3, "MAX_HUNG": 5, "WORKER_SECONDS": 0.2})
+    for path in ("/resource/vm/config?vm_id=110", "/resource/vm/list", "/metrics"):
+        started = time.monotonic()
+        reply = api.get(path)
+        assert (reply.status, reply.body, reply.headers["Retry-After"]) == (503, error(HANGING), "30")
+        assert 0.2 < time.monotonic() - started < 1.5
+    for path in ("/resource/vm/config?vm_id=104", "/resource/vm/status?vm_id=104", "/routes"):
+        assert api.get(path).status == 200
+    health = api.get("/health/check")               # pct list reads that file, too
+    assert (health.status, health.body["checks"]["lxc_commands"]) == (503, {
+        "ok": False, "detail": "pct list did not finish in 1 s and was ended; it changes nothing"})
+    assert api.post("/scale/cores", {"vm_id": 106, "cores": 4}).status == 200
+    assert api.get("/resource/vm/config?vm_id=110").status == 503
+    started = time.monotonic()                      # five hang: the start's look for snapshots, and these four
+    assert api.get("/resource/vm/config?vm_id=104").body == error(HANGING) and time.monotonic() - started < 0.2
+    os.close(os.open(host.path(110), os.O_WRONLY))
+    wait_until(lambda: api.get("/resource/vm/config?vm_id=104").status == 200)
+    host.path(110).unlink()
+    assert [row["vm_id"] for row in api.get("/resource/vm/list").body["data"]] == [104, 106]
+    wait_until(lambda: threads(api) == 0)
+
+
+def test_a_daemon_whose_host_hangs_stops_all_the_same(launch, host):
+    os.mkfifo(host.path(110))
+    api = launch(constants={"FILE_SECONDS": 0.3})
+    assert api.get("/metrics").status == 503
+    started = time.monotonic()
+    assert api.stop() == 0 and time.monotonic() - started < 2
+
+
+def test_a_container_s_disk_that_does_not_answer_is_null(launch, host):
+    api = launch(constants={"FILE_SECONDS": 0.3, "used_bytes": Code("lambda path: daemon.time.sleep(5)")})
+    (host.cgroup / "lxc/104/ns/init.scope/cgroup.procs").write_text(f"{os.getpid()}\n")
+    reply = api.get("/resource/vm/status?vm_id=104")
+    assert (reply.status, reply.body["data"]["disk_used"], reply.body["data"]["memory_used"]) == (200, None, 500)
+
+
+def test_what_cannot_be_read_is_not_taken_for_what_is_not_there(launch, host):
+    import resource
+    api = launch(constants={"KEEP": 0})
+    with api.connect() as sock:
+        sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
+        assert read_answer(sock).status == 200
+        resource.prlimit(api.process.pid, resource.RLIMIT_NOFILE, (descriptors(api), 4096))
+        for line, body in (("GET /resource/vm/list", ""), ("GET /resource/vm/config?vm_id=104", ""), ("GET /snapshot/list?vm_id=104", ""),
+                           ("POST /scale/cores", '{"vm_id": 104, "cores": 4}')):
+            sock.sendall(framed(f"{line} HTTP/1.1", "Host: x", LOGIN, JSON_KIND, f"Content-Length: {len(body)}", body=body))
+            reply = read_answer(sock)
+            assert reply.status == 503 and re.fullmatch(r"\S+ cannot be read: Too many open files", reply.body["error"]), (line, reply)
+        resource.prlimit(api.process.pid, resource.RLIMIT_NOFILE, (1024, 4096))
+    assert host.calls() == [] and len(api.get("/resource/vm/list").body["data"]) == 2
+
+
+def test_a_cluster_file_system_that_is_not_mounted_is_503(api, host):
+    away = host.pve.rename(host.root / "away")
+    host.pve.mkdir()
+    says = f"Proxmox's cluster file system is not mounted at {host.pve}; see: systemctl status pve-cluster"
+    for path in ("/resource/vm/list", "/resource/vm/config?vm_id=104", "/resource/vm/status?vm_id=104", "/snapshot/list?vm_id=104", "/metrics"):
+        reply = api.get(path)
+        assert (reply.status, reply.body, reply.headers["Retry-After"]) == (503, error(says), "30")
+    assert api.post("/scale/cores", {"vm_id": 104, "cores": 4}).body == error(says)
+    host.pve.rmdir()
+    away.rename(host.pve)
+    assert api.get("/resource/vm/list").status == 200 and host.calls() == []
+
+
+UNKILLABLE = {"os.killpg": Code("lambda *_: None"), "KILL_SECONDS": 0.2}     # as one that hangs in the kernel is
+
+
+def test_a_probe_that_cannot_be_killed_is_unhealthy_and_nobody_waits_behind_it(launch, host):
+    host.faults(list={"pause": True})
+    api = launch(proxmox={"read_timeout_seconds": 1}, constants={**UNKILLABLE, "PROBE_SECONDS": 0.1})
+    for longest in (2, 0.5):
+        started = time.monotonic()
+        reply = api.get("/health/check")
+        assert (reply.status, reply.body["checks"]["lxc_commands"]) == (503, {"ok": False, "detail": (
+            f"pct list hangs and cannot be ended (process {host.rows()[0]['pid']}); it changes nothing. "
+            "The storage or /etc/pve behind it does not answer")})
+        assert time.monotonic() - started < longest
+        wait_until(lambda: time.monotonic() - started > 0.2)
+    assert host.calls() == ["pct list"] and api.post("/scale/cores", {"vm_id": 106, "cores": 4}).status == 200
+    host.go()
+    wait_until(lambda: api.get("/health/check").status == 200)
+
+
+def test_the_place_of_a_command_that_cannot_be_killed_is_free_when_it_has_gone(launch, host):
+    host.faults(status={"pause": True})
+    api = launch(proxmox={"read_timeout_seconds": 1, "max_commands": 1, "cgroup_dir": "/nowhere"}, constants={**UNKILLABLE, "SLOT_SECONDS": 0.3})
+    reply = api.get("/resource/vm/status?vm_id=104")
+    assert (reply.status, reply.body) == (504, error(
+        f"pct status 104 hangs and cannot be ended (process {host.rows()[0]['pid']}); it changes nothing. "
+        "The storage or /etc/pve behind it does not answer"))
+    assert api.get("/resource/vm/status?vm_id=106").body == error("Too many commands run on this host; nothing was done, try again later")
+    host.go()
+    wait_until(lambda: api.get("/resource/vm/status?vm_id=106").status == 200)
+    assert "ran pct status 104 --verbose: it cannot be ended in " in api.log()
+
+
+def test_long_changes_leave_places_to_others_and_health_needs_none(launch, host):
+    for vm_id in range(110, 115):
+        host.add(vm_id)
+    host.faults(clone={"delay": True})
+    api = launch(proxmox={"max_commands": 4}, constants={"PROBE_SECONDS": 0, "SLOT_SECONDS": 5})
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        clones = [pool.submit(api.post, "/clone/create", {"vm_id": vm_id, "new_vm_id": vm_id + 100, "new_vm_name": "x"}) for vm_id in range(110, 115)]
+        wait_until(lambda: len([call for call in host.calls() if " clone " in call]) == 3)
+        wait_until(lambda: "lxc_autoscale_api_commands_waiting 2\n" in api.get("/metrics").body)
+        started = time.monotonic()
+        assert api.post("/scale/cores", {"vm_id": 106, "cores": 4}).status == 200
+        assert api.get("/health/check").status == 200
+        assert time.monotonic() - started < 2
+        host.go()
+        assert [each.result().status for each in clones] == [200] * 5
 
 
 def test_a_read_that_hangs_is_killed_with_its_group(launch, host):
@@ -3369,11 +3592,6 @@ def test_an_abstract_socket_is_spoken_to_and_a_missing_one_is_no_matter(launch):
     assert launch(env={"NOTIFY_SOCKET": "/nowhere/notify"}).get("/routes").status == 200
 
 
-class Code(str):
-    """What stands in a patch as it is, and not as a string."""
-    __repr__ = str.__str__
-
-
 def test_the_watchdog_is_fed_only_while_the_daemon_answers(launch, manager):
     env = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "300000"}
     api = launch(env=env)
@@ -3388,6 +3606,38 @@ def test_the_watchdog_is_fed_only_while_the_daemon_answers(launch, manager):
         manager.recv(1000)
     stuck.process.kill()
     stuck.stop()
+
+
+def test_an_error_or_a_refusal_does_not_feed_the_watchdog(launch, manager):
+    api = launch(env={"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "300000"}, constants={"Api.dispatch": Code("lambda *_: 1 / 0")})
+    assert manager.recv(1000) == b"READY=1"
+    wait_until(lambda: api.log("error").count("internal error in OPTIONS /health/check") >= 3)
+    manager.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        manager.recv(1000)
+
+
+def test_the_watchdog_is_fed_while_all_places_are_taken(launch, host, manager):
+    host.faults(list={"pause": True})
+    api = launch(env={"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "300000"}, server={"max_connections": 2})
+    held = [api.connect(source=f"127.0.0.{number}") for number in (2, 3)]
+    for sock in held:
+        sock.sendall(HEALTH)
+    wait_until(lambda: statuses(api.raw(b""))[0] == [503])       # nobody holds more than others
+    assert [manager.recv(1000) for _ in range(4)] == [b"READY=1"] + [b"WATCHDOG=1"] * 3
+    host.go()
+    for sock in held:
+        assert read_answer(sock).status == 200
+        sock.close()
+
+
+def test_reloads_do_not_starve_the_watchdog(launch, manager):
+    api = launch(env={"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "900000"})
+    fed = []
+    while fed.count(b"WATCHDOG=1") < 2:             # before 300 ms without a reload
+        api.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: fed.append(manager.recv(1000)) or fed[-1] == b"READY=1")
+        assert len(fed) < 10000
 
 
 def test_a_reload_takes_over_keys_limits_rails_and_logs_and_closes_nothing(launch, host):
