@@ -829,60 +829,270 @@ PCT_PARAMETERS = {                          # pct's name -> ours, and its rule w
     "hostname": ("new_vm_name", "Proxmox takes a DNS name: labels of letters, digits and inner hyphens, joined by dots"),
     "snapname": ("snapshot_name", "Proxmox takes 2 to 40 characters: a letter, then letters, digits, _ and -"),
 }
-FAILURES = [                                # (what pct or pvesh says, status, what the client is told)
-    (r"Configuration file 'nodes/([^/']+)/lxc/(\d+)\.conf' does not exist", 404, r"VM \2 does not exist on node '\1'"),
-    (r"snapshot '([^']*)' does not exist", 404, r"Snapshot '\1' does not exist"),
-    (r"hostname lookup '([^']*)' failed", 404, r"Node '\1' does not exist"),
-    (r"no such cluster node '([^']*)'", 404, r"Node '\1' does not exist"),
-    (r"unable to use snapshot name '([^']*)' \(reserved name\)", 400, r"Invalid snapshot_name: Proxmox reserves the name '\1'"),
-    (r"CT is locked \(([\w-]+)\)", 409, r"The container is locked by Proxmox (\1); try again when that has ended"),
-    (r"can't lock file '[^']*'(?: - got timeout)?", 409, "Another Proxmox command holds the container; try again when it has ended"),
-    (r"snapshot name '([^']*)' already used", 409, r"Snapshot '\1' exists already"),
-    (r"(?:CT|VM) (\d+) already exists", 409, r"The id \1 is taken"),
-    (r"CT (\d+) (?:is )?(not|already) running", 409, r"VM \1 is \2 running"),
-    (r"unable to destroy CT (\d+) - container is running", 409, r"VM \1 is running"),
-    (r"protection mode enabled", 409, "The container is protected (protection: 1); lift that in Proxmox first"),
-    (r"snapshot feature is not available", 409, "The container's storage (or a bind mount) cannot take snapshots"),
-    (r"Full clone of a running container is only possible from a snapshot|"
-     r"Cannot do full clones on a running container without snapshots", 409,
-     "The container runs, and its storage can clone it from a snapshot only"),
-    (r"Linked clone feature for '([^']*)' is not available", 409, r"The volume '\1' cannot be cloned as a linked clone"),
-    (r"unable to shrink disk size", 409, "A disk cannot shrink"),
-    (r"disk is already at specified size", 409, "The disk has this size already"),
-    (r"(?:if it's|is) a template", 409, "The container is a template"),
-    (r"used in HA resources", 409, "The container is under Proxmox HA; remove it there first"),
-    (r"There is a replication job", 409, "The container is replicated; remove the replication job first"),
-    (r"cluster not ready - no quorum", 503, "The Proxmox cluster has no quorum, so nothing can be changed"),
-    (r"ipcc_send_rec\S* failed: Connection refused|Unable to load access control list", 503,
-     "Proxmox's cluster file system does not answer; see: systemctl status pve-cluster"),
-    (r"please run as root", 500, "The daemon must run as root"),
-]
+
+LASTING = "snapshot|snapshot-delete|rollback|create|destroyed"      # locks that outlive a lost task
+
+# What pct and pvesh say when they fail, as their sources write it, by what a client is told.
+# A pattern stands for the start of a line, with or without what PREFIX takes away; it may begin
+# with the name of the command, such as "resize: ". A long line must not cost more than its
+# length: no two parts of a pattern that follow each other may both take the same characters.
+FAILURES = {
+    (404, r"VM \2 does not exist on node '\1'"): [
+        r"Configuration file 'nodes/([^/']+)/lxc/(\d+)\.conf' does not exist"],
+    (404, r"Snapshot '\1' does not exist"): [r"snapshot '([^']*)' does not exist$"],
+    (404, r"Node '\1' does not exist"): [
+        r"hostname lookup '([^']*)' failed", r"no such cluster node '([^']*)'"],
+    (400, r"Invalid snapshot_name: Proxmox reserves the name '\1'"): [
+        r"unable to use snapshot name '([^']*)' \(reserved name\)"],
+    (400, "Invalid storage: a linked clone stays on its template's; ask for a full one"): [
+        r"parameter 'storage' not allowed for linked clones"],
+    # The cluster: /etc/pve is read-only without quorum, and gone without its daemon.
+    (503, "/etc/pve is read-only: the cluster has no quorum; see: pvecm status"): [
+        r"(?:unable|failed|clos)[^']*'/etc/pve/[^']*'[\w ]*[-:] (?:Permission denied|Read-only)",
+        r"failed to (?:remove|move) config file[^:]*: (?:Permission denied|Read-only)"],
+    (503, "Proxmox's cluster file system does not answer; see: systemctl status pve-cluster"): [
+        r"(?:unable|failed|clos)[^']*'/etc/pve/[^']*'[\w ]*[-:] ",
+        r"ipcc_send_rec\S* failed: ", r"Unable to load access control list",
+        r"pve cluster filesystem not online",
+        r"pve configuration filesystem \(pmxcfs\) not mounted"],
+    (503, "The Proxmox cluster has no quorum, so nothing can be changed"): [
+        r"cluster not ready - no quorum", r"no quorum!"],
+    # Space: the line may name files, so what is short of it must be said at its end.
+    (409, "The storage has too little free space"): [
+        r"(?:unable to|failed to|can't|clos|rename).*[-:] "
+        r"(?:No space left on device|Disk quota exceeded)$",
+        r"not enough free space \(\d+ < \d+\)"],
+    # Turns and locks
+    (503, "The storage is busy with another Proxmox command; try again"): [
+        r"(?:cfs-lock|error during cfs-locked) 'storage-[^']*' (?:error|operation): got lock ",
+        r"'storage-[^']*'-locked command timed out",
+        r"can't lock file '[^']*/pve-storage-[^'/]*' - got timeout"],
+    (503, "Proxmox is busy with another command; try again"): [
+        r"(?:cfs-lock|error during cfs-locked) '[^']*' (?:error|operation): got lock ",
+        r"'[^']*'-locked command timed out"],
+    (409, r"The container is locked by Proxmox (\1); try again when that has ended"): [
+        r"clone: clone failed: CT is locked \(([\w-]+)\)",      # which of the two is not said
+        rf"CT is locked \((?!(?:{LASTING})\))([\w-]+)\)"],
+    (409, r"The container is locked by Proxmox (\1); try again when that has ended, or, "
+          r"if no task of it runs, end it on its node with: pct unlock {vm_id}"): [
+        rf"CT is locked \(({LASTING})\)"],
+    (409, "Another Proxmox command holds the container; try again when it has ended"): [
+        r"can't lock file '[^']*' - (?:got timeout|can't acquire lock)"],
+    (409, "A replication runs or needs this snapshot; try again after it"): [
+        r"snapshot '[^']*' needed by replication job", r"Failed to obtain guest migration lock"],
+    (409, "The container is replicated; remove the replication job first"): [
+        r"There is a replication job '"],
+    # The container
+    (409, r"The id \1 is taken"): [r"(?:CT|VM) (\d+) already exists"],
+    (409, r"VM \1 is \2 running"): [r"(?:CT|VM) (\d+) (?:is )?(not|already) running"],
+    (409, r"VM \1 is running"): [r"unable to destroy CT (\d+) - container is running"],
+    (409, "The container is just starting or stopping; look at its state and try again"): [
+        r"unable to get PID for CT \d", r"unable to rollback vm \d+: vm is running",
+        r"container did not stop", r"unexpected state change",
+        r"trying to [\w /]+: container not running",
+        r"failed to open container \d+'s command socket", r"failed to open /proc/\d+ pid fd"],
+    (409, "The container is protected (protection: 1); lift that in Proxmox first"): [
+        r"can't [\w ]+ - protection mode enabled"],
+    (409, "The container is under Proxmox HA; remove it there first"): [
+        r"unable to remove CT \d+ - used in HA resources"],
+    (409, "The container is a template"): [r"you can't [A-Za-z' ]+ a template$"],
+    (409, "The container has too many unused volumes; delete some in Proxmox"): [
+        r"Too many unused volumes"],
+    (409, "The container runs, and its storage can clone it from a snapshot only"): [
+        r"Full clone of a running container is only possible from a snapshot",
+        r"Cannot do full clones on a running container without snapshots"],
+    (409, r"Proxmox cannot clone a container with a \2 mount (\1)"): [
+        r"unable to clone mountpoint '(\w+)' \(type (\w+)\)"],
+    (409, r"The volume '\1' cannot be cloned as a linked clone"): [
+        r"Linked clone feature for '([^']*)' is not available"],
+    # Snapshots
+    (409, r"Snapshot '\1' exists already"): [r"snapshot name '([^']*)' already used"],
+    (409, r"That snapshot is incomplete (\1); delete it"): [
+        r"unable to rollback to incomplete snapshot \(snapstate = (\w+)\)"],
+    (409, "Newer snapshots exist on the storage; it can go back to the newest one only: "
+          "delete those first"): [r"can't rollback, '[^']*' is not most recent snapshot"],
+    (409, "The snapshot is in the configuration but no longer on the storage"): [
+        r"can't rollback, snapshot '[^']*' does not exist on ",
+        r"no such logical volume [^/\s]+/snap_"],
+    (409, "The container's storage (or a bind mount) cannot take snapshots"): [
+        r"snapshot feature is not available"],
+    (409, "This kind of disk has no snapshots"): [
+        r"can't (?:rollback |delete )?snapshot (?:for )?(?:this image format|'[^']*' volume)",
+        r"snapshot (?:rollback |delete )?file/device '[^']*' is not possible",
+        r"(?:volume )?snapshot (?:rollback |delete )?is not possible on \w+ (?:device|storage)",
+        r"snapshot is working with qcow2 format only"],
+    # Disks
+    (409, "A disk cannot shrink"): [r"unable to shrink disk size"],
+    (409, "The disk has this size already"): [r"disk is already at specified size"],
+    (409, r"The disk belongs to container \1"): [
+        r"can't resize mount point owned by another container \((\d+)\)"],
+    (409, "This kind of disk cannot be grown by Proxmox"): [
+        r"can't resize this image format", r"cannot resize subvolume",
+        r"resize: unable to parse volume ID '", r"resize file/device '[^']*' is not possible",
+        r"volume resize is not possible on \w+ device",
+        r"can't resize volume: \w+ if snapshot exists"],
+    (409, "The volume or snapshot is in use "
+          "(a backup, a replication, a linked clone or a mount)"): [
+        r"base volume '[^']*' is still in use by linked clones", r"volume deactivation failed: "],
+    (409, "The container's volume is missing on its storage"): [
+        r"Could not determine current size of volume '", r"volume '[^']*' does not exist$",
+        r"no such logical volume [^/\s]+/(?:vm|base)-", r"volume \S+ is missing\b"],
+    # Storages
+    (409, "The storage cannot be used here"): [
+        r"storage '[^']*' (?:does not exist$|is disabled|is not available on node )",
+        r"storage '[^']*' does not (?:support|allow) ", r"content type 'rootdir' is not available",
+        r"no such (?:volume group '|logical volume )", r"can't allocate space in \w+ storage",
+        r"unable to use volume \S+ - content type", r"error: no iscsi support",
+        r"connection check for storage '[^']*' failed - .*NT_STATUS_",
+        r"mount error: .*(?:access|Permission) denied"],
+    (503, "The storage is not reachable now"): [
+        r"storage '[^']*' is not online", r"connection check for storage '[^']*' failed",
+        r"mount error: ", r"unable to activate storage '"],
+    (500, "The daemon must run as root"): [r"please run as root"],
+}
+
+# What the tools of the storages say. A task prints that on stdout, and at most its last line
+# comes on stderr, too, so these are looked for in both. Names in it are quoted, or stand
+# before the end that counts.
+REASONS = {
+    (409, "The storage has too little free space"): [
+        r"(?:rsync|qemu-img|ERROR): .*: (?:No space left on device|Disk quota exceeded)"
+        r"(?: \(\d+\))?$",
+        r"mk(?:e2)?fs[\w.]*: No space left on device while ", r"rbd: [^()]*: \((?:28|122)\) ",
+        r'Volume group "[^"]*" has insufficient free space',
+        r"Insufficient (?:free space|suitable allocatable extents)",
+        r"Cannot create new thin volume, free space in thin pool \S+ reached threshold",
+        r"cannot [\w ]+'[^']*': (?:out of space|size is greater than available space)"],
+    (409, "Newer snapshots exist on the storage; it can go back to the newest one only: "
+          "delete those first"): [r"cannot rollback to '[^']*': more recent snapshots"],
+    (409, "The snapshot is in the configuration but no longer on the storage"): [
+        r"could not find any snapshots to destroy",
+        r"cannot open '[^'@]*@[^']*': dataset does not exist",
+        r'Failed to find logical volume "[^"/]*/snap_',
+        r"rbd: failed to remove snapshot: \(2\) "],
+    (409, "The container's volume is missing on its storage"): [
+        r"rbd: error opening image [^()]*: \(2\) ",
+        r"cannot open '[^'@/]*/[^'@]*': dataset does not exist",
+        r'Failed to find logical volume "'],
+    (409, "The volume or snapshot is in use "
+          "(a backup, a replication, a linked clone or a mount)"): [
+        r"[Ll]ogical volume (?:\S+ )?(?:in use|is used by another device|contains a filesystem)",
+        r"cannot [\w ]+'[^']*': (?:(?:pool or )?dataset is busy|target is busy)",
+        r"cannot [\w ]+'[^']*': (?:snapshot|filesystem|volume) has (?:dependent clones|children)",
+        r"umount: .*: target is busy\.?$", r"rbd: [^()]*: \((?:16|39)\) ",
+        r"rbd: snapshot '[^']*' is protected",
+        r"rbd: (?:error: )?image (?:still )?has (?:snapshots|watchers)",
+        r"Removing all snapshots: \d+% complete\.\.\.failed"],
+    (409, "The storage already has something of that name, which Proxmox does not list"): [
+        r"rbd: [^()]*: \(17\) ", r"cannot create [\w ]*'[^']*': dataset already exists",
+        r'Logical [Vv]olume "[^"]*" already exists in volume group',
+        r"disk image '[^']*' already exists"],
+    (503, "The storage is not reachable now"): [
+        r"rbd: couldn't connect to the cluster"],
+    (409, "The storage cannot be used here"): [
+        r'Volume group "[^"]*" not found', r"rbd: error opening pool ",
+        r"cannot (?:open|import) '[^'@/]*': no such pool"],
+}
+
+FAILURE_RULES, REASON_RULES = (
+    [(pattern, status, told) for (status, told), patterns in table.items() for pattern in patterns]
+    for table in (FAILURES, REASONS))
+
+# What each layer of Proxmox puts before the reason, as in "clone failed: zfs error: …"
+# (PVE::Cmd, run_command; PVE::Cluster, cfs_lock).
+WORDS = r"[\w-]+(?: (?:'[^']*'|[\w/][\w./@-]*))*?"
+PREFIX = re.compile(
+    rf"TASK ERROR: +|{WORDS} (?:error|failed|operation): +"
+    rf"|(?:error|can't|unable to|could not) {WORDS}: +"
+    r"|(?:unable to|can't) \w+ CT \d+ - |could not activate storage '[^']*', ")
+MAX_PREFIXES = 5            # that are taken away
+MAX_LOOK = 32768            # characters of an output in which a reason is looked for, at its end
+MAX_LINES = 200             # and lines
 
 
 def explain_failure(argv, result):
     """A command that failed, and its Result -> the Problem to tell."""
-    said = (result.stderr.strip() or result.stdout.strip())[-MAX_DETAILS:]
+    said = "\n".join(filter(None, (result.stdout.strip(), result.stderr.strip())))[-MAX_DETAILS:]
     command = " ".join(argv[:3])
     if result.exit < 0:
         return Problem(500, f"{command} was ended by {signal_name(-result.exit)}", details=said)
     if result.overflow:
-        return Problem(500, f"{command} printed more than {MAX_OUTPUT // MIB} MiB", details=said[:200])
-    if "400 Parameter verification failed." in result.stderr:
-        return Problem(400, explain_refusal(result.stderr), details=said)
-    for pattern, status, told in FAILURES:
-        match = re.search(pattern, result.stderr) or re.search(pattern, result.stdout)
-        if match:
-            return Problem(status, match.expand(told), {"Retry-After": "30"} if status == 503 else None, details=said)
-    return Problem(500, f"{command} failed with exit status {result.exit}", details=said)
+        error = f"{command} printed more than {MAX_OUTPUT // MIB} MiB"
+        return Problem(500, error, details=said[:200])
+    if re.search(r"^400 Parameter verification failed\.", result.stderr, re.MULTILINE):
+        return Problem(*explain_refusal(result.stderr), details=said)
+    stderr, stdout = last_lines(result.stderr), last_lines(result.stdout)
+    found = verdict(argv, stderr) or reason(stdout)
+    status, error = found or (500, own_words(command, result.exit, stderr or stdout))
+    headers = {"Retry-After": "30"} if status == 503 else None
+    return Problem(status, error, headers, details=said)
+
+
+def own_words(command, code, lines):
+    """Where nothing is known of what a command said: its last line."""
+    if not lines:
+        return f"{command} failed with exit status {code}"
+    return f"{command} failed: {lines[-1][:MAX_DETAILS]}"
+
+
+def last_lines(output):
+    """The end of an output -> its lines, without the empty ones."""
+    lines = map(str.strip, output[-MAX_LOOK:].split("\n"))
+    return list(filter(None, lines))[-MAX_LINES:]
+
+
+def verdict(argv, stderr):
+    """The lines that pct printed on stderr -> (status, error), or None.
+
+    The last one that is known counts. The lines above it are often warnings, so none of
+    them may promise that nothing was done.
+    """
+    vm_id = "".join(argv[2:3])
+    for line in reversed(stderr):
+        for text in unwrapped(f"{argv[1]}: {line}"):
+            for pattern, status, told in FAILURE_RULES + REASON_RULES:
+                match = re.match(pattern, text)
+                if match and (status != 503 or line is stderr[-1]):
+                    return status, match.expand(told).replace("{vm_id}", vm_id)
+    return None
+
+
+def reason(stdout):
+    """The lines of a task's output -> (status, error), or None; what failed first counts."""
+    for line in stdout:
+        for pattern, status, told in REASON_RULES:
+            if re.match(pattern, line):
+                return status, told
+    return None
+
+
+def unwrapped(text):
+    """A command's name and its line -> both, the line, and the line without each of its prefixes."""
+    yield text
+    text = text.partition(": ")[2]
+    for _ in range(MAX_PREFIXES):
+        yield text
+        prefix = PREFIX.match(text)
+        if not prefix:
+            return
+        text = text[prefix.end():]
 
 
 def explain_refusal(stderr):
-    """pct's `400 Parameter verification failed.`, and a `name: text` line each -> one sentence in our names."""
+    """`400 Parameter verification failed.`, and a `name: text` line each -> (status, a sentence).
+
+    The sentence has our names. What a container did not take while it runs is refused in the
+    same form, and is no fault of the request (PVE::LXC::Config, vmconfig_hotplug_pending).
+    """
     rules = []
     for name, said in re.findall(r"^([a-z][\w-]*): (.+)$", stderr, re.MULTILINE):
+        applying = re.match(r"unable to (hotplug|apply pending change) (\w+) ?: *(.+)", said)
+        if applying:
+            whom = "the running container" if applying[1] == "hotplug" else "the container"
+            return 409, f"Proxmox could not apply {applying[2]} to {whom}: {applying[3].strip()}"
         ours, rule = PCT_PARAMETERS.get(name, (name, None))
         rules.append(f"Invalid {ours}: {rule or said.strip()}")
-    return "; ".join(rules) or "pct refused a parameter"
+    return 400, "; ".join(rules) or "pct refused a parameter"
 
 
 def signal_name(number):

@@ -1238,45 +1238,431 @@ def test_volume_sizes_are_told_in_gb(text, gigabytes):
     assert module.size_in_gb(text) == gigabytes
 
 
-@pytest.mark.parametrize("stderr, status, says", [
-    ("Configuration file 'nodes/pve/lxc/999.conf' does not exist\n", 404, "VM 999 does not exist on node 'pve'"),
-    ("snapshot 'nosuch' does not exist\n", 404, "Snapshot 'nosuch' does not exist"),
-    ("hostname lookup 'nosuch' failed - failed to get address info for: nosuch: Name or service not known\n", 404, "Node 'nosuch' does not exist"),
-    ("CT is locked (backup)\n", 409, "The container is locked by Proxmox (backup); try again when that has ended"),
-    ("CT is locked (snapshot-delete)\n", 409, "The container is locked by Proxmox (snapshot-delete); try again when that has ended"),
-    ("can't lock file '/run/lock/lxc/pve-config-104.lock' - got timeout\n", 409,
-     "Another Proxmox command holds the container; try again when it has ended"),
-    ("snapshot name 'backup_20241224' already used\n", 409, "Snapshot 'backup_20241224' exists already"),
-    ("unable to create CT 105 - CT 105 already exists on node 'pve'\n", 409, "The id 105 is taken"),
-    ("unable to create CT 105 - VM 105 already exists on node 'pve'\n", 409, "The id 105 is taken"),
-    ("CT 505 not running\n", 409, "VM 505 is not running"),
-    ("CT 505 already running\n", 409, "VM 505 is already running"),
-    ("unable to destroy CT 105 - container is running\n", 409, "VM 105 is running"),
-    ("can't remove CT 105 - protection mode enabled\n", 409, "The container is protected (protection: 1); lift that in Proxmox first"),
-    ("snapshot feature is not available\n", 409, "The container's storage (or a bind mount) cannot take snapshots"),
-    ("Full clone of a running container is only possible from a snapshot\n", 409,
-     "The container runs, and its storage can clone it from a snapshot only"),
-    ("Linked clone feature for 'local:1/x' is not available\n", 409, "The volume 'local:1/x' cannot be cloned as a linked clone"),
-    ("unable to shrink disk size\n", 409, "A disk cannot shrink"),
-    ("disk is already at specified size\n", 409, "The disk has this size already"),
-    ("you can't take a snapshot if it's a template\n", 409, "The container is a template"),
-    ("unable to use snapshot name 'current' (reserved name)\n", 400, "Invalid snapshot_name: Proxmox reserves the name 'current'"),
-    ("400 Parameter verification failed.\ncores: value must have a maximum value of 8192\npct set <vmid> [OPTIONS]\n", 400,
-     "Invalid cores: value must have a maximum value of 8192"),
-    ("400 Parameter verification failed.\nsnapname: invalid format - invalid configuration ID 'x'\n\npct snapshot <vmid> <snapname> [OPTIONS]\n", 400,
-     "Invalid snapshot_name: Proxmox takes 2 to 40 characters: a letter, then letters, digits, _ and -"),
-    ("400 Parameter verification failed.\nhostname: invalid format - value does not look like a valid DNS name\n\npct clone <vmid> <newid> [OPTIONS]\n", 400,
-     "Invalid new_vm_name: Proxmox takes a DNS name: labels of letters, digits and inner hyphens, joined by dots"),
-    ("cluster not ready - no quorum?\n", 503, "The Proxmox cluster has no quorum, so nothing can be changed"),
-    ("ipcc_send_rec[1] failed: Connection refused\nUnable to load access control list: Connection refused\n", 503,
-     "Proxmox's cluster file system does not answer; see: systemctl status pve-cluster"),
-    ("please run as root\n", 500, "The daemon must run as root"),
-    ("something new\n", 500, "pct set 104 failed with exit status 255"),
-])
-def test_each_known_refusal_has_its_code_and_text(stderr, status, says):
-    problem = module.explain_failure(["pct", "set", "104"], module.Result(255, "", stderr, False))
-    assert (problem.status, problem.error, problem.fields["details"]) == (status, says, stderr.strip())
-    assert ("Retry-After" in problem.headers) == (status == 503)
+# What pct prints when it fails, by what its caller is told: (status, error): ["command: stderr"],
+# or ("command: stderr", stdout). Where error is None, it is the last line of what pct said.
+PCT_SAYS = {
+    (409, "The container is just starting or stopping; look at its state and try again"): [
+        "set: unable to get PID for CT 104 (not running?)",
+        "rollback: unable to rollback vm 104: vm is running",
+        "rollback: container did not stop",
+        "clone: unexpected state change",
+        "destroy: container did not stop"],
+    (503, "/etc/pve is read-only: the cluster has no quorum; see: pvecm status"): [
+        "set: unable to open file '/etc/pve/nodes/pve/lxc/104.conf.tmp.31337' - Permission denied"],
+    (503, "Proxmox's cluster file system does not answer; see: systemctl status pve-cluster"): [
+        "set: unable to open file '/etc/pve/nodes/pve/lxc/104.conf.tmp.31337' - Transport "
+        "endpoint is not connected",
+        "set: unable to write '/etc/pve/nodes/pve/lxc/104.conf.tmp.31337' - No space left on "
+        "device",
+        "set: ipcc_send_rec[1] failed: Transport endpoint is not connected\nUnable to load "
+        "access control list: Transport endpoint is not connected",
+        "set: ipcc_send_rec[4] failed: Connection reset by peer",
+        "set: pve cluster filesystem not online."],
+    (409, "Another Proxmox command holds the container; try again when it has ended"): [
+        "set: trying to acquire lock...\ncan't lock file '/run/lock/lxc/pve-config-104.lock' "
+        "- got timeout"],
+    (409, "The storage has too little free space"): [
+        "set: can't lock file '/run/lock/lxc/pve-config-104.lock' - can't open file - No "
+        "space left on device",
+        "resize: Insufficient free space: 1280 extents needed, but only 12 available",
+        "resize: error resizing volume '/dev/pve/vm-104-disk-0':   Insufficient free space: "
+        "1280 extents needed, but only 12 available",
+        ("snapshot: zfs error: cannot create snapshot 'rpool/data/subvol-104-disk-0@a1': out "
+         "of space",
+         "snapshot create failed: starting cleanup"),
+        ("snapshot: lvcreate snapshot 'pve/snap_vm-104-disk-0_a1' error:   Cannot create new "
+         "thin volume, free space in thin pool pve/data reached threshold.",
+         "snapshot create failed: starting cleanup"),
+        ("snapshot: rbd snapshot 'vm-104-disk-0' error: rbd: failed to create snapshot: "
+         "(122) Disk quota exceeded",
+         "snapshot create failed: starting cleanup"),
+        ("clone: clone failed: lvcreate 'pve/vm-105-disk-0' error:   Cannot create new thin "
+         "volume, free space in thin pool pve/data reached threshold.",
+         "creating a clone of container 104 with ID 105\ncreate full clone of mountpoint "
+         "rootfs (local-lvm:vm-104-disk-0)"),
+        ("clone: clone failed: not enough free space (1073741824 < 8589934592)",
+         "creating a clone of container 104 with ID 105"),
+        ("clone: clone failed: command 'rsync --stats -X -A --numeric-ids -aH --whole-file "
+         "--sparse --one-file-system --bwlimit=0 /var/lib/lxc/104/.copy-volume-2/ "
+         "/var/lib/lxc/104/.copy-volume-1' failed: exit code 11",
+         'rsync: [receiver] write failed on "/var/lib/lxc/105/.copy-volume-1/x": No space '
+         "left on device (28)")],
+    (409, "The container is locked by Proxmox (fstrim); try again when that has ended"): [
+        "set: CT is locked (fstrim)"],
+    (409, "The container has too many unused volumes; delete some in Proxmox"): [
+        "set: Too many unused volumes - please delete them first."],
+    (409, "This kind of disk cannot be grown by Proxmox"): [
+        "resize: can't resize this image format",
+        "resize: cannot resize subvolume - btrfs quotas are currently not supported",
+        "resize: unable to parse volume ID '/srv/ct/104'"],
+    (503, "The storage is not reachable now"): [
+        "resize: storage 'nas' is not online",
+        "clone: storage 'nas' is not online",
+        "destroy: storage 'nas' is not online",
+        "destroy: error during cfs-locked 'storage-nas' operation: storage 'nas' is not online"],
+    (409, "The storage cannot be used here"): [
+        "resize: storage 'nas' is not available on node 'pve'",
+        "resize: storage 'nas' does not exist",
+        ("clone: clone failed: content type 'rootdir' is not available or configured on "
+         "storage 'local'",
+         "creating a clone of container 104 with ID 105")],
+    (409, "The container's volume is missing on its storage"): [
+        "resize: Could not determine current size of volume 'local-zfs:subvol-104-disk-0'",
+        "resize: no such logical volume pve/vm-104-disk-0",
+        "resize: rbd error: rbd: error opening image vm-104-disk-0: (2) No such file or directory",
+        "start: volume 'BigNas:100/vm-100-disk-0.raw' does not exist"],
+    (500, None): [
+        "resize: got timeout",
+        "rollback: startup for container '104' failed",
+        "clone: clone failed: unsupported Ubuntu version '26.04'",
+        "clone: clone failed: cannot mount subvol snapshots for storage type 'btrfs'",
+        "start: command 'systemctl start pve-container@105' failed: exit code 1",
+        "start: bridge 'vmbr1' does not exist",
+        "list: Can't locate PVE/LXC/Create.pm in @INC (you may need to install the "
+        "PVE::LXC::Create module)\nBEGIN failed--compilation aborted at /usr/sbin/pct line 8.",
+        "start: explicitly configured lxc.apparmor.profile overrides the following settings: "
+        "features:nesting\nstartup for container '105' failed",
+        "snapshot: missing snapshot lock",
+        "start: Quotas are not supported by unprivileged containers."],
+    (503, "The storage is busy with another Proxmox command; try again"): [
+        "resize: cfs-lock 'storage-ceph' error: got lock request timeout",
+        "clone: clone failed: 'storage-thin-pool'-locked command timed out - aborting",
+        "clone: clone failed: cfs-lock 'storage-x' error: got lock request timeout"],
+    (409, "The container's storage (or a bind mount) cannot take snapshots"): [
+        "snapshot: snapshot feature is not available"],
+    (409, "This kind of disk has no snapshots"): [
+        "snapshot: can't snapshot this image format",
+        "rollback: can't rollback snapshot this image format"],
+    (409, "The volume or snapshot is in use (a backup, a replication, a linked clone or a "
+          "mount)"): [
+        "delsnapshot: zfs error: cannot destroy 'rpool/data/subvol-104-disk-0@a1': snapshot "
+        "has dependent clones use '-R' to destroy the following datasets: "
+        "rpool/data/subvol-105-disk-0",
+        "delsnapshot: rbd snap rm error: rbd: snapshot 'a1' is protected from removal.",
+        "destroy: base volume 'base-104-disk-0' is still in use by linked clones",
+        "destroy: zfs error: cannot destroy 'rpool/data/subvol-104-disk-0': dataset is busy",
+        "destroy: rbd snap purge 'vm-100-disk-1' error: Removing all snapshots: 0% "
+        "complete...failed."],
+    (409, "The snapshot is in the configuration but no longer on the storage"): [
+        "delsnapshot: zfs error: could not find any snapshots to destroy; check snapshot names.",
+        "rollback: can't rollback, snapshot 'a1' does not exist on 'local-zfs:subvol-104-disk-0'"],
+    (409, "A replication runs or needs this snapshot; try again after it"): [
+        "delsnapshot: snapshot 'a1' needed by replication job '104-0' - run replication first"],
+    (409, "The container is a template"): [
+        "delsnapshot: you can't delete a snapshot if vm is a template",
+        "rollback: you can't rollback if vm is a template",
+        "start: you can't start a CT if it's a template"],
+    (409, "Proxmox cannot clone a container with a bind mount (mp0)"): [
+        "clone: unable to clone mountpoint 'mp0' (type bind)"],
+    (409, "Proxmox cannot clone a container with a device mount (mp1)"): [
+        "clone: unable to clone mountpoint 'mp1' (type device)"],
+    (409, "The volume 'local:104/vm-104-disk-0.raw' cannot be cloned as a linked clone"): [
+        "clone: Linked clone feature for 'local:104/vm-104-disk-0.raw' is not available"],
+    (503, "The Proxmox cluster has no quorum, so nothing can be changed"): [
+        "clone: cluster not ready - no quorum?"],
+    (409, "The container is protected (protection: 1); lift that in Proxmox first"): [
+        "destroy: can't remove CT 104 - protection mode enabled"],
+    (409, "The container is under Proxmox HA; remove it there first"): [
+        "destroy: unable to remove CT 104 - used in HA resources and purge parameter not set."],
+    (404, "VM 104 does not exist on node 'pve'"): [
+        "status: Configuration file 'nodes/pve/lxc/104.conf' does not exist",
+        "config: Configuration file 'nodes/pve/lxc/104.conf' does not exist"],
+    (409, "The container is locked by Proxmox (disk); try again when that has ended"): [
+        "clone: CT is locked (disk)"],
+    (409, "The container is locked by Proxmox (create); try again when that has ended"): [
+        "clone: clone failed: CT is locked (create)"],
+    (409, "Newer snapshots exist on the storage; it can go back to the newest one only: "
+          "delete those first"): [
+        "rollback: can't rollback, 'a1' is not most recent snapshot on "
+        "'local-zfs:subvol-104-disk-0'"],
+    (409, "That snapshot is incomplete (delete); delete it"): [
+        "rollback: unable to rollback to incomplete snapshot (snapstate = delete)"],
+    (409, "The storage already has something of that name, which Proxmox does not list"): [
+        ("snapshot: rbd snapshot 'vm-104-disk-0' error: rbd: failed to create snapshot: (17) "
+         "File exists",
+         "snapshot create failed: starting cleanup")],
+    (409, "Proxmox could not apply memory to the running container: trying to change memory "
+          "cgroup values: container not running"): [
+        "set: 400 Parameter verification failed.\nmemory: unable to hotplug memory: trying to "
+        "change memory cgroup values: container not running\npct set <vmid> [OPTIONS]"],
+}
+
+# More texts of the same kinds: each after the source that has it, in the repositories of Proxmox
+# (pve-container, pve-guest-common, pve-storage, pve-cluster, pve-common) or of the tool.
+RELATIVES = {
+    (404, "VM 105 does not exist on node 'pve2'"): [
+        ("AbstractConfig", "snapshot: Configuration file 'nodes/pve2/lxc/105.conf' does not exist")],
+    (404, "Snapshot 'nosuch' does not exist"): [
+        ("AbstractConfig", "rollback: snapshot 'nosuch' does not exist"),
+        ("API2/LXC", "clone: snapshot 'nosuch' does not exist")],
+    (404, "Node 'nosuch' does not exist"): [
+        ("Cluster", "get: no such cluster node 'nosuch'"),
+        ("pvesh", "get: hostname lookup 'nosuch' failed - failed to get address info for: nosuch: "
+                  "Name or service not known")],
+    (400, "Invalid snapshot_name: Proxmox reserves the name 'vzdump'"): [
+        ("API2/LXC/Snapshot", "snapshot: unable to use snapshot name 'vzdump' (reserved name)")],
+    (400, "Invalid storage: a linked clone stays on its template's; ask for a full one"): [
+        ("API2/LXC", "clone: parameter 'storage' not allowed for linked clones")],
+    (503, "/etc/pve is read-only: the cluster has no quorum; see: pvecm status"): [
+        ("File", "set: closing file '/etc/pve/nodes/pve/lxc/104.conf.tmp.9' failed - "
+                 "Permission denied"),
+        ("File", "set: close (rename) atomic file '/etc/pve/nodes/pve/lxc/104.conf' failed: "
+                 "Permission denied"),
+        ("AbstractConfig", "destroy: failed to remove config file: Permission denied")],
+    (503, "Proxmox's cluster file system does not answer; see: systemctl status pve-cluster"): [
+        ("Cluster", "list: ipcc_send_rec[1] failed: Connection refused"),
+        ("Cluster", "list: pve configuration filesystem (pmxcfs) not mounted"),
+        ("Cluster", "resize: cfs-lock 'storage-nas' error: pve cluster filesystem not online."),
+        ("File", "set: closing file '/etc/pve/nodes/pve/lxc/104.conf.tmp.9' failed - "
+                 "Input/output error")],
+    (503, "The Proxmox cluster has no quorum, so nothing can be changed"): [
+        ("Cluster", "clone: clone failed: cfs-lock 'storage-nas' error: no quorum!"),
+        ("Cluster 6.0", "resize: error during cfs-locked 'storage-nas' operation: no quorum!"),
+        ("API2/LXC", "clone: unable to create CT 105 - cluster not ready - no quorum?")],
+    (409, "The storage has too little free space"): [
+        ("Plugin", "clone: clone failed: unable to create subvol '/srv/images/105/subvol-105-disk-0."
+                   "subvol' - No space left on device"),
+        ("BTRFSPlugin", "clone: clone failed: failed to set file size for '/srv/x/disk.raw' - "
+                        "No space left on device"),
+        ("LXC", "clone: clone failed: failed to create directory /var/lib/lxc/105: "
+                "No space left on device"),
+        ("File", "start: unable to write '/var/lib/lxc/104/config.tmp.9' - Disk quota exceeded"),
+        ("RBDPlugin", "resize: rbd resize 'vm-104-disk-0' error: rbd: resize error: (28) "
+                      "No space left on device"),
+        ("Common", "clone: clone failed: unable to create image: qemu-img: /srv/105/disk.raw: Could "
+                   "not resize file: No space left on device"),
+        ("lvm2 lv_manip.c", "clone: clone failed: lvcreate 'pve/vm-105-disk-0' error:   Volume group "
+                            '"pve" has insufficient free space (12 extents): 1280 required.'),
+        ("lvm2 lv_manip.c", "resize: error resizing volume '/dev/pve/vm-104-disk-0':   Insufficient "
+                            "suitable allocatable extents for logical volume x: 5 more required"),
+        ("libzfs_dataset.c", "resize: zfs error: cannot set property for 'rpool/data/vm-104-disk-0': "
+                             "size is greater than available space"),
+        ("libzfs_util.c", "clone: clone failed: zfs error: cannot create 'rpool/data/vm-105-disk-0': "
+                          "out of space"),
+        ("mke2fs.c", "clone: clone failed: command 'mkfs.ext4 -O mmp /dev/x' failed: exit code 1",
+         "mkfs.ext4: No space left on device while writing out and closing file system"),
+        ("lvm2 lv_manip.c", "clone: clone failed: command '/sbin/lvcreate x' failed: exit code 5",
+         '  Volume group "pve" has insufficient free space (12 extents): 1280 required.')],
+    (503, "The storage is busy with another Proxmox command; try again"): [
+        ("Cluster 6.0", "clone: error during cfs-locked 'storage-nas' operation: got lock timeout - "
+                        "aborting command"),
+        ("Tools", "destroy: can't lock file '/var/lock/pve-manager/pve-storage-local' - got timeout")],
+    (503, "Proxmox is busy with another command; try again"): [
+        ("Cluster", "destroy: cfs-lock 'file-user_cfg' error: got lock request timeout"),
+        ("Cluster", "destroy: 'domain-ha'-locked command timed out - aborting")],
+    **{(409, f"The container is locked by Proxmox ({lock}); try again when that has ended"): [
+        ("AbstractConfig", f"set: CT is locked ({lock})")]
+       for lock in ("backup", "migrate", "mounted")},
+    **{(409, f"The container is locked by Proxmox ({lock}); try again when that has ended, or, "
+             "if no task of it runs, end it on its node with: pct unlock 104"): [
+        ("AbstractConfig", f"set: CT is locked ({lock})")]
+       for lock in ("snapshot", "snapshot-delete", "rollback", "create", "destroyed")},
+    (409, "Another Proxmox command holds the container; try again when it has ended"): [
+        ("Tools", "set: can't lock file '/run/lock/lxc/pve-config-104.lock' - can't acquire lock "
+                  "'/run/lock/lxc/pve-config-104.lock' - Interrupted system call")],
+    (409, "A replication runs or needs this snapshot; try again after it"): [
+        ("API2/LXC/Snapshot", "delsnapshot: Failed to obtain guest migration lock - replication "
+                              "running?")],
+    (409, "The container is replicated; remove the replication job first"): [
+        ("ReplicationConfig", "destroy: There is a replication job '104-0' for guest '104' - "
+                              "Please remove that first.")],
+    (409, "Snapshot 'a1' exists already"): [
+        ("AbstractConfig", "snapshot: snapshot name 'a1' already used")],
+    (409, "The id 105 is taken"): [
+        ("Cluster", "clone: unable to create CT 105 - CT 105 already exists on node 'pve'"),
+        ("Cluster", "clone: unable to create CT 105 - VM 105 already exists on node 'pve'"),
+        ("Cluster", "clone: CT 105 already exists on node 'pve'")],
+    (409, "VM 104 is not running"): [
+        ("API2/LXC/Status", "stop: CT 104 not running"),
+        ("API2/LXC/Status", "reboot: VM 104 not running")],
+    (409, "VM 104 is already running"): [("API2/LXC/Status", "start: CT 104 already running")],
+    (409, "VM 104 is running"): [
+        ("API2/LXC", "destroy: unable to destroy CT 104 - container is running")],
+    (409, "The container is just starting or stopping; look at its state and try again"): [
+        ("CGroup", "snapshot: trying to freeze container: container not running"),
+        ("LXC", "set: failed to open /proc/837 pid fd"),
+        ("LXC", "stop: failed to open container 104's command socket: Connection reset by peer"),
+        ("LXC", "clone: clone failed: unable to get PID for CT 104 (not running?)"),
+        ("LXC", "start: unable to get PID for CT 104 (not running?)",
+         "problem with monitor socket, but continuing anyway: got timeout")],
+    (409, "The container is a template"): [
+        ("AbstractConfig", "snapshot: you can't take a snapshot if it's a template")],
+    (409, "The container runs, and its storage can clone it from a snapshot only"): [
+        ("API2/LXC", "clone: Full clone of a running container is only possible from a snapshot"),
+        ("API2/LXC 4.0", "clone: Cannot do full clones on a running container without snapshots")],
+    (409, "A disk cannot shrink"): [("API2/LXC", "resize: unable to shrink disk size")],
+    (409, "The disk has this size already"): [
+        ("API2/LXC", "resize: disk is already at specified size")],
+    (409, "The disk belongs to container 105"): [
+        ("API2/LXC", "resize: can't resize mount point owned by another container (105) at "
+                     "/usr/share/perl5/PVE/API2/LXC.pm line 2386.")],
+    (409, "This kind of disk cannot be grown by Proxmox"): [
+        ("Storage", "resize: resize file/device '/dev/sdb1' is not possible"),
+        ("ISCSIDirectPlugin", "resize: volume resize is not possible on iscsi device"),
+        ("API2/LXC 4.0", "resize: can't resize volume: rootfs if snapshot exists")],
+    (409, "This kind of disk has no snapshots"): [
+        ("Plugin", "delsnapshot: can't delete snapshot for this image format"),
+        ("LVMPlugin", "snapshot: can't snapshot 'raw' volume"),
+        ("LVMPlugin", "rollback: can't rollback snapshot for 'raw' volume"),
+        ("LVMPlugin", "snapshot: snapshot is working with qcow2 format only at LVMPlugin.pm line 567."),
+        ("ISCSIPlugin", "snapshot: snapshot is not possible on iscsi storage"),
+        ("ISCSIDirectPlugin", "rollback: volume snapshot rollback is not possible on iscsi device"),
+        ("Storage", "snapshot: snapshot file/device '/dev/sdb1' is not possible")],
+    (409, "That snapshot is incomplete (prepare); delete it"): [
+        ("AbstractConfig", "rollback: unable to rollback to incomplete snapshot "
+                           "(snapstate = prepare)")],
+    (409, "Newer snapshots exist on the storage; it can go back to the newest one only: "
+          "delete those first"): [
+        ("LVMPlugin", "rollback: can't rollback, 'a1' is not most recent snapshot on 'vm-104-disk-0'"),
+        ("libzfs, zfs_main.c", "rollback: zfs error: cannot rollback to 'rpool/data/x@a1': more "
+                               "recent snapshots or bookmarks exist")],
+    (409, "The snapshot is in the configuration but no longer on the storage"): [
+        ("Plugin", "rollback: can't rollback, snapshot 'a1' does not exist on 'vm-104-disk-0'"),
+        ("LvmThinPlugin", "clone: clone failed: no such logical volume pve/snap_vm-104-disk-0_a1"),
+        ("lvm2 toollib.c", "delsnapshot: lvremove snapshot 'pve/snap_vm-104-disk-0_a1' error:   "
+                           'Failed to find logical volume "pve/snap_vm-104-disk-0_a1"'),
+        ("rbd Snap.cc", "delsnapshot: rbd snapshot 'vm-104-disk-0' error: rbd: failed to remove "
+                        "snapshot: (2) No such file or directory"),
+        ("libzfs_dataset.c", "clone: clone failed: zfs error: cannot open 'rpool/x@a1': dataset "
+                             "does not exist")],
+    (409, "The container's volume is missing on its storage"): [
+        ("LvmThinPlugin", "start: no such logical volume pve/base-104-disk-0"),
+        ("Plugin", "delsnapshot: volume /srv/images/104/x.qcow2 is missing at Plugin.pm line 1499."),
+        ("Plugin", "clone: clone failed: volume 'local:104/vm-104-disk-0.raw' does not exist"),
+        ("libzfs_dataset.c", "resize: zfs error: cannot open 'rpool/data/subvol-104-disk-0': dataset "
+                             "does not exist"),
+        ("lvm2 toollib.c", "resize: can't get size of '/dev/pve/vm-104-disk-0':   Failed to find "
+                           'logical volume "pve/vm-104-disk-0"')],
+    (409, "The volume or snapshot is in use (a backup, a replication, a linked clone or a "
+          "mount)"): [
+        ("Storage", "clone: clone failed: volume deactivation failed: local-lvm:vm-104-disk-0"),
+        ("lvm2 activate.c", "destroy: lvremove 'pve/vm-104-disk-0' error:   Logical volume "
+                            "pve/vm-104-disk-0 in use."),
+        ("lvm2 activate.c", "destroy: lvremove 'pve/vm-104-disk-0' error:   Logical volume "
+                            "pve/vm-104-disk-0 contains a filesystem in use."),
+        ("lvm2 activate.c", "destroy: lvremove 'pve/vm-104-disk-0' error:   Logical volume "
+                            "pve/vm-104-disk-0 is used by another device."),
+        ("libzfs_util.c", "rollback: zfs error: cannot unmount '/rpool/x': pool or dataset is busy"),
+        ("zfs_main.c", "destroy: zfs error: cannot destroy 'rpool/x': filesystem has dependent clones"),
+        ("rbd Remove.cc", "destroy: rbd rm 'vm-104-disk-0' error: rbd: error: image still has "
+                          "watchers"),
+        ("rbd Snap.cc", "destroy: rbd unprotect vm-104-disk-0 snap '__base__' error: rbd: "
+                        "unprotecting snap failed: (16) Device or resource busy"),
+        ("umount", "clone: clone failed: command 'umount -d /x' failed: exit code 32",
+         "umount: /var/lib/lxc/104/.copy-volume-1: target is busy."),
+        ("lvm2 activate.c", "rollback: command '/sbin/lvremove -f x' failed: exit code 5",
+         "  Logical volume pve/vm-104-disk-0 in use.")],
+    (409, "The storage already has something of that name, which Proxmox does not list"): [
+        ("Plugin", "clone: clone failed: disk image '/srv/images/105/x.raw' already exists"),
+        ("lvm2 lv_manip.c", "snapshot: lvcreate snapshot 'pve/snap_x_a1' error:   Logical Volume "
+                            '"snap_x_a1" already exists in volume group "pve"'),
+        ("zfs_main.c", "snapshot: zfs error: cannot create snapshot 'rpool/x@a1': dataset already "
+                       "exists")],
+    (409, "The storage cannot be used here"): [
+        ("Storage", "start: storage 'nas' is disabled"),
+        ("Storage", "start: unable to use volume nas:iso/x - content type needs to be 'images'"),
+        ("ISCSIPlugin", "start: error: no iscsi support - please install open-iscsi"),
+        ("rbd Utils.cc", "start: rbd error: rbd: error opening pool 'x': (2) No such file or directory"),
+        ("lvm2 toollib.c", "start: can't activate LV '/dev/pve/x':   Volume group \"pve\" not found"),
+        ("API2/LXC", "clone: storage 'local' does not support CT rootdirs"),
+        ("LXC", "start: storage 'iso' does not support containers"),
+        ("LVMPlugin", "clone: clone failed: no such volume group 'pve'"),
+        ("LvmThinPlugin", "resize: no such logical volume pve/data"),
+        ("ISCSIPlugin", "clone: clone failed: can't allocate space in iscsi storage"),
+        ("CIFSPlugin", "start: connection check for storage 'nas' failed - session setup failed: "
+                       "NT_STATUS_LOGON_FAILURE"),
+        ("NFSPlugin", "start: mount error: mount.nfs: access denied by server while mounting x:/y"),
+        ("ZFSPoolPlugin", "start: could not activate storage 'tank', zfs error: cannot import 'tank': "
+                          "no such pool available")],
+    (503, "The storage is not reachable now"): [
+        ("Storage", "start: connection check for storage 'nas' failed - got timeout"),
+        ("Plugin", "snapshot: unable to activate storage 'nas' - directory '/mnt/pve/nas' does not "
+                   "exist or is unreachable"),
+        ("DirPlugin", "start: unable to activate storage 'usb' - directory is expected to be a mount "
+                      "point but is not mounted: '/mnt/usb'"),
+        ("NFSPlugin", "start: mount error: mount.nfs: Connection timed out"),
+        ("rbd.cc", "resize: rbd error: rbd: couldn't connect to the cluster!")],
+    (409, "Proxmox could not apply cpulimit to the container: no such thing"): [
+        ("Config", "set: 400 Parameter verification failed.\n"
+                   "cpulimit: unable to apply pending change cpulimit : no such thing\npct set")],
+    (400, "Invalid cores: value must have a maximum value of 8192"): [
+        ("JSONSchema", "set: 400 Parameter verification failed.\n"
+                       "cores: value must have a maximum value of 8192\npct set <vmid> [OPTIONS]")],
+    (400, "Invalid snapshot_name: Proxmox takes 2 to 40 characters: a letter, then letters, digits, "
+          "_ and -"): [
+        ("JSONSchema", "snapshot: 400 Parameter verification failed.\nsnapname: invalid format - "
+                       "invalid configuration ID 'x'\n\npct snapshot <vmid> <snapname> [OPTIONS]")],
+    (400, "Invalid new_vm_name: Proxmox takes a DNS name: labels of letters, digits and inner "
+          "hyphens, joined by dots"): [
+        ("JSONSchema", "clone: 400 Parameter verification failed.\nhostname: invalid format - value "
+                       "does not look like a valid DNS name\n\npct clone <vmid> <newid> [OPTIONS]")],
+    (500, "The daemon must run as root"): [("RESTEnvironment", "set: please run as root")],
+}
+
+# Words that mean something else here: names, places, notes. The last line is told as it is.
+UNRELATED = [
+    "set: something new",
+    "clone: clone failed: command 'cp /srv/you can't take a snapshot if it's a template' failed: 1",
+    "clone: clone failed: unsupported version 'cluster not ready - no quorum?'",
+    "start: hookscript error for 104 on pre-start: CT is locked (backup)",
+    "start: script 'local:snippets/x' does not exist",
+    "start: directory '/srv/storage 'nas' does not exist",
+    "start: bridge 'storage 'nas' is not online' does not exist",
+    "set: unable to open file '/tmp/x - No space left on device' - Permission denied",
+    "set: can't lock file '/run/lock/lxc/pve-config-104.lock' - can't open file - Permission denied",
+    "destroy: encountered invalid lock, expected 'CT is locked (snapshot)'",
+    "start: vm 104 - unable to parse config: x failed: no quorum!",
+    "set: storage 'nas' is not online\ngot timeout",
+    ("clone: clone failed: command 'rsync x' failed: exit code 23",
+     'rsync: [sender] send_files failed to open "/x/you can\'t do that if it\'s a template": '
+     "Permission denied (13)\nyou can't start a CT if it's a template\n"
+     'rsync: [receiver] mkstemp "/x/a: No space left on device (28)" failed: Permission denied (13)\n'
+     "file: No space left on device\nstorage 'nas' is not online\nCT is locked (backup)"),
+    ("destroy: got timeout", "zero out finished (note: 'No space left on device' is ok here): x"),
+]
+
+
+def flat(table, first=0):
+    """The rows of one of the tables above, from their part `first` on."""
+    return [(row if isinstance(row, str) else row[first:], status, says)
+            for (status, says), rows in table.items() for row in rows]
+
+
+@pytest.mark.parametrize("row, status, says", [
+    *flat(PCT_SAYS), *flat(RELATIVES, first=1), *((row, 500, None) for row in UNRELATED)])
+def test_each_text_of_pct_has_its_status_and_sentence(row, status, says):
+    said, *stdout = (row,) if isinstance(row, str) else row
+    (command, _, stderr), stdout = said.partition(": "), "".join(stdout)
+    result = module.Result(255, stdout, stderr + "\n", False)
+    problem = module.explain_failure(["pct", command, "104"], result)
+    last = stderr.splitlines()[-1]
+    assert (problem.status, problem.error) == (status, says or f"pct {command} 104 failed: {last}")
+    assert problem.headers == ({"Retry-After": "30"} if status == 503 else {})
+    assert problem.fields == {"details": f"{stdout.strip()}\n{stderr}".strip()}
+
+
+def test_what_pct_does_not_say_is_told_by_its_exit_status():
+    def told(code, stdout="", stderr="", argv=("pct", "list")):
+        problem = module.explain_failure(argv, module.Result(code, stdout, stderr, False))
+        return problem.status, problem.error
+    assert told(255) == (500, "pct list failed with exit status 255")
+    assert told(255, " \n", "\n \n") == (500, "pct list failed with exit status 255")
+    assert told(-9, "x") == (500, "pct list was ended by SIGKILL")
+    assert told(255, "one\ntwo\n") == (500, "pct list failed: two")
+    assert told(0, "  Size is too big\n", "error resizing volume 'x':   Insufficient free space: 1\n",
+                ("pct", "resize", "104")) == (409, "The storage has too little free space")
+
+
+@pytest.mark.parametrize("piece", [
+    "unable to ", "clone failed: ", "can't ", "'", "rsync: ", "cannot x '", "a ", "/etc/pve/'", "\n",
+    "a\n", ": ", " - ", "unable to write '/etc/pve/'", "rbd: (", "x error: ", "volume "])
+def test_the_time_to_explain_a_failure_is_bounded(piece):
+    """A pattern that backtracks would take minutes for this."""
+    started = time.perf_counter()
+    for head in ("", "rsync: ", "unable to ", "cannot x 'y': ", "mount error: "):
+        text = head + piece * (131072 // len(piece))
+        module.explain_failure(["pct", "clone", "104"], module.Result(255, text, text, False))
+    assert time.perf_counter() - started < 5
 
 
 @pytest.mark.parametrize("written, clustered", [("auto", True), ('"auto"', True), ("off", False), ('"off"', False), ("false", False)])
@@ -1599,7 +1985,8 @@ def test_a_clone_is_started_if_asked(api, host):
     assert host.calls()[-1] == "pct destroy 105 --force 1" and not host.running(105)
     host.faults(start={"work_fails": "unable to get PID for CT 105 (not running?)"})
     reply = api.post("/clone/create", {**body, "start": True})
-    assert (reply.status, reply.body["error"]) == (500, "VM 105 was cloned but did not start: pct start 105 failed with exit status 255")
+    assert (reply.status, reply.body["error"]) == (
+        409, "VM 105 was cloned but did not start: The container is just starting or stopping; look at its state and try again")
     assert reply.body["details"].endswith("start it with: pct start 105, or remove it with: pct destroy 105")
 
 
@@ -2276,9 +2663,9 @@ def test_pct_that_is_missing_or_cannot_run_is_503(asking, host):
 @pytest.mark.parametrize("fault, status, says", [
     ({"signal": 9}, 500, "pct status 104 was ended by SIGKILL"),
     ({"signal": 11}, 500, "pct status 104 was ended by SIGSEGV"),
-    ({"exit": 7, "stderr": "first line\nsecond line\n"}, 500, "pct status 104 failed with exit status 7"),
+    ({"exit": 7, "stderr": "first line\nsecond line\n"}, 500, "pct status 104 failed: second line"),
     ({"spew": 100_000_000, "exit": 0}, 500, "pct status 104 printed more than 4 MiB"),
-    ({"exit": 1, "bytes": "fffe80", "stderr": ""}, 500, "pct status 104 failed with exit status 1"),
+    ({"exit": 1, "bytes": "fffe80", "stderr": ""}, 500, "pct status 104 failed: \ufffd\ufffd\ufffd"),
     ({"exit": 255, "stderr": "cluster not ready - no quorum?\n"}, 503, "The Proxmox cluster has no quorum, so nothing can be changed"),
 ])
 def test_a_read_that_fails_is_told_and_the_next_one_works(steady, fault, status, says):
@@ -2541,9 +2928,9 @@ NO_SPACE = "command 'mkfs.ext4 /dev/pve/vm-105-disk-0' failed: exit code 1"
 @pytest.mark.parametrize("faults, status, says", [
     ({"snapshot": {"work_fails": "snapshot feature is not available"}}, 409, "The container's storage (or a bind mount) cannot take snapshots"),
     ({"snapshot": {"exit": 255, "stderr": "CT is locked (backup)\n"}}, 409, "The container is locked by Proxmox (backup); try again when that has ended"),
-    ({"clone": {"work_fails": NO_SPACE}}, 500, "pct clone 104 failed with exit status 255"),
+    ({"clone": {"work_fails": NO_SPACE}}, 500, f"pct clone 104 failed: clone failed: {NO_SPACE}"),
     ({"clone": {"signal": 9}}, 500, "pct clone 104 was ended by SIGKILL"),
-    ({"status": {"exit": 255, "stderr": "broken\n"}}, 500, "pct status 104 failed with exit status 255"),
+    ({"status": {"exit": 255, "stderr": "broken\n"}}, 500, "pct status 104 failed: broken"),
 ])
 def test_a_clone_that_fails_leaves_no_snapshot(api, host, faults, status, says):
     host.faults(**faults)
@@ -2566,7 +2953,7 @@ def test_what_a_clone_leaves_behind_is_told_with_its_removal(api, host):
     host.faults(delsnapshot={"exit": 255, "stderr": "lvremove failed\n"})
     reply = api.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
     name, = host.snapshots(104)
-    note = (f"The temporary snapshot '{name}' of VM 104 could not be removed (pct delsnapshot 104 failed with exit status 255); "
+    note = (f"The temporary snapshot '{name}' of VM 104 could not be removed (pct delsnapshot 104 failed: lvremove failed); "
             f"remove it with: pct delsnapshot 104 {name}")
     assert reply.body == ok("Cloned VM 104 to new VM 105 (x)", {"warnings": [note]})
     assert note in api.log("error")
@@ -2805,7 +3192,7 @@ def test_every_endpoint_works_on_each_node_of_a_cluster(lab, number):
     assert (reply.status, reply.body["error"][:6]) == (409, "The id")
     host.faults(set={"exit": 255, "stderr": "something odd\n"})
     reply = api.post("/scale/cores", {"vm_id": running, "cores": 2})
-    assert (reply.status, reply.body) == (500, error(f"pct set {running} failed with exit status 255", details="something odd"))
+    assert (reply.status, reply.body) == (500, error(f"pct set {running} failed: something odd", details="something odd"))
 
 
 def test_the_whole_cluster_is_listed_from_files(lab):
@@ -2972,7 +3359,7 @@ def test_what_a_node_has_done_counts_before_word_of_it_has_come(lab):
         assert reply.body == ok("Cloned VM 206 to new VM 253 (late)") and pve2.running(253)
         pve2.faults(clone={"kills_pct": True})
         reply = lab.api.post("/clone/create", {"vm_id": 206, "new_vm_id": 254, "new_vm_name": "late"})
-        assert (reply.status, reply.body["error"]) == (500, "pct clone 206 failed with exit status 137")
+        assert (reply.status, reply.body["error"]) == (500, "pct clone 206 failed: Killed")
         assert reply.body["details"].endswith("VM 254 is left half-made; remove it on node 'pve2' with: pct unlock 254 && pct destroy 254")
     pve2.path(254).unlink()
     pve2.add(206, "db-2")
