@@ -703,20 +703,57 @@ def container_name(vm_id, values):
     return values.get("hostname") or f"CT{vm_id}"
 
 
+def allotted(values):
+    """A container's {key: text} -> its cores (None for no limit), memory and swap in MB.
+
+    What is left out has the default by which `pct` reckons (PVE::LXC, vmstatus). What has a
+    form that Proxmox does not write is None.
+    """
+    memory, swap = (values.get(key) or "0" for key in ("memory", "swap"))
+    memory = "512" if memory == "0" else memory
+    return number(values.get("cores")) or None, number(memory), number(swap)
+
+
+def processors(values):
+    """How many processors a container may use: its cores, its cpulimit, or all of this host's.
+
+    0 is no limit; None stands for a form that Proxmox does not write.
+    """
+    cores, limit = (values.get(key) or "0" for key in ("cores", "cpulimit"))
+    if cores != "0":
+        return number(cores)
+    limit = decimal(limit)
+    return os.cpu_count() if limit == 0 else limit
+
+
+STATUS_NUMBERS = frozenset((
+    "cpus", "disk", "diskread", "diskwrite", "maxdisk", "maxmem", "maxswap", "mem", "netin", "netout",
+    "pid", "swap", "uptime", "vmid"))
+
+
 def parse_status(document):
-    """`pct status ID [--verbose]` -> {key: number or text}."""
+    """`pct status ID [--verbose]` -> {key: number, or None if it is none, or text}.
+
+    A name, a lock or a tag is text though it looks like a number.
+    """
     values = {}
     for line in document.split("\n"):
         key, colon, value = line.partition(": ")
         if colon:
-            values[key] = number_or_text(value.strip())
+            values[key] = decimal(value.strip()) if key in STATUS_NUMBERS else value.strip()
     return values
 
 
-def number_or_text(value):
-    if re.fullmatch(r"-?\d{1,19}", value, re.ASCII):
-        return int(value)
-    return float(value) if re.fullmatch(r"-?\d{1,19}\.\d{1,19}", value, re.ASCII) else value
+def number(value, digits=19):
+    """The text of a whole number, of at most so many digits -> int, else None."""
+    return int(value) if value and len(value) <= digits and re.fullmatch(r"[0-9]+", value) else None
+
+
+def decimal(value):
+    """The text of a number, such as "4" or "1.5" -> int or float, else None."""
+    if not value or not re.fullmatch(r"[0-9]{1,19}(?:\.[0-9]{1,19})?", value):
+        return None
+    return float(value) if "." in value else int(value)
 
 
 class Node(namedtuple("Node", "name local online address known_hosts", defaults=[None])):
@@ -794,7 +831,7 @@ def parse_snapshots(document):
 
 def snapshots_of(conf):
     """A Conf -> the same list, with whole descriptions and exact times."""
-    return in_order((name, number_or_text(values.get("snaptime", "")) or None, values.get("description"),
+    return in_order((name, number(values.get("snaptime"), digits=11) or None, values.get("description"),
                      values.get("parent")) for name, values in conf.snapshots.items())
 
 
@@ -1722,6 +1759,11 @@ def find_number(pattern, text):
     return int(match[1]) if match else None
 
 
+def is_init(status):
+    """Whether a process's /proc/PID/status is that of a process 1 in a namespace right below ours."""
+    return find_number(r"^NSpid:\t\d+\t(\d+)$", status) == 1
+
+
 def used_bytes(path):
     """Bytes in use on the file system at a path, or None."""
     try:
@@ -1899,11 +1941,11 @@ class Proxmox:
         """What is allotted, and what a scaling call makes sense with: the bounds, or what the host has."""
         values = self.conf(vm_id).values
         size = size_in_gb(option(values.get("rootfs"), "size"))
+        cores, megabytes, swap = allotted(values)
         cpus, memory = self.capacity(self.locate(vm_id))
         return {
-            "vm_id": vm_id, "lxc_id": vm_id,
-            "cores": number(values.get("cores")), "memory_mb": number(values.get("memory")),
-            "swap_mb": number(values.get("swap")), "disk_gb": size, "hostname": values.get("hostname"),
+            "vm_id": vm_id, "lxc_id": vm_id, "cores": cores, "memory_mb": megabytes, "swap_mb": swap,
+            "disk_gb": size, "hostname": values.get("hostname"),
             "limits": {
                 "cores": {"min": CORES.low, "max": min(max_cores, cpus)},
                 "memory_mb": {"min": MEMORY.low, "max": min(max_memory, memory)},
@@ -1932,7 +1974,7 @@ class Proxmox:
         get, stopped = values.get, values.get("status") == "stopped"
         return {
             "vm_id": vm_id, "lxc_id": vm_id, "node": node.name if node else self.node_name(),
-            "name": get("name") and str(get("name")), "status": get("status"),
+            "name": get("name"), "status": get("status"),
             "cpu": get("cpus"), "cpu_usage": 0 if stopped else busy(get("cpus")),
             "memory": in_unit(get("maxmem"), MIB), "memory_used": in_unit(get("mem"), MIB),
             "swap": in_unit(get("maxswap"), MIB), "swap_used": in_unit(get("swap"), MIB),
@@ -1949,20 +1991,19 @@ class Proxmox:
         if document is None or not self.has_cgroups() or (up and usage is None):
             return None
         values, pid = parse_config(document).current, self.init_pid(vm_id)
-        memory, swap = number(values.get("memory")), number(values.get("swap"))
+        _, memory, swap = allotted(values)
         size = size_in_gb(option(values.get("rootfs"), "size"))
         found = {
             "name": container_name(vm_id, values), "status": "running" if up else "stopped",
-            "cpus": number_or_text(values.get("cores") or values.get("cpulimit") or str(os.cpu_count())),
-            "maxmem": memory and memory * MIB, "maxswap": swap if swap is None else swap * MIB,
-            "maxdisk": size and size * GIB,
+            "cpus": processors(values), "maxmem": memory and memory * MIB,
+            "maxswap": swap if swap is None else swap * MIB, "maxdisk": size and size * GIB,
         }
         if not up:
             return {**found, **dict.fromkeys(("mem", "swap", "uptime", "netin", "netout", "diskread", "diskwrite"), 0)}
         netin, netout = parse_net_dev(read_text("/proc/net/dev") or "", vm_id)
         swapped = read_text(f"{self.cgroup_dir}/lxc/{vm_id}/memory.swap.current")
         return {**found, "mem": usage["memory"], "swap": find_number(r"(\d+)", swapped),
-                "pid": pid, "uptime": self.uptime(vm_id, pid),
+                "pid": pid, "uptime": self.uptime(pid),
                 "netin": netin, "netout": netout, "diskread": usage["disk_read"], "diskwrite": usage["disk_write"]}
 
     def disk_used(self, pid):
@@ -1999,18 +2040,23 @@ class Proxmox:
         }
 
     def init_pid(self, vm_id):
-        return find_number(r"^(\d+)", read_text(f"{self.cgroup_dir}/lxc/{vm_id}/ns/init.scope/cgroup.procs"))
+        """The process that is a running container's init, or None.
 
-    def uptime(self, vm_id, pid):
-        """Seconds since the container's init, process `pid`, started, or since its cgroup was made."""
+        A systemd moves itself into init.scope. Any other init stays beside its children, of
+        which it is the one that is process 1 inside: the last number of NSpid in proc(5).
+        """
+        folder = f"{self.cgroup_dir}/lxc/{vm_id}/ns"
+        systemd = find_number(r"^(\d+)", read_text(f"{folder}/init.scope/cgroup.procs"))
+        beside = re.findall(r"^\d+$", read_text(f"{folder}/cgroup.procs") or "", re.MULTILINE)
+        return systemd or next((int(pid) for pid in beside if is_init(read_text(f"/proc/{pid}/status"))), None)
+
+    def uptime(self, pid):
+        """Seconds since a container's init, process `pid`, started; None where that is not known."""
         stat = pid and read_text(f"/proc/{pid}/stat")
-        if stat:
-            started = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-            return int(float(read_text("/proc/uptime").split()[0]) - started)
-        try:
-            return max(0, int(time.time() - os.stat(f"{self.cgroup_dir}/lxc/{vm_id}").st_ctime))
-        except OSError:
-            return 0
+        if not stat:
+            return None
+        started = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return max(0, int(float(read_text("/proc/uptime").split()[0]) - started))
 
     def up(self, vm_id):
         """Whether a container runs: its cgroup is there while it does."""
@@ -2022,8 +2068,8 @@ class Proxmox:
         rows, complete = self.files.read(self.read_list, own)
         found = []
         if not complete:
-            found = [listed_container(int(row["vmid"]), own, row.get("name") or f"CT{row['vmid']}", row.get("status"),
-                                      row.get("cpus"), in_unit(row.get("maxmem"), MIB), row.get("uptime"))
+            found = [listed_container(int(row["vmid"]), own, str(row.get("name") or f"CT{row['vmid']}"), row.get("status"),
+                                      decimal(str(row.get("cpus"))), in_unit(row.get("maxmem"), MIB), row.get("uptime"))
                      for row in self.ask_json(None, f"/nodes/{own}/lxc")]
         return sorted(found + rows, key=lambda row: row["vm_id"])
 
@@ -2038,15 +2084,16 @@ class Proxmox:
         for node in nodes:
             for vm_id, (_, values, _) in self.confs(node).items():
                 status, uptime = self.state(node, vm_id, news)
+                cores, memory, _ = allotted(values)
                 found.append(listed_container(vm_id, node.name if node else own, container_name(vm_id, values), status,
-                                              number(values.get("cores")), number(values.get("memory")), uptime))
+                                              cores, memory, uptime))
         return found, complete
 
     def state(self, node, vm_id, news):
         """(status, uptime in seconds) of a container: here from its cgroup, elsewhere from its node's news, or Nones."""
         if node:
             return heard(news.get(("vm", str(vm_id)))) if node.online else (None, None)
-        return ("running", self.uptime(vm_id, self.init_pid(vm_id))) if self.up(vm_id) else ("stopped", 0)
+        return ("running", self.uptime(self.init_pid(vm_id))) if self.up(vm_id) else ("stopped", 0)
 
     def gauges(self):
         """The container families at this moment, without a process; of what files do not say, nothing."""
@@ -2061,10 +2108,10 @@ class Proxmox:
         self.see_that_it_is_mounted()
         has_cgroups = self.has_cgroups()
         for vm_id, (_, values, _) in self.confs().items():
-            label, usage, memory = str(vm_id), self.usage(vm_id), number(values.get("memory"))
+            label, usage, (cores, memory, _) = str(vm_id), self.usage(vm_id), allotted(values)
             tell("info", 1, label, container_name(vm_id, values))
             tell("up", int(usage is not None) if has_cgroups else None, label)
-            tell("cpu_cores", number(values.get("cores")), label)
+            tell("cpu_cores", cores, label)
             tell("memory_mb", memory, label)
             tell("memory_limit_bytes", memory and memory * MIB, label)
             for name, key in CONTAINER_USAGE if usage else ():
@@ -2257,11 +2304,6 @@ def checked(argv, result):
     problem = explain_failure([*map(str, argv)], result)
     log.warning("failed: %s: exit %d: %s", shlex.join(map(str, argv)), result.exit, problem.fields["details"])
     raise problem
-
-
-def number(value):
-    """The text of a whole number in a configuration -> int; None stays None."""
-    return int(value) if value and re.fullmatch(r"[0-9]{1,19}", value) else None
 
 
 def heard(fields):

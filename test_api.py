@@ -2025,8 +2025,8 @@ def test_status_is_read_from_the_container_s_files(api, host):
         busy.kill()
         busy.wait()
     data = reply.body["data"]
-    assert 0 < data.pop("cpu_usage") < 100 and 0 <= data.pop("uptime") < 60
-    assert reply.body == ok("Retrieved status for VM 104", {**STATUS, "disk_used": None, "network_in": None, "network_out": None})
+    assert 0 < data.pop("cpu_usage") < 100
+    assert reply.body == ok("Retrieved status for VM 104", {**STATUS, "uptime": None, "disk_used": None, "network_in": None, "network_out": None})
     assert api.get("/resource/vm/status?vm_id=106").body["data"] == STOPPED
     assert host.calls() == []
     (host.cgroup / "lxc/104/ns/init.scope/cgroup.procs").write_text(f"{os.getpid()}\n1\n")      # any process will do as its init
@@ -2035,6 +2035,105 @@ def test_status_is_read_from_the_container_s_files(api, host):
     data = api.get("/resource/vm/status?vm_id=104").body["data"]
     assert (data["name"], data["memory"]) == ("web-01", 2048)
     assert data["disk_used"] > 0 and data["uptime"] < time.time() - 1
+
+
+@pytest.fixture
+def process():
+    """A process with two numbers, as the init of a container is seen by its host, or a skip."""
+    flags = ["--pid", "--fork", "--kill-child"] + ([] if os.geteuid() == 0 else ["--user", "--map-root-user"])
+    outer = subprocess.Popen(["unshare", *flags, "sleep", "100"], stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
+    wait_until(lambda: outer.poll() is not None or children.read_text())
+    if outer.poll() is not None:
+        pytest.skip("unshare makes no process namespace here")
+    yield int(children.read_text())
+    outer.kill()
+    outer.wait()
+
+
+def test_an_init_that_is_no_systemd_is_the_one_that_is_process_1_inside(api, host, process):
+    """Its processes are all in ns/cgroup.procs, as those of a busybox are, the init not always first."""
+    folder = host.cgroup / "lxc/104/ns"
+    shutil.rmtree(folder / "init.scope")
+    (folder / "cgroup.procs").write_text(f"0\n{os.getpid()}\n{process}\n")
+    data = api.get("/resource/vm/status?vm_id=104").body["data"]
+    assert 0 <= data["uptime"] < 30 and data["disk_used"] > 0
+    assert 0 <= api.get("/resource/vm/list").body["data"][0]["uptime"] < 30
+    (folder / "cgroup.procs").write_text(f"{os.getpid()}\n")
+    data = api.get("/resource/vm/status?vm_id=104").body["data"]
+    assert (data["status"], data["uptime"], data["disk_used"]) == ("running", None, None)
+
+
+@pytest.mark.parametrize("status, first", [
+    ("Name:\tinit\nNSpid:\t837\t1\nNSpgid:\t837\t1\n", True),
+    ("Name:\tsh\nNSpid:\t899\t12\nNSpgid:\t899\t1\n", False),
+    ("NSpid:\t950\t40\t1\n", False),           # of a container inside it
+    ("Name:\tNSpid:\t8\t1\nNSpid:\t1\n", False), ("NSpid:\t837\t11\n", False), ("", False), (None, False)])
+def test_the_init_of_a_container_is_told_by_its_numbers(status, first):
+    assert module.is_init(status) == first
+
+
+def test_what_no_process_tells_is_not_guessed(host):
+    """The files of a busybox (103) and of a systemd (101), as a host had them."""
+    proxmox = module.Proxmox(None, str(host.pve), str(host.cgroup), True)
+    for vm_id, files in ((101, {"init.scope/cgroup.procs": f"{os.getpid()}\n", "cgroup.procs": "",
+                                "system.slice/systemd-journald.service/cgroup.procs": "1\n"}),
+                         (103, {"cgroup.procs": "999999998\n999999999\n"})):
+        host.add(vm_id)
+        for name, text in {**{f"ns/{name}": text for name, text in files.items()}, "cpu.stat": "usage_usec 1\n"}.items():
+            (host.cgroup / f"lxc/{vm_id}/{name}").parent.mkdir(parents=True, exist_ok=True)
+            (host.cgroup / f"lxc/{vm_id}/{name}").write_text(text)
+    assert (proxmox.init_pid(101), proxmox.init_pid(103), proxmox.init_pid(999)) == (os.getpid(), None, None)
+    rows = {row["vm_id"]: (row["status"], row["uptime"]) for row in proxmox.list()}
+    assert rows[103] == ("running", None) and rows[106] == ("stopped", 0)
+    assert rows[101][0] == "running" and 0 <= rows[101][1] < 3600
+    assert proxmox.uptime(999999999) is None
+    assert proxmox.read_status(106)["uptime"] == 0
+
+
+ALL = os.cpu_count()
+
+
+@pytest.mark.parametrize("values, cores, memory, swap, cpus", [
+    ({}, None, 512, 0, ALL),
+    ({"cores": "4", "memory": "2048", "swap": "512"}, 4, 2048, 512, 4),
+    ({"cpulimit": "0"}, None, 512, 0, ALL), ({"cores": "2", "cpulimit": "0"}, 2, 512, 0, 2),
+    ({"cores": "0", "memory": "0", "swap": "0"}, None, 512, 0, ALL),
+    ({"cpulimit": "1.5"}, None, 512, 0, 1.5), ({"cpulimit": "0.0"}, None, 512, 0, ALL),
+    ({"cores": "4.0", "memory": "2048.5", "swap": "x"}, None, None, None, None),
+    ({"cores": "-1", "memory": "1e3", "swap": "\u0663"}, None, None, None, None),
+    ({"cpulimit": "much", "memory": "9" * 20}, None, None, 0, None),
+    ({"cores": "", "memory": "", "swap": ""}, None, 512, 0, ALL),
+])
+def test_what_is_allotted_has_the_defaults_of_proxmox_or_is_null(host, values, cores, memory, swap, cpus):
+    host.path(107).write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
+    proxmox = module.Proxmox(None, str(host.pve), str(host.cgroup), True)
+    assert (module.allotted(values), module.processors(values)) == ((cores, memory, swap), cpus)
+    row, = (row for row in proxmox.list() if row["vm_id"] == 107)
+    assert (row["cores"], row["memory"], row["name"]) == (cores, memory, "CT107")
+    status = proxmox.status(107)
+    assert (status["cpu"], status["memory"], status["swap"]) == (cpus, memory, swap)
+    config = proxmox.config(107, 128, 1048576)
+    assert (config["cores"], config["memory_mb"], config["swap_mb"]) == (cores, memory, swap)
+    gauges = proxmox.gauges()
+    assert gauges["lxc_autoscale_container_cpu_cores"].get(("107",)) == cores
+    assert gauges["lxc_autoscale_container_memory_limit_bytes"].get(("107",)) == (memory and memory * 2**20)
+
+
+@pytest.mark.parametrize("name", ["1234", "00012", "1e5", "true", "null", "0x10", "1.50"])
+def test_a_name_that_looks_like_a_number_is_text(host, name):
+    host.add(107, name)
+    proxmox = module.Proxmox(None, str(host.pve), str(host.cgroup), True)
+    assert [row["name"] for row in proxmox.list() if row["vm_id"] == 107] == [name]
+    assert proxmox.status(107)["name"] == proxmox.config(107, 128, 1048576)["hostname"] == name
+    values = module.parse_status(f"name: {name}\nlock: {name}\ntags: {name}\ncpus: 1.5\nmem: 7\nswap: none\nuptime: 0\n")
+    assert values == {"name": name, "lock": name, "tags": name, "cpus": 1.5, "mem": 7, "swap": None, "uptime": 0}
+
+
+def test_a_snapshot_without_a_time_that_can_be_has_none():
+    conf = module.parse_config("[a]\nsnaptime: soon\n[b]\nsnaptime: 1234567890123456789\n[c]\nsnaptime: 1795461031\n")
+    assert [(row["name"], row["timestamp"]) for row in module.snapshots_of(conf)] == [
+        ("a", None), ("b", None), ("c", "2026-11-23T19:10:31Z")]
 
 
 def test_status_is_asked_of_pct_where_the_files_are_missing(asking, host):
@@ -3876,10 +3975,9 @@ def test_a_container_that_vanishes_during_a_scrape_is_left_out(api, host, monkey
 def test_containers_are_listed(api, host, launch):
     host.add(107, None, cores=None)
     reply = api.get("/resource/vm/list")
-    uptime = reply.body["data"][0].pop("uptime")
-    assert 0 <= uptime < 60 and host.calls() == []
+    assert host.calls() == []
     assert reply.body == ok("Found 3 containers", [
-        {"vm_id": 104, "lxc_id": 104, "node": "proxmox", "name": "web-01", "status": "running", "cores": 2, "memory": 2048},
+        {"vm_id": 104, "lxc_id": 104, "node": "proxmox", "name": "web-01", "status": "running", "cores": 2, "memory": 2048, "uptime": None},
         {"vm_id": 106, "lxc_id": 106, "node": "proxmox", "name": "db-01", "status": "stopped", "cores": 2, "memory": 2048, "uptime": 0},
         {"vm_id": 107, "lxc_id": 107, "node": "proxmox", "name": "ct107", "status": "stopped", "cores": None, "memory": 2048, "uptime": 0}])
     assert api.get("/resource/lxc/list").status == 200
