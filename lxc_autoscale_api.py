@@ -727,8 +727,8 @@ def processors(values):
 
 
 STATUS_NUMBERS = frozenset((
-    "cpus", "disk", "diskread", "diskwrite", "maxdisk", "maxmem", "maxswap", "mem", "netin", "netout",
-    "pid", "swap", "uptime", "vmid"))
+    "cpus", "disk", "diskread", "diskwrite", "maxdisk", "maxmem", "maxswap", "mem", "netin",
+    "netout", "pid", "swap", "uptime", "vmid"))
 
 
 def parse_status(document):
@@ -831,8 +831,9 @@ def parse_snapshots(document):
 
 def snapshots_of(conf):
     """A Conf -> the same list, with whole descriptions and exact times."""
-    return in_order((name, number(values.get("snaptime"), digits=11) or None, values.get("description"),
-                     values.get("parent")) for name, values in conf.snapshots.items())
+    return in_order((name, number(values.get("snaptime"), digits=11) or None,
+                     values.get("description"), values.get("parent"))
+                    for name, values in conf.snapshots.items())
 
 
 def in_order(rows):
@@ -1104,7 +1105,7 @@ def reason(stdout):
 
 
 def unwrapped(text):
-    """A command's name and its line -> both, the line, and the line without each of its prefixes."""
+    """A command's name and its line -> both, the line, and it without its first prefixes."""
     yield text
     text = text.partition(": ")[2]
     for _ in range(MAX_PREFIXES):
@@ -1760,7 +1761,7 @@ def find_number(pattern, text):
 
 
 def is_init(status):
-    """Whether a process's /proc/PID/status is that of a process 1 in a namespace right below ours."""
+    """Whether /proc/PID/status is that of a process 1 in a namespace right below ours."""
     return find_number(r"^NSpid:\t\d+\t(\d+)$", status) == 1
 
 
@@ -1944,7 +1945,8 @@ class Proxmox:
         cores, megabytes, swap = allotted(values)
         cpus, memory = self.capacity(self.locate(vm_id))
         return {
-            "vm_id": vm_id, "lxc_id": vm_id, "cores": cores, "memory_mb": megabytes, "swap_mb": swap,
+            "vm_id": vm_id, "lxc_id": vm_id,
+            "cores": cores, "memory_mb": megabytes, "swap_mb": swap,
             "disk_gb": size, "hostname": values.get("hostname"),
             "limits": {
                 "cores": {"min": CORES.low, "max": min(max_cores, cpus)},
@@ -2047,11 +2049,14 @@ class Proxmox:
         """
         folder = f"{self.cgroup_dir}/lxc/{vm_id}/ns"
         systemd = find_number(r"^(\d+)", read_text(f"{folder}/init.scope/cgroup.procs"))
-        beside = re.findall(r"^\d+$", read_text(f"{folder}/cgroup.procs") or "", re.MULTILINE)
-        return systemd or next((int(pid) for pid in beside if is_init(read_text(f"/proc/{pid}/status"))), None)
+        if systemd:
+            return systemd
+        pids = re.findall(r"^\d+$", read_text(f"{folder}/cgroup.procs") or "", re.MULTILINE)
+        inits = (int(pid) for pid in pids if is_init(read_text(f"/proc/{pid}/status")))
+        return next(inits, None)
 
     def uptime(self, pid):
-        """Seconds since a container's init, process `pid`, started; None where that is not known."""
+        """Seconds since a container's init, process `pid`, started; None if nobody knows."""
         stat = pid and read_text(f"/proc/{pid}/stat")
         if not stat:
             return None
