@@ -1705,6 +1705,7 @@ CONTAINER_USAGE = (                         # metric, key of Proxmox.usage
     ("cpu_seconds_total", "cpu"), ("memory_usage_bytes", "memory"), ("disk_read_bytes_total", "disk_read"),
     ("disk_write_bytes_total", "disk_write"), ("oom_kills_total", "oom_kills"), ("pids", "pids"),
 )
+ONE_NUMBER = r"\A(\S+)\n"                  # a kernel's line is whole only with its end: half a number is none
 
 
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ESRCH, errno.ENODEV)   # the last: of a cgroup that has just gone
@@ -1757,7 +1758,18 @@ def names_in(folder):
 def find_number(pattern, text):
     """The first group of a pattern in a text, as an integer, or None."""
     match = text and re.search(pattern, text, re.MULTILINE)
-    return int(match[1]) if match else None
+    return number(match[1]) if match else None
+
+
+def find_sum(key, text):
+    """The sum of key=N over the devices in an io.stat, or None where it is none.
+
+    The file is empty until the first I/O, on ZFS often for ever; a device may have a name only.
+    """
+    if text is None or not re.fullmatch(r"([0-9]+:[0-9]+\b.*\n)?", text, re.DOTALL):
+        return None
+    found = [number(each) for each in re.findall(rf" {key}=(\S*)", text)]
+    return None if None in found else sum(found)
 
 
 def is_init(status):
@@ -2004,7 +2016,7 @@ class Proxmox:
             return {**found, **dict.fromkeys(("mem", "swap", "uptime", "netin", "netout", "diskread", "diskwrite"), 0)}
         netin, netout = parse_net_dev(read_text("/proc/net/dev") or "", vm_id)
         swapped = read_text(f"{self.cgroup_dir}/lxc/{vm_id}/memory.swap.current")
-        return {**found, "mem": usage["memory"], "swap": find_number(r"(\d+)", swapped),
+        return {**found, "mem": usage["memory"], "swap": find_number(ONE_NUMBER, swapped),
                 "pid": pid, "uptime": self.uptime(pid),
                 "netin": netin, "netout": netout, "diskread": usage["disk_read"], "diskwrite": usage["disk_write"]}
 
@@ -2021,7 +2033,7 @@ class Proxmox:
 
     def cpu_clock(self, node, vm_id):
         """(processor time used, time) so far, in seconds, from the container's cgroup (v2), or None."""
-        used = find_number(r"^usage_usec (\d+)", self.text_at(node, f"{self.cgroup_dir}/lxc/{vm_id}/cpu.stat"))
+        used = find_number(r"^usage_usec (\S+)\n", self.text_at(node, f"{self.cgroup_dir}/lxc/{vm_id}/cpu.stat"))
         return None if used is None else (used / 1e6, time.monotonic())
 
     def usage(self, vm_id):
@@ -2032,13 +2044,13 @@ class Proxmox:
             return None
         cache, disk, events, pids = (
             read_text(folder + name) for name in ("memory.stat", "io.stat", "memory.events", "pids.current"))
-        used, cached = find_number(r"(\d+)", memory), find_number(r"^file (\d+)", cache)
-        read, written = (disk and sum(map(int, re.findall(rf" {key}=(\d+)", disk))) for key in ("rbytes", "wbytes"))
-        seconds = find_number(r"^usage_usec (\d+)", cpu)
+        used, cached = find_number(ONE_NUMBER, memory), find_number(r"^file (\S+)\n", cache)
+        seconds = find_number(r"^usage_usec (\S+)\n", cpu)
         return {
-            "cpu": seconds and seconds / 1e6, "memory": used and max(0, used - (cached or 0)),      # as pct counts it
-            "disk_read": read, "disk_write": written,
-            "oom_kills": find_number(r"^oom_kill (\d+)", events), "pids": find_number(r"(\d+)", pids),
+            "cpu": seconds and seconds / 1e6,
+            "memory": None if None in (used, cached) else max(0, used - cached),        # as pct counts it
+            "disk_read": find_sum("rbytes", disk), "disk_write": find_sum("wbytes", disk),
+            "oom_kills": find_number(r"^oom_kill (\S+)\n", events), "pids": find_number(ONE_NUMBER, pids),
         }
 
     def init_pid(self, vm_id):
@@ -2463,10 +2475,10 @@ class Metrics:
         lines = []
         for name, family in FAMILIES.items():
             found = gauges.get(name) or series[name]
-            if found:
-                lines += [f"# HELP {name} {family.help}", f"# TYPE {name} {family.kind}"]
-            for labels, value in sorted(found.items()):
-                lines += exposition(name, family, labels, value)
+            samples = [line for labels, value in sorted(found.items())
+                       for line in exposition(name, family, labels, value)]
+            if samples:
+                lines += [f"# HELP {name} {family.help}", f"# TYPE {name} {family.kind}", *samples]
         return "\n".join(lines) + "\n"
 
 
@@ -2488,7 +2500,9 @@ def process_metrics():
 
 
 def exposition(name, family, values, value):
-    """One series -> its lines."""
+    """One series -> its lines, or none if a value is no number: Prometheus would refuse the whole scrape."""
+    if not all(map(is_number, value if family.kind == "histogram" else [value])):
+        return []
     labels = [f'{label}="{escape_label(text)}"' for label, text in zip(family.labels, values)]
     if family.kind != "histogram":
         return [f"{name}{braces(labels)} {value}"]
@@ -2497,6 +2511,13 @@ def exposition(name, family, values, value):
         total += count
         lines.append(f"{name}_bucket{braces([*labels, f'le={chr(34)}{bound}{chr(34)}'])} {total}")
     return [*lines, f"{name}_sum{braces(labels)} {value[-1]}", f"{name}_count{braces(labels)} {total}"]
+
+
+def is_number(value):
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:                   # an integer that no float can hold
+        return False
 
 
 def braces(labels):

@@ -1886,6 +1886,19 @@ def test_histograms_are_cumulative_and_labels_are_escaped():
     assert values['lxc_autoscale_api_requests_total{method="a\\"b\\\\c\\nd",endpoint="/x",status="200"}'] == 1
 
 
+@pytest.mark.parametrize("value", ["", "max", None, [], float("nan"), float("inf"), -float("inf"), 10 ** 400])
+def test_what_is_no_number_is_left_out_of_the_exposition(value):
+    metrics, one = module.Metrics(), "lxc_autoscale_container_pids"
+    whole = metrics.render({})
+    assert metrics.render({one: {("104",): value}}) == whole            # a family without samples is not named either
+    help_and_type = f"# HELP {one} Processes and threads.\n# TYPE {one} gauge\n"
+    told = metrics.render({one: {("104",): value, ("105",): 7}})
+    assert help_and_type + f'{one}{{container_id="105"}} 7\n' in told and "104" not in told
+    metrics.observe("lxc_autoscale_api_command_duration_seconds", 0.5, "pct set")
+    metrics.series["lxc_autoscale_api_command_duration_seconds"]["pct set",][-1] = value
+    assert metrics.render({}) == whole
+
+
 # Endpoints
 
 def test_cores_and_memory_are_set(api, host):
@@ -3882,6 +3895,59 @@ def test_containers_are_measured_without_a_process(api, host):
     assert not any("_pids" in name for name in values)
     shutil.rmtree(host.cgroup)
     assert "lxc_autoscale_container_up" not in api.get("/metrics").body
+
+
+USED = {                                        # file of a cgroup: what stands on it in /metrics, and in the status
+    "cpu.stat": (["cpu_seconds_total"], []), "memory.current": (["memory_usage_bytes"], ["memory_used"]),
+    "memory.stat": (["memory_usage_bytes"], ["memory_used"]), "memory.swap.current": ([], ["swap_used"]),
+    "io.stat": (["disk_read_bytes_total", "disk_write_bytes_total"], ["disk_read", "disk_write"]),
+    "memory.events": (["oom_kills_total"], []), "pids.current": (["pids"], []), "memory.max": ([], []), "cpu.max": ([], []),
+    "ns/init.scope/cgroup.procs": ([], []),
+}
+GARBAGE = ["letters\n", "max\n", "-5\n", "7" * 5000 + "\n", "\0\xff\n", "\u0663\n", "\n", "nan\n", "inf\n", "1e999\n", " 7\n",
+           "usage_usec -1\nfile x\noom_kill nan\n8:0 rbytes=max wbytes=\n", "8:0 rbytes=" + "9" * 5000 + " wbytes=1e9\n"]
+
+
+def test_a_cgroup_file_that_is_missing_empty_cut_short_or_garbage_costs_its_own_value_only(api, host):
+    whole, cut = host.cgroup / "lxc/104", {}
+    for name in USED:
+        text = (whole / name).read_text()
+        cut.update({(name, damaged): text for damaged in [None, *GARBAGE, *(text[:end] for end in range(len(text)))]})
+    damages = dict(enumerate(cut, 1000))
+    conf = host.path(104).read_text()
+    for vm_id, (name, damaged) in damages.items():
+        folder = host.cgroup / f"lxc/{vm_id}"
+        shutil.copytree(whole, folder, copy_function=os.link)
+        (folder / name).unlink()
+        if damaged is not None:
+            (folder / name).write_text(damaged, encoding="latin-1" if "\xff" in damaged else "utf-8")
+        host.path(vm_id).write_text(conf)
+    values = parse_exposition(api.get("/metrics").body)[1]
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        replies = dict(zip(damages, pool.map(lambda vm_id: api.get(f"/resource/vm/status?vm_id={vm_id}"), damages)))
+
+    def measured(vm_id):
+        return {key: values.get(f'lxc_autoscale_container_{key}{{container_id="{vm_id}"}}') for families, _ in USED.values() for key in families}
+    intact, status = measured(104), api.get("/resource/vm/status?vm_id=104").body["data"]
+    assert None not in intact.values()
+    for vm_id, (name, damaged) in damages.items():
+        families, keys = USED[name]
+        found, reply = measured(vm_id), replies[vm_id]
+        nothing = 0 if (name, damaged) == ("io.stat", "") else None             # no I/O yet, often for ever on ZFS
+        for key in families:
+            assert found[key] in (nothing, intact[key]), (name, damaged, key)
+        assert {**intact, **{key: found[key] for key in families}} == found, (name, damaged)
+        assert reply.status == 200, (name, damaged)
+        data = reply.body["data"]
+        for key in keys:
+            assert data[key] in (nothing, status[key]), (name, damaged, key)
+        free = [*keys, "vm_id", "lxc_id", "cpu_usage", "uptime", "disk_used"]           # the last two hang on some process of this host
+        assert {key: data[key] for key in data if key not in free} == {key: status[key] for key in status if key not in free}, (name, damaged)
+        assert all(data[key] is None or type(data[key]) in (int, float) for key in ("cpu_usage", "uptime", "disk_used", *keys)), (name, damaged)
+    nothing_yet, = (vm_id for vm_id, damage in damages.items() if damage == ("io.stat", ""))
+    assert [replies[nothing_yet].body["data"][key] for key in ("disk_read", "disk_write")] == [0, 0]
+    assert measured(nothing_yet) == {**intact, "disk_read_bytes_total": 0, "disk_write_bytes_total": 0}
+    assert "NaN" not in json.dumps([reply.body for reply in replies.values()]) and api.log("error") == ""
 
 
 def test_the_daemon_tells_about_itself(launch, host):
