@@ -115,6 +115,11 @@ def success(message, data=None):
     return Answer(200, body if data is None else dict(body, data=data))
 
 
+def changed(message, warnings):
+    """A change's success, with what there is to say of it; several commands may have said the same."""
+    return success(message, {"warnings": list(dict.fromkeys(warnings))} if warnings else None)
+
+
 class Problem(Exception):
     """An error with an HTTP status, a text, further JSON fields and headers."""
 
@@ -856,10 +861,21 @@ def option(value, name):
     return match and match[1]
 
 
-def size_in_gb(value):
-    """A volume size as Proxmox writes it (bytes, or with K, M, G, T) -> GB, or None."""
+def size_in_bytes(value):
+    """A volume size as Proxmox writes it (bytes, or with K, M, G, T) -> bytes, or None."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([KMGT]?)", value or "", re.ASCII)
-    return match and in_unit(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "), GIB)
+    return match and float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")
+
+
+def size_in_gb(value):
+    return in_unit(size_in_bytes(value), GIB)
+
+
+# What a resize prints when the volume has grown and its file system has not. The configuration has
+# the new size by then, and pct ends with 0 (PVE::API2::LXC, resize_vm; RBDPlugin, map_volume).
+FILE_SYSTEM_STAYED = re.compile(
+    r"Failed to update the container's filesystem|mount ?point not attached to a loop device"
+    r"|command 'losetup |can't map rbd volume")
 
 
 PCT_PARAMETERS = {                          # pct's name -> ours, and its rule where pct's own text does not tell
@@ -1324,6 +1340,15 @@ class Result(namedtuple("Result", "exit stdout stderr overflow")):
     `exit` is its status, or minus the number of the signal that ended it, `overflow` that
     it printed more than MAX_OUTPUT.
     """
+
+    @property
+    def warnings(self):
+        """The lines on stderr, the last of them if they are many.
+
+        Of a command that succeeded they say nothing about what it did: storages, plugins and
+        old lines of a configuration have something to say at every call.
+        """
+        return [line.strip() for line in self.stderr[-MAX_DETAILS:].splitlines() if line.strip()]
 
 
 class Output:
@@ -1829,7 +1854,7 @@ class Proxmox:
             raise Problem(500, f"pvesh get {path} printed no JSON") from None
 
     def change(self, vm_id, *argv):
-        """Run a command that changes a container, or makes another of it, on its node."""
+        """Run a command that changes a container, or makes another of it, on its node -> its Result."""
         return self.where(vm_id, lambda node: checked(argv, self.commands.change(node, *argv)))
 
     # Where things are
@@ -2210,63 +2235,66 @@ class Proxmox:
             ok, detail = False, problem.error
         return time.monotonic(), ok, detail
 
-    # Changes
+    # Changes; each returns its warnings, a list of texts
 
     def set(self, vm_id, name, value):
-        self.change(vm_id, "pct", "set", vm_id, f"--{name}", value)
+        return self.change(vm_id, "pct", "set", vm_id, f"--{name}", value).warnings
 
     def grow(self, vm_id, gigabytes):
         """Add so many GB to the rootfs.
 
         `pct resize` may end with 0 though it failed: the work is done by a task whose end
-        it does not pass on. A success has a new size in the configuration, nothing on
-        stderr, and a file system that followed.
+        it does not pass on. A success has at least so much more in the configuration (more if
+        somebody else grew it, too), and a file system that followed. pct writes the size with
+        each success, so a size where there was none before is a success as well.
         """
-        before = self.fresh_conf(vm_id).values.get("rootfs")
+        before = option(self.fresh_conf(vm_id).values.get("rootfs"), "size")
         argv = ("pct", "resize", vm_id, "rootfs", f"+{gigabytes}G")
         result = self.change(vm_id, *argv)
-        after = self.fresh_conf(vm_id).values.get("rootfs")
-        size = option(after, "size")
-        if "Failed to update the container's filesystem" in result.stdout:
-            raise Problem(500, f"The volume of VM {vm_id} has grown to {size}, but its file system has not followed",
-                          details=result.stdout.strip()[-MAX_DETAILS:])
-        if result.stderr.strip() or after == before:
+        after = option(self.fresh_conf(vm_id).values.get("rootfs"), "size")
+        if (size_in_bytes(after) or 0) < (size_in_bytes(before) or 0) + gigabytes * GIB:
             problem = explain_failure([*map(str, argv)], result)
             if problem.status == 500:
-                problem.error = f"The disk of VM {vm_id} was not grown as asked; its size is now {size}"
+                problem.error = f"The disk of VM {vm_id} was not grown as asked; its size is now {after or 'unknown'}"
             raise problem
+        said = result.stdout + result.stderr
+        if FILE_SYSTEM_STAYED.search(said):
+            raise Problem(500, f"The volume of VM {vm_id} has grown to {after}, but its file system has not followed",
+                          details=said.strip()[-MAX_DETAILS:])
+        return result.warnings
 
     def snapshot(self, vm_id, name):
-        self.change(vm_id, "pct", "snapshot", vm_id, name)
+        return self.change(vm_id, "pct", "snapshot", vm_id, name).warnings
 
     def delete_snapshot(self, vm_id, name):
-        self.change(vm_id, "pct", "delsnapshot", vm_id, name)
+        return self.change(vm_id, "pct", "delsnapshot", vm_id, name).warnings
 
     def rollback(self, vm_id, name):
         """Roll back; a container that ran is started again, for pct leaves it stopped."""
         start = ("--start", 1) if self.running(vm_id) else ()
-        self.change(vm_id, "pct", "rollback", vm_id, name, *start)
+        return self.change(vm_id, "pct", "rollback", vm_id, name, *start).warnings
 
     def delete(self, vm_id):
-        self.change(vm_id, "pct", "destroy", vm_id, "--force", 1)      # stops it, unless it is protected
+        """Destroy; this stops it, unless it is protected."""
+        return self.change(vm_id, "pct", "destroy", vm_id, "--force", 1).warnings
 
     def clone(self, vm_id, new_vm_id, name, start):
-        """-> what was left behind, and how to remove it: a list of texts, empty if all went well."""
+        """Clone; among the warnings is what was left behind, and how to remove it."""
         left = []
         argv = ("pct", "clone", vm_id, new_vm_id, "--hostname", name.replace("_", "-"))
         try:
             if self.running(vm_id):         # pct clones a running container from a snapshot only
                 with self.temporary_snapshot(vm_id, left) as snapshot:
-                    self.change(vm_id, *argv, "--snapname", snapshot)
+                    left += self.change(vm_id, *argv, "--snapname", snapshot).warnings
             else:
-                self.change(vm_id, *argv)
+                left += self.change(vm_id, *argv).warnings
         except Problem as problem:
             if problem.status >= 500:
                 left += self.half_made(vm_id, new_vm_id)
             problem.add_details(*left)
             raise
         if start:
-            self.start_clone(vm_id, new_vm_id)
+            left += self.start_clone(vm_id, new_vm_id)
         return left
 
     @contextmanager
@@ -2274,13 +2302,13 @@ class Proxmox:
         """A snapshot for the time of a clone; if it cannot be removed, that is noted in `left`."""
         name, made = TEMPORARY_SNAPSHOT + os.urandom(4).hex(), False
         try:
-            self.snapshot(vm_id, name)
+            left += self.snapshot(vm_id, name)
             made = True
             yield name
         finally:
             try:
                 if made or any(each["name"] == name for each in self.snapshots(vm_id)):
-                    self.delete_snapshot(vm_id, name)
+                    left += self.delete_snapshot(vm_id, name)
             except Problem as problem:
                 left.append(f"The temporary snapshot '{name}' of VM {vm_id} could not be removed ({problem.error}); "
                             f"remove it{self.there(vm_id)} with: pct delsnapshot {vm_id} {name}")
@@ -2298,7 +2326,8 @@ class Proxmox:
 
     def start_clone(self, vm_id, new_vm_id):
         try:
-            self.change(vm_id, "pct", "start", new_vm_id)       # on the source's node, for .vmlist may not have it yet
+            # on the source's node, for .vmlist may not have it yet
+            return self.change(vm_id, "pct", "start", new_vm_id).warnings
         except Problem as problem:
             problem.error = f"VM {new_vm_id} was cloned but did not start: {problem.error}"
             problem.add_details(f"VM {new_vm_id} exists and is stopped; start it{self.there(vm_id)} with: "
@@ -2550,23 +2579,21 @@ def list_routes(api):
 
 
 def set_cores(api, vm_id, cores):
-    api.host.set(vm_id, "cores", cores)
-    return success(f"CPU cores set to {cores} for VM {vm_id}")
+    return changed(f"CPU cores set to {cores} for VM {vm_id}", api.host.set(vm_id, "cores", cores))
 
 
 def set_memory(api, vm_id, memory):
-    api.host.set(vm_id, "memory", memory)
-    return success(f"Memory set to {memory} MB for VM {vm_id}")
+    return changed(f"Memory set to {memory} MB for VM {vm_id}", api.host.set(vm_id, "memory", memory))
 
 
 def grow_storage(api, vm_id, disk_size):
-    api.host.grow(vm_id, disk_size)
-    return success(f"Storage increased by {disk_size} GB for VM {vm_id}")
+    return changed(f"Storage increased by {disk_size} GB for VM {vm_id}",
+                   api.host.grow(vm_id, disk_size))
 
 
 def create_snapshot(api, vm_id, snapshot_name):
-    api.host.snapshot(vm_id, snapshot_name)
-    return success(f"Snapshot '{snapshot_name}' created for VM {vm_id}")
+    return changed(f"Snapshot '{snapshot_name}' created for VM {vm_id}",
+                   api.host.snapshot(vm_id, snapshot_name))
 
 
 def list_snapshots(api, vm_id):
@@ -2575,25 +2602,24 @@ def list_snapshots(api, vm_id):
 
 
 def delete_snapshot(api, vm_id, snapshot_name):
-    api.host.delete_snapshot(vm_id, snapshot_name)
-    return success(f"Snapshot '{snapshot_name}' of VM {vm_id} deleted")
+    return changed(f"Snapshot '{snapshot_name}' of VM {vm_id} deleted",
+                   api.host.delete_snapshot(vm_id, snapshot_name))
 
 
 def roll_back(api, vm_id, snapshot_name):
-    api.host.rollback(vm_id, snapshot_name)
-    return success(f"Rolled back VM {vm_id} to snapshot '{snapshot_name}'")
+    return changed(f"Rolled back VM {vm_id} to snapshot '{snapshot_name}'",
+                   api.host.rollback(vm_id, snapshot_name))
 
 
 def create_clone(api, vm_id, new_vm_id, new_vm_name, start):
     if new_vm_id == vm_id:
         raise Problem(400, "Invalid new_vm_id: must differ from vm_id")
-    left = api.host.clone(vm_id, new_vm_id, new_vm_name, start)
-    return success(f"Cloned VM {vm_id} to new VM {new_vm_id} ({new_vm_name})", {"warnings": left} if left else None)
+    return changed(f"Cloned VM {vm_id} to new VM {new_vm_id} ({new_vm_name})",
+                   api.host.clone(vm_id, new_vm_id, new_vm_name, start))
 
 
 def delete_clone(api, vm_id):
-    api.host.delete(vm_id)
-    return success(f"Deleted VM {vm_id}")
+    return changed(f"Deleted VM {vm_id}", api.host.delete(vm_id))
 
 
 def list_containers(api):

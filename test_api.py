@@ -1943,6 +1943,90 @@ def test_a_resize_that_fails_with_exit_status_0_is_a_failure(api, host):
     assert 'lxc_autoscale_scaling_actions_total' not in metrics.replace("# ", "").split("lxc_autoscale_scaling_actions_total{")[0]
 
 
+NOISE = [                                       # what pct prints on stderr at every call, though all goes well
+    'Plugin "PVE::Storage::Custom::ExamplePlugin" is implementing an older storage API, an upgrade is recommended',
+    "vm 104 - unable to parse config: lxc.cgroup.devices.allow = c 10:200 rwm", "  /dev/sr0: open failed: No medium found",
+    "Task finished with 1 warning(s)!",
+]
+CHANGES = [                                     # method, path, body, message: in this order each of them works
+    ("POST", "/scale/cores", {"cores": 4}, "CPU cores set to 4 for VM 104"),
+    ("POST", "/scale/ram", {"memory": 4096}, "Memory set to 4096 MB for VM 104"),
+    ("POST", "/scale/storage/increase", {"disk_size": 5}, "Storage increased by 5 GB for VM 104"),
+    ("POST", "/snapshot/create", {"snapshot_name": "s1"}, "Snapshot 's1' created for VM 104"),
+    ("POST", "/snapshot/rollback", {"snapshot_name": "s1"}, "Rolled back VM 104 to snapshot 's1'"),
+    ("DELETE", "/snapshot/delete", {"snapshot_name": "s1"}, "Snapshot 's1' of VM 104 deleted"),
+    ("POST", "/clone/create", {"new_vm_id": 105, "new_vm_name": "x", "start": True}, "Cloned VM 104 to new VM 105 (x)"),
+    ("DELETE", "/clone/delete", {}, "Deleted VM 104"),
+]
+
+
+def test_a_change_that_succeeded_has_what_pct_said_on_stderr_as_warnings(api, host):
+    commands = ("set", "resize", "snapshot", "rollback", "delsnapshot", "clone", "start", "destroy", "status")
+    host.faults(**{command: {"stderr": "\n".join([*NOISE, ""])} for command in commands})
+    for method, path, body, message in CHANGES:
+        reply = api.request(method, path, {"vm_id": 104, **body})
+        assert (reply.status, reply.body) == (200, ok(message, {"warnings": [line.strip() for line in NOISE]}))
+    assert host.running(105) and host.snapshots(105) == [] and not host.path(104).exists()
+    assert (host.conf(105)["rootfs"], host.conf(105)["cores"]) == ("local-lvm:vm-105-disk-0,size=13G", "4")
+    assert api.log("error") == ""
+    assert parse_exposition(api.get("/metrics").body)[1][
+        'lxc_autoscale_scaling_actions_total{container_id="104",resource="storage",action="increase"}'] == 1
+
+
+def test_warnings_are_bounded(api, host):
+    host.faults(set={"stderr": "".join(f"line {number}\n" for number in range(100000))})
+    warnings = api.post("/scale/cores", {"vm_id": 104, "cores": 4}).body["data"]["warnings"]
+    assert warnings[-1] == "line 99999" and 300 < len(warnings) < 400
+
+
+@pytest.mark.parametrize("said", [
+    "Failed to update the container's filesystem: command 'resize2fs /dev/pve/vm-104-disk-0' failed: exit code 1",
+    "internal error: CT running but mount point not attached to a loop device",
+    "internal error: CT running but mountpoint not attached to a loop device",
+    "command 'losetup --set-capacity /dev/loop3' failed: exit code 1",
+    "can't map rbd volume vm-104-disk-0: rbd: sysfs write failed",
+])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_volume_that_has_grown_alone_is_a_failure_wherever_pct_says_so(api, host, stream, said):
+    host.faults(resize={stream: "\n".join([*NOISE, said, ""])})
+    reply = api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 5})
+    assert (reply.status, reply.body["error"]) == (
+        500, "The volume of VM 104 has grown to 13G, but its file system has not followed")
+    assert said in reply.body["details"] and host.conf(104)["rootfs"].endswith("size=13G")
+
+
+def test_a_resize_that_failed_stays_one_among_what_pct_always_says(api, host):
+    why = "error resizing volume '/dev/pve/vm-104-disk-0':   Error during parsing of command line."
+    host.faults(resize={"work_fails": why, "stderr": "\n".join([*NOISE, ""])})
+    reply = api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 5})
+    assert (reply.status, reply.body) == (500, error("The disk of VM 104 was not grown as asked; its size is now 8G",
+                                                     details="\n".join([*NOISE, why])))
+
+
+@pytest.mark.parametrize("before, after, status", [
+    ("x,size=8G", "x,size=13G", 200), ("x,size=8G", "x,size=13312M", 200), ("x,size=1019G", "x,size=1T", 200),
+    ("x,size=8G", "x,size=15G", 200),                           # somebody else grew it as well
+    ("x,size=8G", "x,size=12G", 500), ("x,size=8G", "x,size=8192M", 500), ("x,size=8G", "x,size=8G,mountoptions=noatime", 500),
+    ("x,size=8G", "x,size=3G", 500), ("x,size=8G", "x", 500), ("x,size=8G", None, 500),
+    ("x,size=8392708K", "x,size=13635588K", 200), ("x,size=8392708K", "x,size=13635587K", 500),
+    ("x,size=8594132993", "x,size=13962842113", 200),           # bytes, if it is no whole number of K
+    ("x", "x,size=13G", 200),                                   # pct writes the size with each success
+    ("x", "x", 500), ("/mnt/bind", "/mnt/bind", 500), ("x,size=0T", "x,size=5G", 200), ("x,size=0T", "x,size=4G", 500),
+])
+def test_a_resize_succeeded_if_the_configured_size_rose_by_what_was_asked(before, after, status, monkeypatch):
+    sizes = [module.Conf({"rootfs": rootfs}, {}, {}) for rootfs in (before, after)]
+    proxmox = module.Proxmox(None, "/nowhere", "/nowhere", False)
+    monkeypatch.setattr(proxmox, "fresh_conf", lambda vm_id: sizes.pop(0))
+    monkeypatch.setattr(proxmox, "change", lambda vm_id, *argv: module.Result(0, "", NOISE[0], False))
+    if status == 200:
+        assert proxmox.grow(104, 5) == [NOISE[0]]
+    else:
+        size = module.option(after, "size") or "unknown"
+        with pytest.raises(module.Problem) as caught:
+            proxmox.grow(104, 5)
+        assert (caught.value.status, caught.value.error) == (500, f"The disk of VM 104 was not grown as asked; its size is now {size}")
+
+
 def test_snapshots_are_taken_listed_and_rolled_back(api, host):
     before = int(time.time())
     reply = api.post("/snapshot/create", {"vm_id": 104, "snapshot_name": "backup_20241224"})
