@@ -64,7 +64,8 @@ MAX_QUERY = 100             # parameters in a query
 LARGE = 65536               # bytes of an answer that is not copied to be sent
 MAX_OUTPUT = 4 << 20        # bytes that are read of what a command prints
 MAX_DETAILS = 4000          # characters of it that go into an answer
-MAX_CLIENTS = 5000          # addresses that the rate limiter remembers
+MAX_CLIENTS = 5000          # clients that the rate limiter tells apart
+MAX_HOPS = 32               # of X-Forwarded-For, from its end, that are looked at
 MAX_LINES = 10000           # lines of a log that wait for its disk
 MAX_FLIGHTS = 256           # questions that are being answered at once
 MAX_HUNG = 16               # reads that hang; while there are so many, no further one is begun
@@ -2364,40 +2365,73 @@ def heard(fields):
 class RateLimiter:
     """Sliding window: at most `limit` requests of a client in any `window` seconds.
 
-    Clients that were idle for a window are dropped, and of more than MAX_CLIENTS the one
-    that was seen last the longest ago.
+    A client is an IPv4 address or an IPv6 /64: one customer has that many addresses. Nobody
+    is forgotten before a window has passed since the last counted request, so no crowd of
+    others makes a refused client free again. Memory stays bounded since a newcomer is counted
+    together with its network while there is no room: /24 or /48 beyond MAX_CLIENTS, /16 or
+    /32 beyond one and a half of them, and all the others as one beyond twice as many.
     """
 
     def __init__(self, limit, window, clock=time.monotonic):
         self.limit, self.window, self.clock = limit, window, clock
-        self.lock, self.clients = threading.Lock(), OrderedDict()      # in the order in which they were seen
+        self.lock = threading.Lock()
+        self.clients = OrderedDict()        # times of counted requests, who counted last at the end
 
     def admit(self, client):
         """-> (admitted, how many more would be, seconds until the oldest counted request leaves)."""
         with self.lock:
             now = self.clock()
-            stamps = self.clients.setdefault(client, deque())
-            self.clients.move_to_end(client)
+            self.forget(now)
+            key = self.counted_as(client)
+            stamps = self.clients.setdefault(key, deque())
             while stamps and stamps[0] <= now - self.window:
                 stamps.popleft()
             admitted = len(stamps) < self.limit
             if admitted:
                 stamps.append(now)
-            self.forget(now)
+                self.clients.move_to_end(key)
             return admitted, self.limit - len(stamps), stamps[0] + self.window - now
 
     def forget(self, now):
-        while True:
-            client = next(iter(self.clients))
-            if self.clients[client][-1] > now - self.window and len(self.clients) <= MAX_CLIENTS:
+        """Drop the clients of whom no request counts any more; they stand first."""
+        while self.clients:
+            client, stamps = next(iter(self.clients.items()))
+            if stamps[-1] > now - self.window:
                 return
             del self.clients[client]
+
+    def counted_as(self, client):
+        """An address -> the narrowest of its networks that is known, or for which there is room."""
+        room = MAX_CLIENTS
+        for network in networks_of(client):
+            if network in self.clients or len(self.clients) < room:
+                return network
+            room += MAX_CLIENTS // 2
+        return network
+
+
+def networks_of(client):
+    """An address -> what it may be counted as, from the narrowest: bytes of its own kind and number."""
+    if ":" in client:
+        packed, lengths = socket.inet_pton(socket.AF_INET6, client), (8, 6, 4, 0)
+    else:
+        packed, lengths = socket.inet_pton(socket.AF_INET, client), (4, 3, 2, 0)
+    return [(len(packed), packed[:length]) for length in lengths]
 
 
 def plain_address(text):
     """An address without zone, an IPv4 one in IPv6 clothes as IPv4; ValueError if it is none."""
     found = ipaddress.ip_address(text.partition("%")[0])
     return getattr(found, "ipv4_mapped", None) or found
+
+
+HOP = re.compile(r"\[([^\]]{1,100})\](?::[0-9]{1,5})?|([0-9.]{1,15}):[0-9]{1,5}|(.{1,100})")
+
+
+def hop_address(text):
+    """An address as proxies write it: Azure's gateways add the port, some put IPv6 in brackets."""
+    match = HOP.fullmatch(text.strip(" \t"))
+    return plain_address(match[match.lastindex] if match else "")
 
 
 def client_of(headers, address, trusted):
@@ -2414,9 +2448,9 @@ def client_of(headers, address, trusted):
     if not any(peer in network for network in trusted):
         return address, peer.is_loopback
     client = peer
-    for hop in reversed(said.split(",")):
+    for hop in reversed(said.rsplit(",", MAX_HOPS)[-MAX_HOPS:]):
         try:
-            client = plain_address(hop.strip())
+            client = hop_address(hop)
         except ValueError:
             break
         if not any(client in network for network in trusted):

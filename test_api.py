@@ -1770,9 +1770,10 @@ def test_the_limiter_agrees_with_a_recount_of_all_requests():
     limiter = module.RateLimiter(5, 10, clock=lambda: now[0])
     for _ in range(5000):
         now[0] += chance.choice([0, 0.1, 0.5, 3])
-        client = chance.choice("abc")
+        address, client = chance.choice([("192.0.2.1", "a"), ("192.0.2.2", "b"), ("2001:db8:0:1::1", "c"), ("2001:db8:0:1:f::2", "c"),
+                                         ("2001:db8:0:2::1", "d"), ("fe80::1", "e")])
         counted = [moment for who, moment in history if who == client and moment > now[0] - 10]
-        admitted, remaining, wait = limiter.admit(client)
+        admitted, remaining, wait = limiter.admit(address)
         assert admitted == (len(counted) < 5)
         if admitted:
             history.append((client, now[0]))
@@ -1780,16 +1781,87 @@ def test_the_limiter_agrees_with_a_recount_of_all_requests():
         assert (remaining, wait) == (5 - len(counted), counted[0] + 10 - now[0])
 
 
+def test_a_limiter_without_room_agrees_with_a_recount_by_networks(monkeypatch):
+    """The same rule once more, slow and plain: no client is forgotten while a request of it counts."""
+    monkeypatch.setattr(module, "MAX_CLIENTS", 20)
+    chance, now, counted, seen = random.Random(3), [0.0], {}, set()
+    limiter = module.RateLimiter(3, 10, clock=lambda: now[0])
+    for _ in range(5000):
+        now[0] += chance.choice([0, 0.01, 0.1, 0.3])
+        network = module.ipaddress.ip_network(chance.choice(["192.0.2.0/28", "198.51.0.0/16", "10.0.0.0/8", "2001:db8::/62", "2001:db8::/40", "::/0"]))
+        address = network[chance.randrange(network.num_addresses)]
+        counted = {who: [moment for moment in moments if moment > now[0] - 10] for who, moments in counted.items()}
+        counted = {who: moments for who, moments in counted.items() if moments}
+        wider = [module.ipaddress.ip_network((address, bits), strict=False) for bits in ((32, 24, 16, 0) if address.version == 4 else (64, 48, 32, 0))]
+        who = next(each for each, room in zip(wider, (20, 30, 40, 9999)) if each in counted or len(counted) < room)
+        moments = counted.setdefault(who, [])
+        admitted = len(moments) < 3
+        if admitted:
+            moments.append(now[0])
+        assert limiter.admit(str(address)) == (admitted, 3 - len(moments), moments[0] + 10 - now[0])
+        assert len(limiter.clients) == len(counted) <= 42
+        seen.add((who.prefixlen, admitted))
+    assert seen == {(bits, admitted) for bits in (64, 48, 32, 24, 16, 0) for admitted in (True, False)}
+
+
 def test_the_limiter_forgets_idle_clients_and_is_bounded(monkeypatch):
     monkeypatch.setattr(module, "MAX_CLIENTS", 100)
     now = [0.0]
     limiter = module.RateLimiter(5, 10, clock=lambda: now[0])
-    for number in range(1000):
-        limiter.admit(str(number))
-    assert list(limiter.clients) == [str(number) for number in range(900, 1000)]
+    for number in range(100000):
+        limiter.admit(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
+        limiter.admit(f"{number:x}:{number * 7 & 65535:x}::1" if number < 65536 else "::1")
+    assert len(limiter.clients) == 202
     now[0] = 11
-    limiter.admit("new")
-    assert list(limiter.clients) == ["new"]
+    limiter.admit("192.0.2.1")
+    assert list(limiter.clients) == [(4, b"\xc0\0\2\1")]
+
+
+def test_one_ipv6_network_is_one_client():
+    chance = random.Random(4)
+    limiter = module.RateLimiter(120, 60)
+    network = module.ipaddress.ip_network("2001:db8:1:2::/64")
+    guesses = (str(network[chance.getrandbits(64)]) for _ in range(100000))
+    assert sum(limiter.admit(guess)[0] for guess in guesses) == 120
+    assert limiter.admit("2001:db8:1:3::1")[0] and limiter.admit("192.0.2.1")[0]
+
+
+@pytest.mark.parametrize("crowd", [
+    [f"2001:db8:1:{number:x}::1" for number in range(65536)],               # the /64s of a /48
+    [f"10.1.{number >> 8}.{number & 255}" for number in range(65536)],      # a network of 65,536 hosts
+    [f"2001:{number:x}:{number:x}::1" for number in range(65536)],          # 65,536 providers
+])
+def test_no_crowd_makes_a_refused_client_free_again(crowd):
+    now = [0.0]
+    limiter = module.RateLimiter(120, 60, clock=lambda: now[0])
+    refused = ("198.51.100.7", "2001:db8:ffff:1::1")
+    for client in refused:
+        assert [limiter.admit(client)[0] for _ in range(121)] == [True] * 120 + [False]
+    for client in crowd:
+        now[0] += 59 / len(crowd)
+        limiter.admit(client)
+    assert [limiter.admit(each)[0] for each in refused] == [False, False]
+    assert limiter.admit("203.0.113.1") == (True, 119, 60)                  # a newcomer is served beside them
+    assert len(limiter.clients) <= 2 * module.MAX_CLIENTS + 2
+    now[0] = 120
+    assert [limiter.admit(each) for each in refused] == [(True, 119, 60)] * 2
+
+
+def test_an_admission_costs_the_same_with_many_clients():
+    def seconds(count):
+        limiter = module.RateLimiter(120, 3600)
+        for number in range(count):
+            limiter.admit(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
+        addresses = [f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}" for number in range(count - 10, count)] * 10
+        times = []
+        for _ in range(50):
+            started = time.perf_counter()
+            for address in addresses:
+                limiter.admit(address)
+            times.append(time.perf_counter() - started)
+        return min(times) / len(addresses)
+    few, many = seconds(10), seconds(100000)
+    assert many < 5 * few
 
 
 def limited(launch, **rates):
@@ -1813,6 +1885,15 @@ def test_a_client_over_its_limit_is_told_when_to_come_back(launch):
     assert "X-RateLimit-Limit" not in api.get("/metrics", headers=via).headers
     assert api.get("/nowhere", headers=via).status == 429
     assert api.get("/routes", headers={"X-Forwarded-For": "198.51.100.8"}).status == 200
+
+
+def test_a_proxied_ipv6_client_is_limited_by_its_network_and_logged_by_its_address(launch):
+    api = limited(launch)
+    said = [f"[2001:db8:0:1::{number}]:{40000 + number}" for number in range(1, 5)] + ["2001:db8:0:2::1", "198.51.100.7:1", "198.51.100.7:2"]
+    assert [api.get("/routes", headers={"X-Forwarded-For": each}).status for each in said] == [200, 200, 200, 429, 200, 200, 200]
+    wait_until(lambda: api.log("access").count(" GET /routes ") == 7)
+    assert re.findall(r"(\S+) GET /routes", api.log("access")) == [
+        "2001:db8:0:1::1", "2001:db8:0:1::2", "2001:db8:0:1::3", "2001:db8:0:1::4", "2001:db8:0:2::1", "198.51.100.7", "198.51.100.7"]
 
 
 def test_the_window_slides(launch):
@@ -1846,6 +1927,14 @@ def test_a_local_client_is_never_limited_and_a_proxied_one_always(launch):
     ("127.0.0.1", {"x-forwarded-for": "198.51.100.1", "x-real-ip": "198.51.100.2"}, ("198.51.100.1", False)),
     ("127.0.0.1", {"x-forwarded-for": "::ffff:198.51.100.1"}, ("198.51.100.1", False)),
     ("127.0.0.2", {"x-forwarded-for": "198.51.100.1"}, ("127.0.0.2", True)),
+    *((peer, {name: said}, (client, False)) for peer in ("127.0.0.1", "::1") for name in ("x-forwarded-for", "x-real-ip") for said, client in (
+        ("198.51.100.1:5678", "198.51.100.1"), ("[2001:db8::1]", "2001:db8::1"), ("[2001:db8::1]:443", "2001:db8::1"),
+        ("2001:DB8:0::1", "2001:db8::1"), ("[::ffff:198.51.100.1]:443", "198.51.100.1"), ("fe80::1%eth0", "fe80::1"), ("[fe80::1%25eth0]:5", "fe80::1"),
+        ("203.0.113.9:1, 198.51.100.1:5678, [::1]:443, 127.0.0.1:80", "198.51.100.1"), ("\t198.51.100.1:1 , ::1", "198.51.100.1"),
+        *((said, peer) for said in ("198.51.100.1:", "198.51.100.1:x", "198.51.100.1:123456", "[2001:db8::1]443", "[2001:db8::1", "2001:db8::1]:443", "[]", "[]:1",
+                                    "198.51.100.1:5678:9", '"[2001:db8::1]"', "unknown", "unix:", "_hidden", "198.51.100.01", "3325256705", ",", "," * 30000, " " * 30000,
+                                    "[" * 30000, "1" * 30000, "198.51.100.1," + " " * 30000, "[::1]:4" + "4" * 30000)),
+        ("203.0.113.9," + "127.0.0.1," * 31 + "::1", "127.0.0.1"), ("203.0.113.9," + "127.0.0.1," * 30 + "::1", "203.0.113.9"))),
 ])
 def test_only_a_trusted_proxy_speaks_for_others(peer, headers, client):
     trusted = module.networks(["127.0.0.1", "::1"])
@@ -1855,6 +1944,21 @@ def test_only_a_trusted_proxy_speaks_for_others(peer, headers, client):
 def test_an_ipv4_address_in_ipv6_clothes_is_the_same_client():
     assert str(module.plain_address("::ffff:127.0.0.9")) == "127.0.0.9"
     assert str(module.plain_address("fe80::1%eth0")) == "fe80::1"
+
+
+def test_a_long_header_of_addresses_costs_little():
+    trusted = module.networks(["127.0.0.1", "::1"])
+
+    def seconds(said):
+        request, times = module.Request("GET", "/", "", {"x-forwarded-for": said}, "127.0.0.1", None, None), []
+        for _ in range(20):
+            started = time.perf_counter()
+            module.client_of(request, trusted)
+            times.append(time.perf_counter() - started)
+        return min(times)
+    for hop in (",", " ,", "127.0.0.1,", "[::1]:1,", "[", "]", "1", ".", ":", "[1:", " ", " x", "%"):
+        short, long = (hop * (size // len(hop)) + "127.0.0.1" for size in (4000, 32000))
+        assert seconds(long) < 16 * seconds(short) + 0.0005 and seconds(long) < 0.005, hop
 
 
 def parse_exposition(text):
