@@ -1664,6 +1664,10 @@ class Operations:
 
     def run(self, operation, vm_ids, seconds, work):
         """work() under the reservation of `vm_ids` -> its result, or its Problem, or 504 after so many seconds."""
+        with self.lock:                     # either seen by refuse_waiting, or here that it was called
+            if self.stopping:
+                raise stopping()
+            self.asked.add(operation)
         try:
             threading.Thread(target=self.work, args=(operation, vm_ids, work), daemon=True).start()
         except RuntimeError:
@@ -1844,6 +1848,7 @@ class Proxmox:
         self.commands, self.files = commands, files
         self.pve_dir, self.cgroup_dir, self.clustered = pve_dir, cgroup_dir, clustered
         self.probed = (-math.inf, False, "")
+        self.seen = set()                   # ids of containers that were found somewhere
 
     def ask(self, node, *argv):
         return checked(argv, self.commands.read(node, *argv)).stdout
@@ -1875,6 +1880,7 @@ class Proxmox:
     def find(self, vm_id):
         """Its file here is looked for first: no id is on two nodes, and the list may be long."""
         if is_there(f"{self.pve_dir}/lxc/{vm_id}.conf"):
+            self.seen.add(vm_id)
             return None
         self.see_that_it_is_mounted()
         ids, (_, cluster) = parse_vmlist(read_text(f"{self.pve_dir}/.vmlist")), self.read_members()
@@ -1883,6 +1889,8 @@ class Proxmox:
             raise Problem(404, f"VM {vm_id} is a virtual machine, not a container")
         if cluster and ids and not guest:
             raise Problem(404, f"VM {vm_id} does not exist on any node of the cluster")
+        if guest:
+            self.seen.add(vm_id)
         if not cluster or not guest:
             return None
         name = guest.get("node")
@@ -2935,7 +2943,7 @@ class Api:
         if route.scaling and not problem:
             self.metrics.add("lxc_autoscale_scaling_actions_total", str(vm_id), *route.scaling)
         elif route.scaling:                 # an id that no container has would make series without end
-            container = "unknown" if problem.status == 404 else str(vm_id)
+            container = str(vm_id) if vm_id in self.host.seen else "unknown"
             self.metrics.add("lxc_autoscale_scaling_failures_total", container, route.scaling[0],
                              REASONS.get(problem.status, "failed"))
 

@@ -2503,6 +2503,28 @@ def test_scaling_and_requests_are_counted(api, host):
     assert types["lxc_autoscale_api_requests_total"] == "counter" and types["lxc_autoscale_api_request_duration_seconds"] == "histogram"
 
 
+def test_ids_that_no_container_has_make_no_series_of_their_own(api, host):
+    host.list(300)                                              # in the cluster's list, without a file here
+    host.list(301, kind="qemu")
+    refusals = [("400 Parameter verification failed.\nvmid: no\n", "refused"), ("CT is locked (backup)\n", "conflict"),
+                ("cluster not ready - no quorum?\n", "unavailable"), ("something else\n", "failed")]
+    for number, (said, _) in enumerate(refusals):
+        host.faults(set={"exit": 255, "stderr": said})
+        for vm_id in (104, 300, 301, 900 + number, 999999 - number):
+            api.post("/scale/cores", {"vm_id": vm_id, "cores": 4})
+    host.faults()
+    assert api.post("/scale/ram", {"vm_id": 800, "memory": 512}).status == 404
+    (host.root / "bin/pct").unlink()
+    assert api.post("/scale/ram", {"vm_id": 801, "memory": 512}).status == 503
+    name = "lxc_autoscale_scaling_failures_total"
+    values = {series: value for series, value in parse_exposition(api.get("/metrics").body)[1].items() if series.startswith(name)}
+    expected = {f'{name}{{container_id="{label}",resource="cpu",reason="{reason}"}}': count
+                for _, reason in refusals for label, count in (("104", 1), ("300", 1), ("unknown", 2))}
+    assert values == {**expected, f'{name}{{container_id="unknown",resource="cpu",reason="not_found"}}': 4,
+                      f'{name}{{container_id="unknown",resource="ram",reason="not_found"}}': 1,
+                      f'{name}{{container_id="unknown",resource="ram",reason="unavailable"}}': 1}
+
+
 # Who may come in
 
 @pytest.mark.parametrize("given", [
