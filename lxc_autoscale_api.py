@@ -1661,6 +1661,7 @@ class Operations:
 
     def __init__(self, host):
         self.host, self.turns, self.asked = host, Turns(), set()
+        self.lock, self.stopping = threading.Lock(), False
 
     def run(self, operation, vm_ids, seconds, work):
         """work() under the reservation of `vm_ids` -> its result, or its Problem, or 504 after so many seconds."""
@@ -1671,6 +1672,7 @@ class Operations:
         try:
             threading.Thread(target=self.work, args=(operation, vm_ids, work), daemon=True).start()
         except RuntimeError:
+            self.asked.discard(operation)
             raise busy("The host has no thread left; nothing was done, try again later", SLOT_SECONDS) from None
         operation.begun.wait()
         try:
@@ -1679,7 +1681,6 @@ class Operations:
             raise goes_on(operation, f"did not finish in {seconds} s") from None
 
     def work(self, operation, vm_ids, work):
-        self.asked.add(operation)
         started, outcome, result, problem = time.monotonic(), "done", None, None
         try:
             self.host.ready(operation.vm_id, started)       # or it would wait behind one that waits for a dead node
@@ -1689,7 +1690,7 @@ class Operations:
                     held.enter_context(self.turns.turn(vm_id, started + TURN_SECONDS - time.monotonic(), who))
                 held.enter_context(self.host.place(operation.vm_id, started, operation.long))
                 if not operation.begin():
-                    raise busy("The daemon stopped before this began; nothing was done", SLOT_SECONDS)
+                    raise stopping()
                 result = work()
         except Late as late:
             problem = Problem(409, f"VM {vm_id} is busy for over {TURN_SECONDS} s with: {late}; nothing was done")
@@ -1708,9 +1709,12 @@ class Operations:
         operation.begun.set()
 
     def refuse_waiting(self):
-        """The daemon stops: what has not begun will not begin."""
-        for operation in list(self.asked):
-            operation.refuse(busy("The daemon is stopping; nothing was done", SLOT_SECONDS))
+        """The daemon stops: what has not begun will not begin, and nothing new is taken."""
+        with self.lock:
+            self.stopping = True
+            waiting = list(self.asked)
+        for operation in waiting:
+            operation.refuse(stopping())
 
     def leave_running(self):
         """The daemon ends: tell who still waits that Proxmox goes on, and log what was left."""
@@ -1718,6 +1722,10 @@ class Operations:
             if operation.running:
                 log.warning("left running: %s by %s", operation.title, operation.client)
                 operation.tell(problem=goes_on(operation, "has not finished, and the daemon stops"))
+
+
+def stopping():
+    return busy("The daemon is stopping; nothing was done", SLOT_SECONDS)
 
 
 def goes_on(operation, why):
@@ -3626,8 +3634,8 @@ def serve(server, signals, config_path):
     stopping.set()
     notify("STOPPING=1")
     log.info("stopping on %s", signal_name(number))
-    server.stop_listening()
     server.api.operations.refuse_waiting()
+    server.stop_listening()
     if not server.wait_for_answers(STOP_SECONDS - 5):
         server.api.operations.leave_running()
         server.wait_for_answers(5)

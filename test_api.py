@@ -3920,6 +3920,45 @@ def test_a_stop_lets_requests_in_work_finish(api, host):
     idle.close()
 
 
+def test_a_change_whose_body_comes_after_the_signal_is_not_begun(api, host):
+    body = b'{"vm_id": 104, "cores": 5}'
+    with api.connect() as sock:
+        sock.sendall(framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, "Expect: 100-continue",
+                            f"Content-Length: {len(body)}"))
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"          # it waits for the body
+        api.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not answers(api.port))
+        sock.sendall(body)
+        reply = read_answer(sock)
+    assert (reply.status, reply.body) == (503, error("The daemon is stopping; nothing was done"))
+    assert (reply.headers["Retry-After"], reply.headers["Connection"]) == ("30", "close")
+    assert api.process.wait(5) == 0
+    assert host.calls() == [] and host.conf(104)["cores"] == "2" and " change " not in api.log()
+
+
+@pytest.mark.parametrize("moment", ["before", "in between"])
+def test_a_change_that_meets_the_stop_is_refused_whichever_comes_first(monkeypatch, moment):
+    ready = module.SimpleNamespace(ready=lambda *_: None, place=lambda *_: contextlib.nullcontext())
+    operations, begun, counted = module.Operations(ready), [], []
+
+    class Thread:                               # one that gets to run only when the stop has passed
+        def __init__(self, target, args, daemon):
+            self.work = lambda: target(*args)
+
+        def start(self):
+            operations.refuse_waiting()
+            self.work()
+    monkeypatch.setattr(module.threading, "Thread", Thread)
+    if moment == "before":
+        operations.refuse_waiting()
+    operation = module.Operation("x", "y", 104, counted.append)
+    with pytest.raises(module.Problem) as refused:
+        operations.run(operation, {104}, 1, lambda: begun.append(1))
+    assert (refused.value.status, refused.value.error) == (503, "The daemon is stopping; nothing was done")
+    assert begun == [] and operations.asked == set()
+    assert [problem.error for problem in counted] == (["The daemon is stopping; nothing was done"] if moment == "in between" else [])
+
+
 def test_a_stop_in_the_middle_of_a_clone_leaves_it_to_proxmox(launch, host):
     host.faults(clone={"delay": True})
     api = launch(constants={"STOP_SECONDS": 5.2})
