@@ -117,7 +117,7 @@ def success(message, data=None):
 
 
 def changed(message, warnings):
-    """A change's success, with what there is to say of it; several commands may have said the same."""
+    """A change's success, and what there is to say of it, once though several commands said it."""
     return success(message, {"warnings": list(dict.fromkeys(warnings))} if warnings else None)
 
 
@@ -1665,7 +1665,7 @@ class Operations:
 
     def run(self, operation, vm_ids, seconds, work):
         """work() under the reservation of `vm_ids` -> its result, or its Problem, or 504 after so many seconds."""
-        with self.lock:                     # either seen by refuse_waiting, or here that it was called
+        with self.lock:                     # either refuse_waiting sees it, or it has been called
             if self.stopping:
                 raise stopping()
             self.asked.add(operation)
@@ -1743,7 +1743,7 @@ CONTAINER_USAGE = (                         # metric, key of Proxmox.usage
     ("cpu_seconds_total", "cpu"), ("memory_usage_bytes", "memory"), ("disk_read_bytes_total", "disk_read"),
     ("disk_write_bytes_total", "disk_write"), ("oom_kills_total", "oom_kills"), ("pids", "pids"),
 )
-ONE_NUMBER = r"\A(\S+)\n"                  # a kernel's line is whole only with its end: half a number is none
+ONE_NUMBER = r"\A(\S+)\n"                  # with its line's end, for half a number is none
 
 
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ESRCH, errno.ENODEV)   # the last: of a cgroup that has just gone
@@ -1868,7 +1868,7 @@ class Proxmox:
             raise Problem(500, f"pvesh get {path} printed no JSON") from None
 
     def change(self, vm_id, *argv):
-        """Run a command that changes a container, or makes another of it, on its node -> its Result."""
+        """Run a command that changes a container, or makes one of it, on its node -> its Result."""
         return self.where(vm_id, lambda node: checked(argv, self.commands.change(node, *argv)))
 
     # Where things are
@@ -2075,7 +2075,8 @@ class Proxmox:
 
     def cpu_clock(self, node, vm_id):
         """(processor time used, time) so far, in seconds, from the container's cgroup (v2), or None."""
-        used = find_number(r"^usage_usec (\S+)\n", self.text_at(node, f"{self.cgroup_dir}/lxc/{vm_id}/cpu.stat"))
+        stat = self.text_at(node, f"{self.cgroup_dir}/lxc/{vm_id}/cpu.stat")
+        used = find_number(r"^usage_usec (\S+)\n", stat)
         return None if used is None else (used / 1e6, time.monotonic())
 
     def usage(self, vm_id):
@@ -2090,9 +2091,10 @@ class Proxmox:
         seconds = find_number(r"^usage_usec (\S+)\n", cpu)
         return {
             "cpu": seconds and seconds / 1e6,
-            "memory": None if None in (used, cached) else max(0, used - cached),        # as pct counts it
+            "memory": None if None in (used, cached) else max(0, used - cached),    # as pct counts it
             "disk_read": find_sum("rbytes", disk), "disk_write": find_sum("wbytes", disk),
-            "oom_kills": find_number(r"^oom_kill (\S+)\n", events), "pids": find_number(ONE_NUMBER, pids),
+            "oom_kills": find_number(r"^oom_kill (\S+)\n", events),
+            "pids": find_number(ONE_NUMBER, pids),
         }
 
     def init_pid(self, vm_id):
@@ -2272,12 +2274,13 @@ class Proxmox:
         if (size_in_bytes(after) or 0) < (size_in_bytes(before) or 0) + gigabytes * GIB:
             problem = explain_failure([*map(str, argv)], result)
             if problem.status == 500:
-                problem.error = f"The disk of VM {vm_id} was not grown as asked; its size is now {after or 'unknown'}"
+                problem.error = (f"The disk of VM {vm_id} was not grown as asked; "
+                                 f"its size is now {after or 'unknown'}")
             raise problem
         said = result.stdout + result.stderr
         if FILE_SYSTEM_STAYED.search(said):
-            raise Problem(500, f"The volume of VM {vm_id} has grown to {after}, but its file system has not followed",
-                          details=said.strip()[-MAX_DETAILS:])
+            raise Problem(500, f"The volume of VM {vm_id} has grown to {after}, "
+                               "but its file system has not followed", details=said.strip()[-MAX_DETAILS:])
         return result.warnings
 
     def snapshot(self, vm_id, name):
@@ -2427,7 +2430,7 @@ class RateLimiter:
 
 
 def networks_of(client):
-    """An address -> what it may be counted as, from the narrowest: bytes of its own kind and number."""
+    """An address -> what it may be counted as, the narrowest first: its kind, and first bytes."""
     if ":" in client:
         packed, lengths = socket.inet_pton(socket.AF_INET6, client), (8, 6, 4, 0)
     else:
@@ -2579,7 +2582,7 @@ def process_metrics():
 
 
 def exposition(name, family, values, value):
-    """One series -> its lines, or none if a value is no number: Prometheus would refuse the whole scrape."""
+    """One series -> its lines; none if a value is no number, for which a whole scrape is refused."""
     if not all(map(is_number, value if family.kind == "histogram" else [value])):
         return []
     labels = [f'{label}="{escape_label(text)}"' for label, text in zip(family.labels, values)]
@@ -2633,7 +2636,8 @@ def set_cores(api, vm_id, cores):
 
 
 def set_memory(api, vm_id, memory):
-    return changed(f"Memory set to {memory} MB for VM {vm_id}", api.host.set(vm_id, "memory", memory))
+    return changed(f"Memory set to {memory} MB for VM {vm_id}",
+                   api.host.set(vm_id, "memory", memory))
 
 
 def grow_storage(api, vm_id, disk_size):
