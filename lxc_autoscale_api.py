@@ -208,11 +208,14 @@ class ConfigError(Exception):
         self.line, self.text = line, text
 
 
-YAML_TOKEN = re.compile(r"""
+# A scalar, and one in a list in brackets, whose plain form ends at the marks of such a list.
+YAML_TOKEN, YAML_ITEM = (re.compile(rf"""
       "(?P<double>(?:[^"\\]|\\.)*)"
     | '(?P<single>(?:[^']|'')*)'
-    | (?P<plain>(?:[^\s\-?:,\[\]{}#&*!|>'"%@`]|[?:-](?=\S))(?:[^\s:#]|:(?=\S)|(?<=\S)\#|[ ]+(?=[^\s#]))*)
-""", re.VERBOSE)
+    | (?P<plain>(?:[^\s\-?:,\[\]{{}}#&*!|>'"%@`]|[{lead}-](?=\S))
+                (?:[^\s:#{marks}]|:(?=\S)|(?<=\S)\#|[ ]+(?=[^\s#]))*)
+""", re.VERBOSE) for lead, marks in (("?:", ""), (":", r",\[\]{}?")))
+YAML_GAP, YAML_COMMENT = re.compile(" *"), re.compile(" +(?:#|$)")
 YAML_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
 YAML_ESCAPES = dict(zip('0abtnvfre "/\\N_LP', '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029'))
 YAML_UNREADABLE = re.compile("[^\n\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
@@ -300,47 +303,53 @@ def yaml_value(text, line, flow_list=True):
     if text.startswith("#") or not text:
         return None
     if text[0] == "[" and flow_list:
-        values, text = [], text[1:].lstrip(" ")
-        while not text.startswith("]"):
-            value, text = yaml_scalar(text, line, ",]")
-            values.append(value)
-            text = text.lstrip(" ")
-            if text.startswith(","):
-                text = text[1:].lstrip(" ")
-            elif not text.startswith("]"):
-                raise ConfigError(line, "a list in brackets must end, with ']', in its line")
-        value, text = values, text[1:]
+        value, end = yaml_list(text, line)
     else:
-        value, text = yaml_scalar(text, line, "")
-    if text and not re.match(r" +(#|$)", text):
+        value, end = yaml_scalar(text, 0, line, YAML_TOKEN)
+    if end < len(text) and not YAML_COMMENT.match(text, end):
         raise ConfigError(line, "unexpected text behind the value (a quoted text ends at its quote; "
                                 "'#' needs a space before it; ': ' needs quotes)")
     return value
 
 
-def yaml_scalar(text, line, stops):
-    """The scalar at the start of `text` -> (value, what follows it)."""
-    match = YAML_TOKEN.match(text)
+def yaml_list(text, line):
+    """The scalars in brackets at the start of `text` -> (their values, where they end)."""
+    values, at = [], YAML_GAP.match(text, 1).end()
+    while not text.startswith("]", at):
+        value, at = yaml_scalar(text, at, line, YAML_ITEM)
+        values.append(value)
+        at = YAML_GAP.match(text, at).end()
+        if text.startswith(",", at):
+            at = YAML_GAP.match(text, at + 1).end()
+        elif not text.startswith("]", at):
+            raise ConfigError(line, "a list in brackets must end, with ']', in its line")
+    return values, at + 1
+
+
+def yaml_scalar(text, at, line, token):
+    """The scalar that begins at a place in `text` -> (value, where it ends)."""
+    match = token.match(text, at)
     if not match:
         raise ConfigError(line, "not taken: anchors, tags, mappings in braces, nested lists, values on several "
                                 "lines, or a text that needs quotes")
     if match["double"] is not None:
-        return YAML_ESCAPE.sub(lambda escape: yaml_escape(escape, line), match["double"]), text[match.end():]
+        value = YAML_ESCAPE.sub(lambda escape: yaml_escape(escape, line), match["double"])
+        return value, match.end()
     if match["single"] is not None:
-        return match["single"].replace("''", "'"), text[match.end():]
+        return match["single"].replace("''", "'"), match.end()
     plain = match["plain"]
-    if stops:
-        plain = re.match(r"[^,\[\]{}?]*", plain)[0].rstrip(" ")
-        if not plain or plain[0] == ":" or plain.endswith(":"):
+    if token is YAML_ITEM:
+        plain = plain.rstrip(" ")
+        if plain[0] == ":" or plain.endswith(":"):
             raise ConfigError(line, "a list in brackets holds scalars, separated by commas")
-    rest = text[len(plain):]
+    end = at + len(plain)
     if YAML_INTEGER.fullmatch(plain) and len(plain) < 20:
-        return int(plain), rest
+        return int(plain), end
     if YAML_FLOAT.fullmatch(plain):
-        return float(plain), rest
+        return float(plain), end
     if YAML_EXOTIC.fullmatch(plain):
         raise ConfigError(line, "YAML reads this as an unusual number, a date or a merge; put it in quotes if it is text")
-    return YAML_WORDS.get(plain, plain), rest
+    return YAML_WORDS.get(plain, plain), end
 
 
 def yaml_escape(escape, line):
@@ -652,12 +661,9 @@ def parse_object(body):
     """A JSON object's bytes -> its (name, value) pairs, duplicates kept, or Problem."""
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
-
-    def integer(digits):            # int() takes time in the square of the length: nothing here is that long
-        return int(digits) if len(digits) <= 20 else math.inf
     try:
-        value = json.loads(body.decode("utf-8"), object_pairs_hook=Pairs, parse_constant=refuse, parse_int=integer)
-    except (ValueError, RecursionError):
+        value = read_json(body.decode("utf-8"), object_pairs_hook=Pairs, parse_constant=refuse)
+    except ValueError:
         raise Problem(400, 'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}') from None
     if not isinstance(value, Pairs):
         raise Problem(400, 'Invalid JSON: must be an object, such as {"vm_id": 104}')
@@ -666,6 +672,19 @@ def parse_object(body):
 
 class Pairs(list):
     """A JSON object as the pairs it was written with."""
+
+
+def read_json(text, **options):
+    """A JSON text that others wrote -> its value; ValueError if it is none, or too deep."""
+    try:
+        return json.loads(text, parse_int=bounded_int, **options)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def bounded_int(digits):
+    """Digits -> int, or None beyond 64 bits: int() takes time in the square of their number."""
+    return int(digits) if len(digits) <= 20 else None
 
 
 # What pct and pvesh print, and what /etc/pve holds
@@ -678,7 +697,7 @@ class Conf(namedtuple("Conf", "values current snapshots")):
     """
 
 
-CONF_ENTRY = re.compile(r"([a-z][a-z_]*\d*):[ \t]*(.*?)\s*")
+CONF_KEY = re.compile(r"[a-z][a-z_]*\d*")
 
 
 def parse_config(document):
@@ -690,15 +709,17 @@ def parse_config(document):
     current, pending, snapshots = {}, {}, {}
     section = current
     for line in document.split("\n"):
-        entry = CONF_ENTRY.fullmatch(line)
-        if entry:
-            section[entry[1]] = entry[2]
+        key, colon, value = line.partition(":")
+        if colon and CONF_KEY.fullmatch(key):
+            section[key] = value.lstrip(" \t").rstrip()
         elif line.startswith("#"):
-            above = section.get("description")
-            section["description"] = unquote(line[1:]) if above is None else above + "\n" + unquote(line[1:])
+            section.setdefault("#", []).append(unquote(line[1:]))
         elif line.startswith("["):
             name = line.strip("[] \t\r")
             section = pending if name.lower() == "pve:pending" else {} if ":" in name else snapshots.setdefault(name, {})
+    for each in (current, pending, *snapshots.values()):
+        if "#" in each:
+            each["description"] = "\n".join(each.pop("#"))
     deleted = {key.lstrip("!") for key in re.split(r"[\s,;]+", pending.pop("delete", ""))}
     kept = {key: value for key, value in current.items() if key not in deleted}
     return Conf({**kept, **pending}, current, snapshots)
@@ -779,7 +800,7 @@ def parse_members(document):
     A single host has neither `cluster` nor `nodelist` there (pve-cluster, cfs_create_memberlist_msg).
     """
     try:
-        members = json.loads(document)
+        members = read_json(document)
         own, cluster = members.get("nodename"), members.get("cluster")
         if not cluster:
             return own, None
@@ -794,7 +815,7 @@ def parse_members(document):
 def parse_vmlist(document):
     """/etc/pve/.vmlist -> {id as text: {"node", "type": "lxc" or "qemu"}} of all nodes; empty if it cannot be read."""
     try:
-        return dict(json.loads(document)["ids"])
+        return dict(read_json(document)["ids"])
     except (TypeError, ValueError, KeyError):
         return {}
 
@@ -852,8 +873,11 @@ def parse_net_dev(document, vm_id):
 
     The host's side of each of its interfaces is vethIDiN, and what that one sends comes in.
     """
-    rows = [line.split() for line in re.findall(rf"^ *veth{vm_id}i\d+:(.*)$", document, re.MULTILINE)]
-    return (sum(int(row[8]) for row in rows), sum(int(row[0]) for row in rows)) if rows else (None, None)
+    row = rf"^ *veth{vm_id}i\d+: *(\d{{1,20}})(?: +\d{{1,20}}){{7}} +(\d{{1,20}})"
+    rows = re.findall(row, document, re.MULTILINE)
+    if not rows:
+        return None, None
+    return sum(int(sent) for _, sent in rows), sum(int(received) for received, _ in rows)
 
 
 def option(value, name):
@@ -1062,7 +1086,7 @@ PREFIX = re.compile(
     r"|(?:unable to|can't) \w+ CT \d+ - |could not activate storage '[^']*', ")
 MAX_PREFIXES = 5            # that are taken away
 MAX_LOOK = 32768            # characters of an output in which a reason is looked for, at its end
-MAX_LINES = 200             # and lines
+MAX_LOOK_LINES = 200        # and lines
 
 
 def explain_failure(argv, result):
@@ -1093,7 +1117,7 @@ def own_words(command, code, lines):
 def last_lines(output):
     """The end of an output -> its lines, without the empty ones."""
     lines = map(str.strip, output[-MAX_LOOK:].split("\n"))
-    return list(filter(None, lines))[-MAX_LINES:]
+    return list(filter(None, lines))[-MAX_LOOK_LINES:]
 
 
 def verdict(argv, stderr):
@@ -1409,7 +1433,7 @@ def over_ssh(node, argv, seconds):
 
 def parse_reply(printed):
     """What REMOTE printed, as bytes -> (exit, stdout, stderr), or None if its end is missing."""
-    end = re.search(rb"\n(\d+) (\d+) (\d+)\n\Z", printed)
+    end = re.search(rb"\n(\d{1,15}) (\d{1,15}) (\d{1,15})\n\Z", printed)
     if not end:
         return None
     code, out, err = map(int, end.groups())
@@ -1863,7 +1887,7 @@ class Proxmox:
 
     def ask_json(self, node, path):
         try:
-            return json.loads(self.ask(node, "pvesh", "get", path, "--output-format", "json"))
+            return read_json(self.ask(node, "pvesh", "get", path, "--output-format", "json"))
         except ValueError:
             raise Problem(500, f"pvesh get {path} printed no JSON") from None
 
@@ -2214,7 +2238,7 @@ class Proxmox:
 
     def node_cpu_clock(self, node):
         """(busy, total) of all processors of a node since its start, in ticks, from /proc/stat, or None."""
-        ticks = re.match(r"cpu +((?:\d+ ){7}\d+)", self.text_at(node, "/proc/stat") or "")
+        ticks = re.match(r"cpu +((?:\d{1,20} ){7}\d{1,20})", self.text_at(node, "/proc/stat") or "")
         ticks = ticks and [int(each) for each in ticks[1].split()]
         return ticks and (sum(ticks) - ticks[3] - ticks[4], sum(ticks))
 
@@ -2986,7 +3010,9 @@ def loggable_path(path):
 # HTTP/1.1
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (/[!-~]*) HTTP/1\.([01])")
-FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)")
+FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")
+BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {phrase}\r\n"
                 for status, (phrase, _) in BaseHTTPRequestHandler.responses.items()}
 COMMON_HEADERS = f"Server: lxc_autoscale_api/{VERSION}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
@@ -3015,13 +3041,13 @@ def parse_head(block, minor):
     bare CR or LF, no folding, no space before a colon. Repeated fields are joined, so
     that two lengths or hosts are one that cannot be right.
     """
-    headers = {}
+    fields = {}
     for line in block.decode("latin-1").split("\r\n") if block else ():
-        field = FIELD.fullmatch(line)
-        if not field:
+        name, colon, value = line.partition(":")
+        if not (colon and FIELD_NAME.fullmatch(name) and FIELD_VALUE.fullmatch(value)):
             raise Problem(400, "Bad header: expected 'Name: value' on a line of its own")
-        name, value = field[1].lower(), field[2].rstrip(" \t")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        fields.setdefault(name.lower(), []).append(value.strip(" \t"))
+    headers = {name: ", ".join(values) for name, values in fields.items()}
     if "transfer-encoding" in headers:
         raise Problem(411, "Transfer-Encoding is not taken; send a Content-Length")
     if not re.fullmatch(r"[0-9]{1,15}", headers.get("content-length", "0")):
@@ -3087,25 +3113,33 @@ class Handler(BaseHTTPRequestHandler):
     def read_request(self):
         """The next well-framed Request; Problem, or Gone if the client left before it began one."""
         self.await_request()
-        line_end = self.read_until(b"\r\n", MAX_LINE, Problem(414, f"The request line is longer than {MAX_LINE} bytes"))
+        too_long = Problem(414, f"The request line is longer than {MAX_LINE} bytes")
+        line_end = self.read_until(b"\r\n", 0, MAX_LINE, too_long)
         method, path, query, self.minor = parse_request_line(bytes(self.buffer[:line_end]))
-        end = self.read_until(b"\r\n\r\n", MAX_HEAD, Problem(431, f"The headers are longer than {MAX_HEAD} bytes"))
+        too_long = Problem(431, f"The headers are longer than {MAX_HEAD} bytes")
+        end = self.read_until(b"\r\n\r\n", line_end, MAX_HEAD, too_long)
         headers = parse_head(bytes(self.buffer[line_end + 2:end]), self.minor)
         del self.buffer[:end + 4]
         length = int(headers["content-length"]) if "content-length" in headers else None
         self.unread, self.continues = length or 0, "expect" in headers and self.minor == 1
         return Request(method, path, query, headers, length, self.read_body, self.client)
 
-    def read_until(self, marker, limit, problem):
-        """-> where `marker` begins in the buffer; `problem` if it is not among the first `limit` bytes."""
+    def read_until(self, marker, start, limit, problem):
+        """-> where `marker` begins in the buffer, from `start` on; `problem` if beyond `limit`.
+
+        Only what came last is looked through: a head that comes in single bytes would cost
+        the square of its length otherwise.
+        """
+        seen = start
         while True:
-            end = self.buffer.find(marker)
+            end = self.buffer.find(marker, max(start, seen - len(marker) + 1))
             if 0 <= end <= limit:
                 return end
             if end > limit or len(self.buffer) > limit + len(marker):
                 raise problem
-            if re.search(rb"(?<!\r)\n|\r(?!\n|\Z)", self.buffer):
+            if BARE_LINE_END.search(self.buffer, max(start, seen - 1)):
                 raise Problem(400, "Bad line ending: a line ends in CR LF, and neither stands alone")
+            seen = len(self.buffer)
             self.receive()
 
     def receive(self):

@@ -769,6 +769,7 @@ if __name__ == "__main__":
 import concurrent.futures  # noqa: E402  (the simulated host above needs Python alone)
 import ctypes  # noqa: E402
 import http.client  # noqa: E402
+import itertools  # noqa: E402
 import random  # noqa: E402
 import re  # noqa: E402
 import shlex  # noqa: E402
@@ -1705,6 +1706,96 @@ def test_what_nodes_broadcast_is_read():
     assert module.heard(news["vm", "204"]) == (None, None), "it is years old"
     assert module.heard(["3600", "web-2", "running", "0", str(int(time.time()) - 10), "2"]) == ("running", 3600)
     assert module.heard(None) == module.heard(["3600"]) == module.heard(["1", "x", "running", "0", "U"]) == (None, None)
+
+
+# Time in proportion to length
+
+def request_with(body=b"{}", **headers):
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    return module.Request("POST", "/scale/cores", "", headers, len(body), lambda: body, None)
+
+
+def safe(line):
+    log = module.LogFile()
+    log.keys = [KEY, "x" * 15 + "y", "1" * 16]
+    return log.safe(line)
+
+
+def failed(text):
+    return module.Result(255, "", text, False)
+
+
+NOTES = [" ", "\t", '"', "'", "\\", ",", "[", "]", "{", ":", ";", "=", "%", "#", "-", "/", "0", "1", "x", "E", "\x01", "\x80", "\r", "\n",
+         " \t", " x", "a, ", "''", '\\"', "1,", "1:", " #", ": ", "a:\r\n", "a: x\n", "%41"]
+READERS = [     # (what is read, by what, what may stand before the filling, fillings of its own, what may stand behind)
+    ("request line", lambda text: module.parse_request_line(text.encode("latin-1")), ["", "GET /", "GET / HTTP/1."], ["/ "], ["", " HTTP/1.1"]),
+    ("head", lambda text: module.parse_head(text.encode("latin-1"), 1), ["", "A:", "Host: x\r\nA: b", "Content-Length:", "Host:", "A"],
+     ["Host: x\r\n", "x\x01", "b,"], ["", "\x01"]),
+    ("query", module.parse_query, ["", "a="], ["&a=", "%4"], ["", "%"]),
+    ("body", lambda text: module.parse_object(text.encode()), ["", '{"a": ', '{"a": "', '{"a": 1.', '{"a": 1e'], ['{"a":', '"a":1,', "[1],", "\\u0041"], ["", "}"]),
+    ("content type", lambda text: module.read_object(request_with(content_type=text)), ["", "application/json", "application/json;", 'application/json; charset="'],
+     [";charset=", "; a=b", '";'], ["", "x"]),
+    ("X-Forwarded-For", lambda text: module.client_of(
+        {"x-forwarded-for": text}, "127.0.0.1", module.networks(["127.0.0.1", "10.0.0.0/8"])), ["", "["],
+     ["10.0.0.1,", "::1,", "1.", "a:"], ["", "x", ",10.0.0.1"]),
+    ("path in a log", module.loggable_path, ["", "/"], ["/a"], ["", "?"]),
+    ("line in a log", safe, ["", KEY[:-1]], [KEY, KEY[:-1]], [""]),
+    ("settings", module.load_yaml, ["", "a: ", "a: x", "a: [", 'a: "', "a: 1:1"],
+     ["a,", "'a',", '"a",', "a   ,", "- 'x'\n", "\\x41", "1_", "a:\n- b\n"], ["", "]"]),
+    ("container", module.parse_config, ["", "a:", "a: x", "[", "delete: "], ["#x\n", "[a]\n", "a: x \t", "!a,"], ["", "x"]),
+    ("state", module.parse_status, ["", "a: ", "mem: 1"], ["a: 1\n"], ["", "x"]),
+    ("members", module.parse_members, ["", '{"nodename": ', '{"nodename": "'], ['{"a":', "[", "11"], ["", "}"]),
+    ("guests", module.parse_vmlist, ["", '{"ids": '], ['{"a":', "[", "11"], ["", "}"]),
+    ("broadcast", module.parse_news, ["", "pve2-node/", "pve-vm-9.0/1:", "pve"], ["pve-vm/", "pve2-node/x:1\n", "pve2-node/x\n", "pve1.-"], ["", "x"]),
+    ("snapshots", module.parse_snapshots, ["", "`-> ", "`-> a ", "`-> a 2026-01-01 00:00:00 "], ["`-> a\n", "`-> ", " `-> a 2026-01-01 00:00:00 x\n"], ["", "x"]),
+    ("traffic", lambda text: module.parse_net_dev(text, 104), ["", "veth104i0:", "veth104i0: 1 1 1 1 1 1 1 1 1", " veth104i"], ["veth104i0:\n", "veth104i", " 1"], ["", "x"]),
+    ("option", lambda text: module.option(text, "size"), ["", "x,size="], ["size=", ",size", ",size=,"], ["", "x"]),
+    ("size", module.size_in_gb, ["", "1."], [], ["", "G"]),
+    ("failure", lambda text: module.explain_failure(["pct", "set", "104"], failed(text)), ["", "400 Parameter verification failed.\n", "ipcc_send_rec"],
+     [word for rules in (module.FAILURE_RULES, module.REASON_RULES) for pattern, *_ in rules
+       for word in re.findall(r"[\w' ]{9,}", pattern)] + ["CT is locked (", "CT 1 ", "CT 1", "CT 1 already", "'/"], ["", "x"]),
+    ("reply", lambda text: module.parse_reply(text.encode()), ["", "\n", "\n1 1 1"], ["\n1 1 1", "1 "], ["", "\n"]),
+    ("number", lambda text: module.find_number(r"^file (\d+)", text), ["", "file 1"], ["file ", "file x\n"], ["", "x"]),
+    ("number", module.number, ["", "1", "-1."], [], [""]),
+    ("decimal", module.decimal, ["", "1", "-1."], [], [""]),
+]
+SIZES = (4096, 8192, 16384, 32768)
+
+
+@pytest.fixture
+def long_numbers():
+    """Let int() take time in the square of the digits, as it does in the first releases of Python 3.9."""
+    limit = getattr(sys, "get_int_max_str_digits", lambda: 0)()
+    set_limit = getattr(sys, "set_int_max_str_digits", lambda digits: None)
+    set_limit(0)
+    yield
+    set_limit(limit)
+
+
+def seconds_for(read, text):
+    started = time.thread_time()
+    with contextlib.suppress(module.Problem, module.ConfigError, ValueError):
+        read(text)
+    return time.thread_time() - started
+
+
+def grows_in_proportion(read, texts):
+    """Eight times the text takes eight times as long, and 64 times where each character costs a look at all others."""
+    def is_straight(short, long):
+        return long < max(0.002, 20 * short)
+    longest = seconds_for(read, texts[-1])
+    if is_straight(0, longest) or is_straight(seconds_for(read, texts[0]), longest):
+        return True
+    times = [min(seconds_for(read, text) for _ in range(3)) for text in texts]
+    return is_straight(times[0], times[-1])
+
+
+@pytest.mark.parametrize("read, before, own, behind", [row[1:] for row in READERS], ids=[row[0] for row in READERS])
+def test_what_others_write_is_read_in_time_in_proportion_to_its_length(read, before, own, behind, long_numbers):
+    for start, filling, end in itertools.product(before, NOTES + own, behind):
+        texts = [start + filling * ((size - len(start)) // len(filling)) + end for size in SIZES]
+        straight = grows_in_proportion(read, texts)
+        assert straight, (start, filling, end)
 
 
 def test_a_command_for_another_node_is_one_argument_of_ssh():
@@ -2739,6 +2830,61 @@ def resident_kb(daemon):
 
 def cpu_ticks(daemon):
     return sum(map(int, Path(f"/proc/{daemon.process.pid}/stat").read_text().split()[13:15]))
+
+
+def cpu_seconds(daemon):
+    """The processor time of a daemon and its ended threads: its clock as clock_getcpuclockid(3) numbers it."""
+    return time.clock_gettime((~daemon.process.pid << 3) | 2)
+
+
+def test_heads_that_end_in_a_forbidden_byte_delay_nobody(steady):
+    head = framed("GET /metrics HTTP/1.1", "Host: x", "A:" + " " * 32600 + "\x01")
+    with contextlib.ExitStack() as stack:
+        hostile = [stack.enter_context(steady.connect()) for _ in range(12)]
+        started, before = time.monotonic(), cpu_seconds(steady)
+        for sock in hostile:
+            sock.sendall(head)
+        assert steady.get("/routes").status == 200
+        assert time.monotonic() - started < 1
+        said = {statuses(read_all(sock))[1]["error"] for sock in hostile}
+        spent = cpu_seconds(steady) - before
+    assert said == {"Bad header: expected 'Name: value' on a line of its own"}
+    assert spent < 0.2                  # by twelve of them and an honest request; each would cost seconds in the square
+
+
+def test_a_head_that_comes_byte_by_byte_costs_the_same_for_each_however_long_it_is(steady):
+    head = framed("GET /routes HTTP/1.1", "Host: x", LOGIN, "Connection: close", "A: " + "x" * 16384, "B: " + "y" * 2000)
+    with steady.connect() as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        sock.sendall(head[:-2000])
+        time.sleep(0.05)
+        before = cpu_seconds(steady)
+        for byte in head[-2000:-4]:
+            sock.sendall(bytes([byte]))
+            time.sleep(0.0002)          # or the kernel would hand over several at once
+        spent = cpu_seconds(steady) - before
+        sock.sendall(head[-4:])
+        assert read_answer(sock).status == 200
+    assert spent < 0.25
+
+
+def test_a_line_end_may_be_torn_apart_and_a_bare_one_is_refused_at_once(launch):
+    api = launch(constants={"REQUEST_SECONDS": 30})
+    whole = framed("GET /routes HTTP/1.1", "Host: x", LOGIN, "A: b", "Connection: close")
+    for places in (range(1, len(whole)), range(2, len(whole), 3)):
+        with api.connect(5) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            for begin, end in zip([0, *places], [*places, len(whole)]):
+                sock.sendall(whole[begin:end])
+                time.sleep(0.0005)
+            assert read_answer(sock).status == 200
+    for bare in (b"GET / HTTP/1.1\r\nHost: x\r\nA: b\n", b"GET / HTTP/1.1\r\nHost: x\r\nA: b\rc", b"GET / HTTP/1.1\n", b"GET / HTTP/1.1\r\n\n"):
+        with api.connect(5) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            for byte in bare:
+                sock.sendall(bytes([byte]))
+                time.sleep(0.0005)
+            assert statuses(read_all(sock)) == ([400], error("Bad line ending: a line ends in CR LF, and neither stands alone"))
 
 
 def test_the_shipped_deadlines_are_those_of_the_documentation():
