@@ -658,11 +658,14 @@ def parse_query(query):
 
 
 def parse_object(body):
-    """A JSON object's bytes -> its (name, value) pairs, duplicates kept, or Problem."""
+    """A JSON object's bytes -> its (name, value) pairs, duplicates kept, or Problem.
+
+    A byte order mark before it is ignored, as RFC 8259 section 8.1 allows.
+    """
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
     try:
-        value = read_json(body.decode("utf-8"), object_pairs_hook=Pairs, parse_constant=refuse)
+        value = read_json(body.decode("utf-8-sig"), object_pairs_hook=Pairs, parse_constant=refuse)
     except ValueError:
         raise Problem(400, 'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}') from None
     if not isinstance(value, Pairs):
@@ -2787,7 +2790,8 @@ STATUSES = {                                # every answer but success, and what
     403: "The configuration forbids changing this container.", 404: "No such container, snapshot or node.",
     405: "Wrong method.", 408: "The request did not arrive in time.", 409: "The container's state does not allow it.",
     411: "The request has no Content-Length.", 413: "The body is too large.", 414: "The request line is too long.",
-    415: "The body is not JSON.", 417: "An expectation that is not met here.", 429: "Too many requests.",
+    415: "The body is not plain JSON in UTF-8.", 417: "An expectation that is not met here.",
+    429: "Too many requests.",
     431: "The headers are too long.", 500: "A command failed.", 503: "Not now; nothing was done.",
     504: "A command did not finish in time; `error` says whether it goes on.", 505: "Not HTTP/1.",
 }
@@ -2989,6 +2993,9 @@ def digest(key):
     return hashlib.sha256(key).digest()
 
 
+CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")       # what clients call UTF-8 or a part of it
+
+
 def read_object(request):
     """The pairs of a request's JSON body, or Problem; the body is read only when it will be taken."""
     if request.length is None:
@@ -2996,10 +3003,22 @@ def read_object(request):
                            "with Content-Type: application/json")
     if request.length > MAX_BODY:
         raise Problem(413, f"The body is too large: at most {MAX_BODY} bytes are taken")
-    kind = re.sub(r"\s", "", request.headers.get("content-type", "")).lower()
-    if not re.fullmatch(r'application/json(;charset="?utf-8"?|;(?!charset)[^;]*)*', kind):
-        raise Problem(415, "The body must be JSON: send Content-Type: application/json")
+    if request.headers.get("content-encoding", "").lower() not in ("", "identity"):
+        raise Problem(415, "No Content-Encoding is taken: send the JSON object as it is",
+                      {"Accept-Encoding": "identity"})
+    check_media_type(request.headers.get("content-type", ""))
     return parse_object(request.read_body())
+
+
+def check_media_type(value):
+    """Hold a Content-Type to JSON in UTF-8, of which ASCII is a part, or Problem."""
+    kind, *parameters = value.lower().split(";")
+    if kind.strip(" \t") != "application/json":
+        raise Problem(415, "The body must be JSON: send Content-Type: application/json")
+    for parameter in parameters:
+        name, _, charset = parameter.partition("=")
+        if name.strip(" \t") == "charset" and charset.strip(' \t"') not in CHARSETS:
+            raise Problem(415, "The body must be in UTF-8: send Content-Type: application/json")
 
 
 def loggable_path(path):

@@ -1177,11 +1177,35 @@ def test_parameters_come_from_one_place_only(steady):
 
 @pytest.mark.parametrize("kind, status", [
     ("application/json", 400), ("application/json; charset=utf-8", 400), ("Application/JSON;charset=UTF-8", 400), ('application/json; charset="utf-8"', 400),
-    ("application/json; charset=latin-1", 415), ("text/plain", 415), ("application/x-www-form-urlencoded", 415), ("application/jsonx", 415), ("", 415),
+    ("application/json; charset=utf8", 400), ("application/json ; Charset = US-ASCII", 400), ("application/json; charset=ascii; a=b", 400), ("application/json;", 400),
+    ("application/json; charset=latin-1", 415), ("application/json; charset=utf-16", 415), ("application/json; charset=utf-8; charset=utf-7", 415),
+    ("application/json; charset=", 415), ("application / json", 415), ("text/plain", 415), ("application/x-www-form-urlencoded", 415), ("application/jsonx", 415), ("", 415),
     ("application/json, text/plain", 415),
 ])
 def test_only_json_is_taken(steady, kind, status):
     assert steady.post("/scale/cores", "{}", headers={"Content-Type": kind}).status == status
+
+
+def test_what_is_json_but_not_as_it_must_be_sent_is_refused_with_its_own_sentence(steady):
+    body = json.dumps({"vm_id": 104, "cores": 0})
+    for headers, says in (
+            ({"Content-Type": "text/plain"}, "The body must be JSON: send Content-Type: application/json"),
+            ({"Content-Type": "application/json; charset=utf-16"}, "The body must be in UTF-8: send Content-Type: application/json"),
+            ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, "No Content-Encoding is taken: send the JSON object as it is"),
+            ({"Content-Type": "application/json", "Content-Encoding": "identity, br"}, "No Content-Encoding is taken: send the JSON object as it is")):
+        reply = steady.post("/scale/cores", body, headers=headers)
+        assert (reply.status, reply.body) == (415, error(says))
+        assert reply.headers.get("Accept-Encoding") == ("identity" if "Content-Encoding" in headers else None)
+    assert steady.post("/scale/cores", body, headers={"Content-Type": "application/json", "Content-Encoding": "Identity"}).body == error(
+        "Invalid cores: must be an integer between 1 and 128")
+
+
+def test_a_byte_order_mark_before_the_body_is_ignored(steady):
+    headers = {"Content-Type": "application/json"}
+    assert steady.post("/scale/cores", b'\xef\xbb\xbf{"vm_id": 104, "cores": 0}', headers=headers).body == error("Invalid cores: must be an integer between 1 and 128")
+    not_json = error('Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}')
+    for body in (b"\xef\xbb\xbf\xef\xbb\xbf{}", b"\xef\xbb\xbf", '{"vm_id": 104}'.encode("utf-16"), '{"vm_id": 104}'.encode("utf-32")):
+        assert steady.post("/scale/cores", body, headers=headers).body == not_json
 
 
 # What pct prints
