@@ -3028,7 +3028,13 @@ def loggable_path(path):
 
 # HTTP/1.1
 
-REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (/[!-~]*) HTTP/1\.([01])")
+AUTHORITY = r"(?:\[[0-9A-Za-z.:%_-]+\]|[0-9A-Za-z._%-]+)(?::[0-9]*)?"       # RFC 3986, without user
+HOST = re.compile(f"(?:{AUTHORITY})?")      # empty where the target names none (RFC 9112 section 3.2)
+REQUEST_LINE = re.compile(
+    rb"(?P<method>[!#$%%&'*+.^_`|~0-9A-Za-z-]{1,32}) (?:(?i:https?)://%b(?=[/? ])|(?=/))"
+    rb"(?P<target>[!-~]*) HTTP/1\.(?P<minor>[0-9])" % AUTHORITY.encode())
+OTHER_HTTP = re.compile(rb"HTTP/(?!1\.[0-9]\Z)[0-9]+\.[0-9]+")
+EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")
 BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
@@ -3043,12 +3049,18 @@ def timeval(seconds):
 
 
 def parse_request_line(line):
-    """A request line's bytes -> (method, path, query, minor version), or Problem."""
+    """A request line's bytes -> (method, path, query, minor version), or Problem.
+
+    The target may be a whole URL (RFC 9112 section 3.2.2); whatever host it names is this
+    one. What is said in a later HTTP/1 is understood as HTTP/1.1 (RFC 9110 section 2.5).
+    """
     match = REQUEST_LINE.fullmatch(line)
     if match:
-        path, _, query = match[2].decode("ascii").partition("?")
-        return match[1].decode("ascii"), path, query, int(match[3])
-    if re.fullmatch(rb"[^ ]+ [^ ]+ HTTP/[0-9]+\.[0-9]+", line) and not re.search(rb" HTTP/1\.[0-9]$", line):
+        path, _, query = match["target"].decode("ascii").partition("?")
+        return match["method"].decode("ascii"), path or "/", query, min(1, int(match["minor"]))
+    method, _, rest = line.partition(b" ")
+    target, _, version = rest.partition(b" ")
+    if method and target and OTHER_HTTP.fullmatch(version):
         raise Problem(505, "Only HTTP/1.1 and HTTP/1.0 are spoken here")
     raise Problem(400, "Bad request line: expected METHOD /path HTTP/1.1, in visible ASCII")
 
@@ -3071,11 +3083,21 @@ def parse_head(block, minor):
         raise Problem(411, "Transfer-Encoding is not taken; send a Content-Length")
     if not re.fullmatch(r"[0-9]{1,15}", headers.get("content-length", "0")):
         raise Problem(400, "Bad Content-Length: must be given once, in digits")
-    if not re.fullmatch(r"[A-Za-z0-9._:%\[\]-]*", headers.get("host", "" if minor == 0 else " ")):
-        raise Problem(400, "Bad Host: HTTP/1.1 needs exactly one")
+    check_host(fields.get("host", []), minor)
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise Problem(417, "The only expectation met here is 100-continue")
     return headers
+
+
+def check_host(hosts, minor):
+    """Hold the Host fields of a request to RFC 9112 section 3.2, or Problem."""
+    if not hosts and minor:
+        raise Problem(400, "Missing Host: HTTP/1.1 needs one")
+    if len(hosts) > 1:
+        raise Problem(400, f"Bad Host: there are {len(hosts)}, and one is needed")
+    if hosts and not HOST.fullmatch(hosts[0]):
+        raise Problem(400, "Bad Host: expected a name or an address, and perhaps a port, "
+                           "such as pve.example.org:5000 or [2001:db8::1]:5000")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -3183,20 +3205,38 @@ class Handler(BaseHTTPRequestHandler):
             self.patience = seconds
 
     def await_request(self):
-        """Wait for a request's first bytes, which start its time; Gone if none come."""
-        if self.buffer:
-            self.deadline = time.monotonic() + REQUEST_SECONDS
-            return
-        self.wait_at_most(REQUEST_SECONDS if self.fresh else IDLE_SECONDS)
-        try:
-            self.buffer += self.request.recv(65536)
-        except BlockingIOError:             # idle, not slow
-            raise Gone from None
-        if not self.buffer:
-            raise Gone
+        """Wait for a request's first byte, which starts its time; Gone if none comes.
+
+        Empty lines before it are dropped (RFC 9112 section 2.2), and start nothing.
+        """
+        patience, empty = REQUEST_SECONDS if self.fresh else IDLE_SECONDS, 0
+        until = time.monotonic() + patience
+        while True:
+            end = EMPTY_LINES.match(self.buffer).end()
+            del self.buffer[:end]
+            empty += end
+            if empty > MAX_LINE:
+                raise Problem(400, "Too many empty lines before a request line")
+            if self.buffer not in (b"", b"\r"):
+                break
+            self.await_bytes(patience)
+            patience = until - time.monotonic()
         if not self.fresh:
             self.deadline = time.monotonic() + REQUEST_SECONDS
         self.fresh = False
+
+    def await_bytes(self, seconds):
+        """Add what comes to the buffer; Gone if nothing does, for the client is idle, not slow."""
+        if seconds < 0.001:
+            raise Gone
+        self.wait_at_most(seconds)
+        try:
+            data = self.request.recv(65536)
+        except BlockingIOError:
+            raise Gone from None
+        if not data:
+            raise Gone
+        self.buffer += data
 
     def read_body(self):
         before, self.client.waited_for = self.client.waited_for, time.monotonic()

@@ -1752,7 +1752,8 @@ def failed(text):
 NOTES = [" ", "\t", '"', "'", "\\", ",", "[", "]", "{", ":", ";", "=", "%", "#", "-", "/", "0", "1", "x", "E", "\x01", "\x80", "\r", "\n",
          " \t", " x", "a, ", "''", '\\"', "1,", "1:", " #", ": ", "a:\r\n", "a: x\n", "%41"]
 READERS = [     # (what is read, by what, what may stand before the filling, fillings of its own, what may stand behind)
-    ("request line", lambda text: module.parse_request_line(text.encode("latin-1")), ["", "GET /", "GET / HTTP/1."], ["/ "], ["", " HTTP/1.1"]),
+    ("request line", lambda text: module.parse_request_line(text.encode("latin-1")), ["", "GET /", "GET / HTTP/1.", "GET http://", "GET http://[", "GET http://x:"],
+     ["/ ", "x:"], ["", " HTTP/1.1"]),
     ("head", lambda text: module.parse_head(text.encode("latin-1"), 1), ["", "A:", "Host: x\r\nA: b", "Content-Length:", "Host:", "A"],
      ["Host: x\r\n", "x\x01", "b,"], ["", "\x01"]),
     ("query", module.parse_query, ["", "a="], ["&a=", "%4"], ["", "%"]),
@@ -2693,7 +2694,9 @@ def test_no_key_appears_in_any_log_answer_or_metric(api, host):
     for line in (f"GET /routes?api_key={KEY} HTTP/1.1", f"GET /routes?api_key={quoted} HTTP/1.1", f"GET /routes?api_key={KEY}&api_key={KEY} HTTP/1.1",
                  f"GET /nowhere?api_key={KEY} HTTP/1.1", f"GET /routes%3Fapi_key={KEY} HTTP/1.1", f"GET /routes%3Fapi_key={quoted} HTTP/1.1",
                  f"GET /routes&api_key={KEY} HTTP/1.1", f"GET /{KEY} HTTP/1.1", f"GET /x;api_key={KEY} HTTP/1.1", f"GET /routes?{KEY}=1 HTTP/1.1",
-                 f"GET /routes api_key={KEY} HTTP/1.1", f"{KEY} / HTTP/1.1", f"GET http://x/?api_key={KEY} HTTP/1.1", f"GET /?api_key={KEY} HTTP/{KEY}", KEY):
+                 f"GET /routes api_key={KEY} HTTP/1.1", f"{KEY} / HTTP/1.1", f"GET http://x/?api_key={KEY} HTTP/1.1",
+                 f"GET https://x:5000/routes?api_key={KEY} HTTP/1.1", f"GET http://{KEY}/routes HTTP/1.1", f"GET http://u:{KEY}@x/ HTTP/1.1", f"GET http://x/{KEY} HTTP/1.1",
+                 f"GET http://x?{KEY} HTTP/1.1", f"GET http://x&api_key={KEY} HTTP/1.1", f"GET HTTP://x/routes%3Fapi_key={quoted} HTTP/1.2", f"GET /?api_key={KEY} HTTP/{KEY}", KEY):
         api.raw(f"{line}\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
         api.raw(f"{line}\r\nHost: x\r\nConnection: close\r\nX-API-Key: {KEY}\r\nX-Forwarded-For: {KEY}\r\nReferer: {KEY}\r\n\r\n".encode())
     answers = api.raw(f"POST /scale/cores HTTP/1.0\r\nX-API-Key: {KEY}\r\nContent-Type: application/json\r\nContent-Length: {len(KEY) + 8}\r\n\r\n"
@@ -2744,7 +2747,14 @@ BAD_FRAMES = [
     (b"\x00\x01\x02\r\n\r\n", 400), (b"GET\r\n\r\n", 400), (b"GET /\r\n", 400), (b"GET / \r\n\r\n", 400), (b"GET  / HTTP/1.1\r\n\r\n", 400),
     (b" GET / HTTP/1.1\r\n\r\n", 400), (b"GET / HTTP/1.1 \r\n\r\n", 400), (b"GET / http/1.1\r\n\r\n", 400), (b"G@T / HTTP/1.1\r\n\r\n", 400),
     (b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", 505), (b"GET / HTTP/0.9\r\n\r\n", 505), (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505), (b"GET / HTTP/1.10\r\n\r\n", 505),
-    (framed("GET http://x/routes HTTP/1.1", "Host: x", LOGIN), 400), (framed("CONNECT x:80 HTTP/1.1", "Host: x"), 400), (framed("OPTIONS * HTTP/1.1", "Host: x"), 400),
+    (framed("GET ftp://x/routes HTTP/1.1", "Host: x", LOGIN), 400), (framed("GET http:/routes HTTP/1.1", "Host: x", LOGIN), 400), (framed("GET http:///routes HTTP/1.1", "Host: x", LOGIN), 400),
+    (framed("GET http://u:p@x/routes HTTP/1.1", "Host: x", LOGIN), 400), (framed("GET http://x#y HTTP/1.1", "Host: x", LOGIN), 400), (framed("GET http://x:y/ HTTP/1.1", "Host: x", LOGIN), 400),
+    (framed("GET http://[::1/ HTTP/1.1", "Host: x", LOGIN), 400), (framed("GET http://x\\y/ HTTP/1.1", "Host: x", LOGIN), 400), (framed("GET x/routes HTTP/1.1", "Host: x", LOGIN), 400),
+    (framed("GET ?x HTTP/1.1", "Host: x", LOGIN), 400), (framed("GET http://x/routes HTTP/1.1", LOGIN), 400), (framed("GET http://x/routes HTTP/1.1", "Host: x", "Host: x", LOGIN), 400),
+    (framed("GET http://x/routes HTTP/1.1", "Host: a/b", LOGIN), 400), (framed("GET http://x/routes HTTP/2.0", "Host: x"), 505), (framed("GET /routes HTTP/1.2", LOGIN), 400),
+    (framed("GET /routes HTTP/01.1", "Host: x"), 505), (b"\r\n" * 4097 + framed("GET /routes HTTP/1.1", "Host: x", LOGIN), 400), (b"\n" + framed("GET /routes HTTP/1.1", "Host: x", LOGIN), 400),
+    (b"\r\r\n" + framed("GET /routes HTTP/1.1", "Host: x", LOGIN), 400), (b"\r\n " + framed("GET /routes HTTP/1.1", "Host: x", LOGIN), 400),
+    (framed("CONNECT x:80 HTTP/1.1", "Host: x"), 400), (framed("OPTIONS * HTTP/1.1", "Host: x"), 400),
     (framed("GET /a\x80b HTTP/1.1", "Host: x"), 400), (framed("GET /a\x00b HTTP/1.1", "Host: x"), 400), (framed("GET /caf\xc3\xa9 HTTP/1.1", "Host: x"), 400),
     (framed("GET /routes HTTP/1.1", LOGIN), 400), (framed("GET /routes HTTP/1.1", "Host: a", "Host: b", LOGIN), 400), (framed("GET /routes HTTP/1.1", "Host: a/b", LOGIN), 400),
     (framed("GET / HTTP/1.1", "Host: x", "Bad Name: y"), 400), (framed("GET / HTTP/1.1", "Host: x", "Name : y"), 400), (framed("GET / HTTP/1.1", "Host: x", ": y"), 400),
@@ -2792,6 +2802,66 @@ def test_an_over_limit_body_is_no_request_either(launch):
     data = framed("GET /health/check HTTP/1.1", "Host: x", via) + framed("POST /scale/cores HTTP/1.1", "Host: x", via, f"Content-Length: {len(body)}", body=body) \
         + framed("GET /metrics HTTP/1.1", "Host: x", "Connection: close")
     assert statuses(api.raw(data))[0] == [200, 429, 200]
+
+
+@pytest.mark.parametrize("target, status", [
+    ("http://x/routes", 200), ("https://pve.example.org:5000/routes?", 200), ("HTTP://[2001:db8::1]:/routes", 200), ("http://192.0.2.1:80/resource/vm/config?vm_id=104", 200),
+    ("http://x", 404), ("http://x?vm_id=104", 404), ("http://x/http://x/routes", 404), ("/http://x/routes", 404), ("//x/routes", 404),
+])
+def test_a_target_may_be_a_whole_url_whatever_host_it_names(steady, target, status):
+    codes, body = statuses(steady.raw(framed(f"GET {target} HTTP/1.1", "Host: other:81", LOGIN, "Connection: close")))
+    assert codes == [status] and body == (error("Unknown path; GET /routes lists the endpoints") if status == 404 else body)
+
+
+@pytest.mark.parametrize("lines, says", [
+    ([], "Missing Host: HTTP/1.1 needs one"), (["Host: a", "host: a"], "Bad Host: there are 2, and one is needed"),
+    *[([f"Host: {value}"], "Bad Host: expected a name or an address, and perhaps a port, such as pve.example.org:5000 or [2001:db8::1]:5000")
+      for value in ("a/b", "a b", "a, b", "u@a", "a:b", "a:1:2", "[::1", "::1", "http://a", "a\xe9", ":5000")],
+])
+def test_a_missing_host_two_and_a_bad_one_are_told_apart(steady, lines, says):
+    assert statuses(steady.raw(framed("GET /routes HTTP/1.1", *lines, LOGIN))) == ([400], error(says))
+    for value in ("", "x", "x:", "pve-1.example.org:5000", "a_b", "192.0.2.1:80", "[2001:db8::1]", "[fe80::1%25eth0]:5000"):
+        assert statuses(steady.raw(framed("GET /routes HTTP/1.1", f"Host: {value}", LOGIN, "Connection: close")))[0] == [200]
+    assert statuses(steady.raw(framed("GET /routes HTTP/1.0", LOGIN)))[0] == [200]
+
+
+@pytest.mark.parametrize("version", ["1.2", "1.9"])
+def test_a_later_http_1_is_answered_as_http_1_1(steady, version):
+    with steady.connect(5) as sock:
+        for _ in range(2):              # the connection is kept, as in HTTP/1.1
+            sock.sendall(framed(f"GET /routes HTTP/{version}", "Host: x", LOGIN))
+            reply = http.client.HTTPResponse(sock)
+            reply.begin()
+            assert (reply.status, reply.version, reply.headers.get("Connection")) == (200, 11, None) and reply.read()
+
+
+def test_empty_lines_before_a_request_are_dropped(steady):
+    first, last = framed("GET /routes HTTP/1.1", "Host: x", LOGIN), framed("GET /nowhere HTTP/1.1", "Host: x", LOGIN, "Connection: close")
+    body = '{"vm_id": 104, "cores": 0}'
+    post = framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, f"Content-Length: {len(body)}", body=body)
+    assert statuses(steady.raw(b"\r\n" + first + b"\r\n\r\n" + post + b"\r\n" + last))[0] == [200, 400, 404]
+    assert statuses(steady.raw(b"\r\n" * 4096 + last))[0] == [404]
+    with steady.connect(5) as sock:
+        for part in (b"\r", b"\n", b"\r\n\r", b"\n" + post, b"\r", b"\n" + last[:1], last[1:]):
+            sock.sendall(part)
+            time.sleep(0.02)
+        assert statuses(read_all(sock))[0] == [400, 404]
+
+
+def test_empty_lines_alone_are_no_request_that_is_late(launch):
+    api = launch(constants={"REQUEST_SECONDS": 0.4, "IDLE_SECONDS": 0.6})
+    for before in (b"", framed("GET /routes HTTP/1.1", "Host: x", LOGIN)):
+        with api.connect(5) as sock:
+            sock.sendall(before)
+            assert not before or read_answer(sock).status == 200
+            started, received = time.monotonic(), None
+            sock.settimeout(0.05)
+            while received is None and time.monotonic() - started < 3:
+                with contextlib.suppress(ConnectionError):
+                    sock.sendall(b"\r\n")
+                with contextlib.suppress(socket.timeout, ConnectionError):
+                    received = sock.recv(1000)
+            assert not received and 0.3 < time.monotonic() - started < 2
 
 
 def test_pipelined_requests_are_answered_in_order(steady):
