@@ -3363,14 +3363,15 @@ class Server(ThreadingHTTPServer):
         If that is one of those which hold most, only a connection that was waited for some
         time already gives way.
         """
-        held = Counter(client.address for client in self.clients.values())
-        held[address] += 1
+        holders = [(client, networks_of(client.address)[0]) for client in self.clients.values()]
+        newcomer = networks_of(address)[0]
+        held = Counter([newcomer, *(holder for _, holder in holders)])
         most = max(held.values())
-        greedy = [client for client in self.clients.values() if held[client.address] == most]
+        greedy = [client for client, holder in holders if held[holder] == most]
         least = min(greedy, key=lambda client: client.waited_for or math.inf)
-        if held[address] == most and time.monotonic() - (least.waited_for or math.inf) < YIELD_SECONDS:
+        if held[newcomer] == most and time.monotonic() - (least.waited_for or math.inf) < YIELD_SECONDS:
             return False
-        if held[address] < most and time.monotonic() - self.complained > COMPLAINT_SECONDS:
+        if held[newcomer] < most and time.monotonic() - self.complained > COMPLAINT_SECONDS:
             self.complained = time.monotonic()
             log.warning("%s holds %d of %d connections; one of them gives way to %s", least.address, most,
                         self.places, address)

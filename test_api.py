@@ -2066,10 +2066,10 @@ def test_a_long_header_of_addresses_costs_little():
     trusted = module.networks(["127.0.0.1", "::1"])
 
     def seconds(said):
-        request, times = module.Request("GET", "/", "", {"x-forwarded-for": said}, "127.0.0.1", None, None), []
+        times = []
         for _ in range(20):
             started = time.perf_counter()
-            module.client_of(request, trusted)
+            module.client_of({"x-forwarded-for": said}, "127.0.0.1", trusted)
             times.append(time.perf_counter() - started)
         return min(times)
     for hop in (",", " ,", "127.0.0.1,", "[::1]:1,", "[", "]", "1", ".", ":", "[1:", " ", " x", "%"):
@@ -2235,7 +2235,7 @@ def test_a_resize_that_failed_stays_one_among_what_pct_always_says(api, host):
 ])
 def test_a_resize_succeeded_if_the_configured_size_rose_by_what_was_asked(before, after, status, monkeypatch):
     sizes = [module.Conf({"rootfs": rootfs}, {}, {}) for rootfs in (before, after)]
-    proxmox = module.Proxmox(None, "/nowhere", "/nowhere", False)
+    proxmox = module.Proxmox(None, None, "/nowhere", "/nowhere", False)
     monkeypatch.setattr(proxmox, "fresh_conf", lambda vm_id: sizes.pop(0))
     monkeypatch.setattr(proxmox, "change", lambda vm_id, *argv: module.Result(0, "", NOISE[0], False))
     if status == 200:
@@ -2681,7 +2681,7 @@ def test_time_does_not_tell_how_much_of_a_key_is_right():
     real, module.hmac.compare_digest = module.hmac.compare_digest, lambda a, b: compared.append((len(a), len(b))) or real(a, b)
     try:
         for key in (KEY, KEY[:-1] + "x", "x", "second-key-0123456789"):
-            request = module.Request("GET", "/routes", "", {"x-api-key": key}, "127.0.0.1", None, None)
+            request = module.Request("GET", "/routes", "", {"x-api-key": key}, None, None, None)
             with contextlib.suppress(module.Problem):
                 api.authenticate(request, None)
     finally:
