@@ -1467,13 +1467,29 @@ def ended(process, seconds):
 
 LONG = {"clone", "snapshot", "delsnapshot", "rollback", "destroy"}      # what may take hours
 
+# What root's shell has after a login, as far as it does not speak of a terminal.
+ROOT = {"HOME": "/root", "LOGNAME": "root", "SHELL": "/bin/bash", "USER": "root"}
+
+
+def environment():
+    """The environment of every command: root's, and nothing else of the daemon's own.
+
+    What systemd tells its services (systemd.exec(5): the notification socket, the watchdog,
+    where credentials are, …) is not for pct, storage tools and hook scripts. PATH says where
+    they are, and in TZ's time zone `pct listsnapshot` prints what the daemon reads.
+    """
+    own = {name: os.environ[name] for name in ("PATH", "TZ") if name in os.environ}
+    return {**ROOT, **own, "LC_ALL": "C.UTF-8", "LANG": "C.UTF-8"}
+
 
 class Commands:
     """Starts every process, at most `width` at once on each node, without a shell, with nothing on stdin.
 
     `node` is the Node where a command runs, or None for this one; on others MAX_SESSIONS is a
     bound, too. Each has a session of its own: what kills the daemon's group, or stops its
-    unit, leaves it alone. A thread holds one place on a node however often it asks for one.
+    unit, leaves it alone. Each has the umask of root's shell, whatever the daemon's own is:
+    with 0077 a clone's folder is closed to its unprivileged container, which then never
+    starts. A thread holds one place on a node however often it asks for one.
     Long changes leave some of the places to others.
     """
 
@@ -1613,15 +1629,13 @@ class Commands:
                             "/etc/pve behind it does not answer")
 
     def start(self, node, argv, label, seconds, stdout, stderr):
-        env = {**os.environ, "LC_ALL": "C.UTF-8", "LANG": "C.UTF-8"}
-        env.pop("NOTIFY_SOCKET", None)
         if node:
             argv = over_ssh(node, argv, seconds)
         try:
             if node:
                 os.makedirs(RUN_DIR, 0o700, exist_ok=True)
             return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
-                                    start_new_session=True, cwd="/", env=env)
+                                    start_new_session=True, cwd="/", umask=0o022, env=environment())
         except OSError as error:
             self.metrics.add("lxc_autoscale_api_commands_total", label, "not_started")
             missing = isinstance(error, FileNotFoundError)

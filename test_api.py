@@ -3557,6 +3557,91 @@ def test_an_existing_or_missing_snapshot_is_told(api, host):
     assert (reply.status, reply.body) == (409, error("Snapshot 'backup_20241224' exists already", details="snapshot name 'backup_20241224' already used"))
 
 
+# A command's surroundings
+
+# Stands in for pct: notes what it was started with, and goes on as the simulated one.
+WITNESS = r"""#!/bin/sh
+see() {
+    echo "umask: $(umask)"
+    grep -E '^(Uid|Gid|Groups|Sig(Blk|Ign|Cgt)|Cap...|NoNewPrivs|Seccomp.*|Cpus_allowed|Mems_allowed):' /proc/self/status    # the shell blocks signals as it forks
+    sed '1d; s/  */ /g; s/ \([^ ]* [^ ]* [a-z]* *\)$/: \1/' /proc/$$/limits
+    for name in oom_score_adj coredump_filter personality timerslack_ns loginuid; do
+        echo "$name: $(cat /proc/$$/$name 2>&1)"
+    done
+    for name in cgroup ipc mnt net pid time user uts; do echo "$name namespace: $(readlink /proc/$$/ns/$name)"; done
+    echo "cgroups: $(tr '\n' ' ' </proc/$$/cgroup)"
+    echo "working directory: $(readlink /proc/$$/cwd)"
+    set -- $(sed 's/.*) //' /proc/$$/stat)
+    echo "session: $([ "$4" = $$ ] && echo own || echo shared)"
+    echo "terminal: $5"
+    shift 16
+    echo "nice: $1"
+    shift 21
+    echo "real-time priority, policy: $1 $2"
+    tr '\0' '\n' </proc/$$/environ | sed 's/=/: /; s/^/environment /'
+}
+descriptors=$(cd /proc/$$/fd && for each in *; do [ "$each" -gt 2 ] || echo "descriptor $each: $(readlink "$each")"; done; echo "descriptors: $(ls /proc/$$/fd | wc -l)")
+{ echo "$descriptors"; see "$@"; } >"$0.$1.new"
+mv "$0.$1.new" "$0.$1"
+[ "$1" = plain ] || exec REAL "$@"
+"""
+
+
+def surroundings(path):
+    """What a WITNESS noted -> ({name: value}, the environment)."""
+    lines = (line.partition(":") for line in path.read_text().splitlines())
+    seen = {name: " ".join(value.split()) for name, _, value in lines}
+    own = {name: seen.pop(name) for name in sorted(seen) if name.startswith("environment ")}
+    return seen, {name[12:]: value for name, value in own.items()}
+
+
+# What systemd gives a service and a login shell does not have: systemd.exec(5).
+FROM_SYSTEMD = {
+    "NOTIFY_SOCKET": "/nowhere/notify", "WATCHDOG_USEC": "60000000", "CREDENTIALS_DIRECTORY": "/nowhere", "JOURNAL_STREAM": "8:1",
+    "INVOCATION_ID": "0" * 32, "SYSTEMD_EXEC_PID": "1", "LISTEN_FDS": "0", "LISTEN_PID": "1", "MEMORY_PRESSURE_WATCH": "/nowhere",
+    "FDSTORE": "1", "RUNTIME_DIRECTORY": "/nowhere", "PYTHONUNBUFFERED": "1", "LVM_SYSTEM_DIR": "/nowhere", "TZ": "UTC"}
+
+
+def test_a_command_has_what_a_shell_has_except_what_is_listed(launch, host):
+    """umask 077, an ignored SIGPIPE and 700 descriptors stand for what a unit may bring about."""
+    pct, real = host.root / "bin/pct", host.root / "real/pct"
+    real.parent.mkdir()
+    pct.rename(real)
+    pct.write_text(WITNESS.replace("REAL", str(real)))
+    pct.chmod(0o755)
+    subprocess.run(["sh", "-c", f"umask 022; exec {pct} plain"], check=True, cwd=host.root, env={}, stdin=subprocess.DEVNULL)
+    shell, _ = surroundings(host.root / "bin/pct.plain")
+    api = launch(inside=["sh", "-c", "umask 077; trap '' PIPE; ulimit -Sn 700; exec \"$@\"", "sh"], env=FROM_SYSTEMD, **ASKING)
+    assert api.get("/resource/vm/status?vm_id=104").status == 200
+    assert api.post("/scale/cores", {"vm_id": 104, "cores": 4}).status == 200
+    assert api.post("/snapshot/create", {"vm_id": 104, "snapshot_name": "one"}).status == 200
+    hard = shell["Max open files"].split()[1]
+    wanted = {
+        "session": "own",                               # a stop of the daemon's group leaves it alone
+        "terminal": "0",                                # and so none that could hang up
+        "working directory": "/",                       # and no unmount waits for it
+        "descriptor 1": "/memfd:output (deleted)",      # never a pipe, which could break
+        "descriptor 2": "/memfd:output (deleted)",
+        "Max open files": f"700 {hard} files"}          # the daemon's own, which does no harm
+    for command in ("status", "set", "snapshot"):
+        seen, own = surroundings(host.root / f"bin/pct.{command}")
+        assert seen == {**shell, **wanted}, command
+        assert own == {"HOME": "/root", "LOGNAME": "root", "SHELL": "/bin/bash", "USER": "root", "LANG": "C.UTF-8",
+                       "LC_ALL": "C.UTF-8", "TZ": "UTC", "PATH": f"{host.root}/bin:{os.environ['PATH']}"}, command
+
+
+def test_the_folder_of_shared_connections_is_private_whatever_the_umask(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "RUN_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    old = os.umask(0)
+    try:
+        with pytest.raises(module.Problem):
+            module.Commands(4, 15, str(tmp_path), module.Metrics()).reach(module.Node("pve2", False, True, "192.0.2.2"), 0)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
+
+
 # A cluster
 
 NODES = {"pve1": "10.7.2.1", "pve2": "10.7.2.2", "pve3": "10.7.3.2"}
@@ -4876,6 +4961,39 @@ def test_the_shipped_logrotate_file_names_the_shipped_logs(tmp_path):
     install(tmp_path)
     defaults = [default for key, (default, _) in module.SETTINGS["logging"].items() if key != "log_level"]
     assert (tmp_path / LOGROTATE_PATH).read_text().splitlines()[0].split() == [*defaults, "{"]
+
+
+# Every directive of the unit, with what makes sure that it cannot stand in a command's way. What is not here must
+# not be there: most of what systemd offers reaches pct, and through it storage tools and hook scripts.
+DIRECTIVES = {
+    "Description": "a name",
+    "After": "pve-cluster.service network-online.target: when the daemon starts; not pve-guests.service, whose containers may take long",
+    "Wants": "network-online.target: the same",
+    "StartLimitIntervalSec": "0: when the daemon starts again",
+    "Type": "notify: how the daemon tells that it is there",
+    "ExecStart": "/usr/bin/python3 /usr/local/bin/lxc_autoscale_api.py: the daemon",
+    "ExecReload": "/bin/kill -HUP $MAINPID: a signal to the daemon alone",
+    "Restart": "on-failure: when the daemon starts again",
+    "RestartSec": "5: the same; five starts in ten seconds, systemd's own limit, are never reached",
+    "RestartPreventExitStatus": "78: the same",
+    "WatchdogSec": "60: ends the daemon alone, by KillMode",
+    "Environment": "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin: where commands are; root's own PATH",
+    "KillMode": "process: lets commands go on when the daemon stops",
+    "TimeoutStopSec": "45: ends the daemon alone, by KillMode",
+    "LimitCORE": "0:infinity: the soft limit is the kernel's default, which root's shell has, too",
+    "LimitNOFILE": "32768:524288: more than systemd's default of 1024, and as far as its 524288",
+    "TasksMax": "infinity: takes a limit away",
+    "OOMPolicy": "continue: keeps a killed command from ending the daemon",
+    "KeyringMode": "shared: opens root's keyring to commands",
+    "WantedBy": "multi-user.target: when the daemon starts"}
+
+
+def test_the_unit_holds_nothing_that_could_stand_in_a_command_s_way():
+    lines = (HERE / "lxc_autoscale_api.service").read_text().splitlines()
+    given = [line.partition("=")[::2] for line in lines if line and line[0] not in "[#"]
+    assert [name for name, _ in given] == list(DIRECTIVES)
+    for name, value in given[1:]:
+        assert DIRECTIVES[name].startswith(f"{value}: "), name
 
 
 def test_the_unit_is_accepted_by_systemd(tmp_path):
