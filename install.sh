@@ -7,11 +7,12 @@
 #
 # An upgrade keeps configuration, key and logs. The service is restarted only if the
 # configuration passes the new version's check, and the old version is put back if the
-# new one does not become healthy.
+# new one does not become healthy; so it is if an upgrade was cut off and is run again.
 #
 # DESTDIR=/some/folder installs below that folder, without root and without systemd
 # (SYSTEMCTL names a systemctl to call all the same).
 set -eu
+umask 022
 
 NAME=lxc_autoscale_api
 DESTDIR=${DESTDIR:-}
@@ -23,9 +24,13 @@ MODULE=/usr/local/bin/$NAME.py
 UNIT=/etc/systemd/system/$NAME.service
 CONFIG_DIR=/etc/lxc_autoscale_ml
 CONFIG=$CONFIG_DIR/$NAME.yaml
+CREDENTIAL=$UNIT.d/credential.conf
 LOGROTATE=/etc/logrotate.d/$NAME
 RUN_DIR=/run/$NAME
-LOGS="/var/log/autoscaleapi.log /var/log/autoscaleapi_access.log /var/log/autoscaleapi_error.log"
+KEPT=/var/lib/$NAME.old
+FILES="$MODULE $UNIT $CREDENTIAL $LOGROTATE"
+LOG_DIR=/var/log
+LOGS="$LOG_DIR/autoscaleapi.log $LOG_DIR/autoscaleapi_access.log $LOG_DIR/autoscaleapi_error.log"
 
 say() { printf '%s\n' "$*"; }
 
@@ -38,8 +43,10 @@ require_host() {
     for file in "$NAME.py" "$NAME.yaml" "$NAME.service"; do
         [ -f "$HERE/$file" ] || fail "$HERE/$file is missing; run install.sh from the project's folder."
     done
+    # The Python that will run the daemon also checks and asks it here.
+    PYTHON=$(sed -n 's/^ExecStart=\([^ ]*\) .*/\1/p' "$HERE/$NAME.service")
     missing=""
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null || missing="$missing Python-3.9-or-later"
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null || missing="$missing Python-3.9-or-later-as-$PYTHON"
     if [ -z "$DESTDIR" ]; then
         [ "$(id -u)" -eq 0 ] || missing="$missing root-rights"
         command -v pct >/dev/null 2>&1 || missing="$missing pct-(this-must-be-a-Proxmox-VE-host)"
@@ -60,34 +67,67 @@ put() {
     mv -f "$DESTDIR$3.tmp" "$DESTDIR$3"
 }
 
-# keep FILE: a copy of what is installed, to put back if the new version fails.
-keep() {
-    rm -f "$DESTDIR$1.old"
-    [ ! -e "$DESTDIR$1" ] || cp -p "$DESTDIR$1" "$DESTDIR$1.old"
+# keep_old: copies of what is installed, to put back if the new version fails. The folder appears
+# as a whole, and while it is there its copies stay: what an upgrade that was cut off has
+# installed is not the old version.
+keep_old() {
+    [ ! -d "$DESTDIR$KEPT" ] || return 0
+    rm -rf "$DESTDIR$KEPT.tmp"
+    mkdir -p "$DESTDIR$KEPT.tmp"
+    for file in $FILES; do
+        [ ! -e "$DESTDIR$file" ] || cp -p "$DESTDIR$file" "$DESTDIR$KEPT.tmp/${file##*/}"
+    done
+    mv "$DESTDIR$KEPT.tmp" "$DESTDIR$KEPT"
 }
+
+was_installed() { [ -e "$DESTDIR$KEPT/${UNIT##*/}" ]; }
 
 put_back() {
-    for file in "$MODULE" "$UNIT"; do
-        [ ! -e "$DESTDIR$file.old" ] || mv -f "$DESTDIR$file.old" "$DESTDIR$file"
+    for file in $FILES; do
+        if [ -e "$DESTDIR$KEPT/${file##*/}" ]; then
+            cp -p "$DESTDIR$KEPT/${file##*/}" "$DESTDIR$file.tmp"
+            mv -f "$DESTDIR$file.tmp" "$DESTDIR$file"
+        else
+            rm -f "$DESTDIR$file"
+        fi
     done
+    rmdir "$DESTDIR$UNIT.d" 2>/dev/null || true
+    drop_old
 }
 
-drop_kept() { rm -f "$DESTDIR$MODULE.old" "$DESTDIR$UNIT.old"; }
+drop_old() {
+    [ ! -d "$DESTDIR$KEPT" ] || mv "$DESTDIR$KEPT" "$DESTDIR$KEPT.tmp"
+    rm -rf "$DESTDIR$KEPT.tmp"
+}
+
+# ours: whether the unit of our name runs our module.
+ours() { grep -qsF "$MODULE" "$DESTDIR$UNIT"; }
 
 install_files() {
-    keep "$MODULE"
-    keep "$UNIT"
+    keep_old
+    install_credential
     put 0755 "$HERE/$NAME.py" "$MODULE"
     say "installed $DESTDIR$MODULE"
     put 0644 "$HERE/$NAME.service" "$UNIT"
     say "installed $DESTDIR$UNIT"
 }
 
+# A credential that stands in the unit moves beside it, where an upgrade leaves it alone.
+install_credential() {
+    { ours && [ ! -e "$DESTDIR$CREDENTIAL" ]; } || return 0
+    lines=$(sed -nE '/^(Load|Set)Credential(Encrypted)?[[:space:]]*=[[:space:]]*api_key/p' "$DESTDIR$UNIT")
+    [ -n "$lines" ] || return 0
+    drop_in=$(mktemp)
+    printf '[Service]\n%s\n' "$lines" >"$drop_in"
+    put 0600 "$drop_in" "$CREDENTIAL"
+    rm -f "$drop_in"
+    say "moved the credential api_key from the unit to $DESTDIR$CREDENTIAL"
+}
+
 install_config() {
     if [ ! -e "$DESTDIR$CONFIG" ]; then
-        key=$(python3 -c 'import secrets; print(secrets.token_hex(32))')
         mkdir -p "$DESTDIR$CONFIG_DIR"
-        (umask 077 && sed "s/your-secret-api-key/$key/" "$HERE/$NAME.yaml" >"$DESTDIR$CONFIG.tmp")
+        (umask 077 && with_new_key <"$HERE/$NAME.yaml" >"$DESTDIR$CONFIG.tmp")
         mv -f "$DESTDIR$CONFIG.tmp" "$DESTDIR$CONFIG"
         say "installed $DESTDIR$CONFIG with a new key"
         return
@@ -100,6 +140,12 @@ install_config() {
         put 0600 "$HERE/$NAME.yaml" "$CONFIG.new"
         say "installed the new sample beside it: $DESTDIR$CONFIG.new"
     fi
+}
+
+# The key comes near no command line, where every user of the host could read it.
+with_new_key() {
+    "$PYTHON" -c 'import secrets, sys
+sys.stdout.write(sys.stdin.read().replace("your-secret-api-key", secrets.token_hex(32)))'
 }
 
 same_but_key() {
@@ -123,11 +169,45 @@ END
     say "installed $DESTDIR$LOGROTATE"
 }
 
+# credential_line: where systemd takes the credential api_key from; its last word counts.
+credential_line() {
+    for folder in "$DESTDIR/usr/lib/systemd/system" "$DESTDIR/run/systemd/system" "$DESTDIR/etc/systemd/system"; do
+        cat "$folder/$NAME.service" "$folder/$NAME.service.d"/*.conf 2>/dev/null || true
+    done | sed -nE 's/[[:space:]]*=[[:space:]]*/=/; s/[[:space:]]+$//
+        /^((Load|Set)Credential(Encrypted)?=(api_key(:.*)?)?$|ImportCredential=)/p' | tail -n 1
+}
+
+# with_credential COMMAND...: run it with the credential that systemd would give the daemon. Of
+# one that only systemd can open, a stand-in says that it is there.
+with_credential() {
+    line=$(credential_line)
+    folder=$(mktemp -d)
+    case $line in
+    "" | *=) ;;
+    LoadCredential=api_key:/*) ln -s "$DESTDIR${line#*:}" "$folder/api_key" ;;
+    *) echo a-credential-that-systemd-opens >"$folder/api_key" ;;
+    esac
+    status=0
+    CREDENTIALS_DIRECTORY=$folder "$@" || status=$?
+    rm -rf "$folder"
+    return "$status"
+}
+
 # The configuration that is there must suit the version that is about to be installed.
 check_config() {
-    [ -e "$DESTDIR$CONFIG" ] || return 0
-    python3 "$HERE/$NAME.py" --config "$DESTDIR$CONFIG" --check-config >/dev/null ||
-        fail "nothing was changed; mend the configuration and run install.sh again."
+    set -- --version
+    [ ! -e "$DESTDIR$CONFIG" ] || set -- --config "$DESTDIR$CONFIG" --check-config
+    status=0
+    said=$(with_credential "$PYTHON" "$HERE/$NAME.py" "$@" 2>&1 >/dev/null) || status=$?
+    [ -z "$said" ] || printf '%s\n' "$said" >&2
+    case $status in
+    0) ;;
+    78) fail "nothing was changed; mend the configuration and run install.sh again." ;;
+    *)
+        said=$(printf '%s\n' "$said" | tail -n 1)
+        fail "nothing was changed; the new version cannot run here: ${said:-exit status $status}"
+        ;;
+    esac
 }
 
 restart_service() {
@@ -138,7 +218,7 @@ restart_service() {
 
 # health: the URL and the answer of /health/check, as the configuration says where.
 health() {
-    python3 - "$DESTDIR$MODULE" "$DESTDIR$CONFIG" <<'END'
+    with_credential "$PYTHON" - "$DESTDIR$MODULE" "$DESTDIR$CONFIG" <<'END'
 import runpy, sys, urllib.error, urllib.request
 daemon = runpy.run_path(sys.argv[1])
 server = daemon["read_config"](sys.argv[2]).server
@@ -165,35 +245,56 @@ wait_until_healthy() {
     done
 }
 
+# say_key: the line by which a shell learns the key, from the daemon's own reader of its settings.
+# While the service runs, its credential is where systemd put it.
+say_key() {
+    say "  KEY=\$(cd $DESTDIR${MODULE%/*} && CREDENTIALS_DIRECTORY=$DESTDIR/run/credentials/$NAME.service" \
+        "$PYTHON -Bc 'import $NAME as api; print(*api.read_config(\"$DESTDIR$CONFIG\").keys[:1])')"
+}
+
 start_service() {
     if restart_service && wait_until_healthy; then
         say "enabled and started $NAME.service; it is healthy. Try:"
-        say "  KEY=\$(sed -n 's/^  api_key: \"\\(.*\\)\"/\\1/p' $CONFIG)"
+        say_key
         say "  curl -s -H \"X-API-Key: \$KEY\" $url/routes"
         return
     fi
-    [ -e "$DESTDIR$MODULE.old" ] || fail "the service does not become healthy; see: journalctl -u $NAME"
+    if ! was_installed; then
+        drop_old
+        fail "the service does not become healthy; see: journalctl -u $NAME"
+    fi
     put_back
     restart_service || true
     fail "the new version did not become healthy, and the old one was put back; see: journalctl -u $NAME"
 }
 
 uninstall() {
-    [ -z "$SYSTEMCTL" ] || "$SYSTEMCTL" disable --now --quiet $NAME.service 2>/dev/null || true
-    rm -f "$DESTDIR$MODULE" "$DESTDIR$UNIT" "$DESTDIR$LOGROTATE"
+    if ours; then
+        [ -z "$SYSTEMCTL" ] || "$SYSTEMCTL" disable --now --quiet $NAME.service 2>/dev/null || true
+        rm -f "$DESTDIR$UNIT"
+    fi
+    rm -f "$DESTDIR$MODULE" "$DESTDIR$LOGROTATE"
+    for file in $FILES; do
+        rm -f "$DESTDIR$file.tmp" "$DESTDIR$file.old"
+    done
     rm -rf "$DESTDIR$RUN_DIR"
-    drop_kept
+    drop_old
     [ -z "$SYSTEMCTL" ] || "$SYSTEMCTL" daemon-reload 2>/dev/null || true
     say "removed $NAME"
 }
 
 purge() {
-    rm -f "$DESTDIR$CONFIG" "$DESTDIR$CONFIG.new"
-    rmdir "$DESTDIR$CONFIG_DIR" 2>/dev/null || true
-    for log in $LOGS; do
-        rm -f "$DESTDIR$log" "$DESTDIR$log".*
-    done
+    rm -f "$DESTDIR$CONFIG" "$DESTDIR$CONFIG.new" "$DESTDIR$CONFIG.tmp" "$DESTDIR$CREDENTIAL"
+    rmdir "$DESTDIR$CONFIG_DIR" "$DESTDIR$UNIT.d" 2>/dev/null || true
+    purge_logs
     say "removed its configuration and logs"
+}
+
+# The three logs, and what logrotate makes of them: FILE.1, FILE-20241224, compressed or not.
+purge_logs() {
+    [ -d "$DESTDIR$LOG_DIR" ] || return 0
+    (cd "$DESTDIR$LOG_DIR" && find . -maxdepth 1 \( -type f -o -type l \) -regextype posix-extended -regex \
+        '\./autoscaleapi(_access|_error)?\.log((\.[0-9]+|-20[0-9]{6}([0-9]{2})?)(\.(gz|bz2|xz|zst))?)?' -delete)
 }
 
 main() {
@@ -205,7 +306,7 @@ main() {
         install_config
         install_logrotate
         [ -z "$SYSTEMCTL" ] || start_service
-        drop_kept
+        drop_old
         ;;
     --uninstall)
         require_root

@@ -4847,7 +4847,7 @@ stop() {{ [ ! -e {root}/pid ] || kill "$(cat {root}/pid)" 2>/dev/null; rm -f {ro
 case $1 in
 restart)
     stop
-    PATH={bin}:$PATH {python} $DESTDIR/usr/local/bin/lxc_autoscale_api.py --config $DESTDIR/etc/lxc_autoscale_ml/lxc_autoscale_api.yaml >/dev/null 2>>{root}/journal &
+    CREDENTIALS_DIRECTORY=$DESTDIR/run/credentials/lxc_autoscale_api.service PATH={bin}:$PATH {python} $DESTDIR/usr/local/bin/lxc_autoscale_api.py --config $DESTDIR/etc/lxc_autoscale_ml/lxc_autoscale_api.yaml >/dev/null 2>>{root}/journal &
     echo $! >{root}/pid ;;
 disable) stop ;;
 esac
@@ -4929,6 +4929,155 @@ def test_an_upgrade_whose_configuration_does_not_fit_changes_nothing(installed, 
     wait_until(lambda: not answers(port))
 
 
+# Where a credential stands, and whether its file can be read here: what only systemd opens is taken for granted.
+CREDENTIALS = [
+    ("unit", "LoadCredential=api_key:/etc/key", True), ("drop-in", "LoadCredential = api_key:/etc/key ", True),
+    ("unit", "LoadCredentialEncrypted=api_key:/etc/key", False), ("drop-in", "SetCredential=api_key:x", False),
+    ("drop-in", "LoadCredential=api_key", False), ("drop-in", "ImportCredential=api*", False)]
+
+
+@pytest.mark.parametrize("place, line, readable", CREDENTIALS)
+def test_an_upgrade_keeps_a_key_that_is_a_credential(installed, host, place, line, readable):
+    folder, install, port = installed
+    unit, drop_in, secret = folder / UNIT_PATH, folder / (UNIT_PATH + ".d"), folder / "etc/key"
+    (folder / CONFIG_PATH).write_text(config_text(host, port, None))
+    for path, text in ((unit, (HERE / unit.name).read_text()), (folder / MODULE_PATH, "old"), (secret, "credential-key-0123456789\n"),
+                       (folder / "run/credentials/lxc_autoscale_api.service/api_key", "credential-key-0123456789\n")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    if place == "unit":
+        unit.write_text(unit.read_text().replace("[Service]\n", f"[Service]\n{line}\n"))
+    else:
+        drop_in.mkdir()
+        (drop_in / "own.conf").write_text(f"[Service]\n{line}\n")
+    before = (unit.read_text(), [(path.name, path.read_text()) for path in drop_in.glob("*")])
+    secret.write_text("short\n")
+    done = install(tries=1) if readable else None
+    assert not done or (done.returncode, done.stderr.splitlines()[-1]) == (
+        1, "install.sh: nothing was changed; mend the configuration and run install.sh again."), done.stderr
+    assert before == (unit.read_text(), [(path.name, path.read_text()) for path in drop_in.glob("*")])
+    secret.write_text("credential-key-0123456789\n")
+    done = install()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert printed_key(done) == "credential-key-0123456789"
+    name = {"unit": "credential.conf", "drop-in": "own.conf"}[place]
+    assert [(path.name, path.read_text()) for path in drop_in.glob("*")] == [(name, f"[Service]\n{line}\n")]
+    assert unit.read_text() == (HERE / unit.name).read_text()
+
+
+def printed_key(done):
+    """What the KEY= line of an installation gives a shell."""
+    line = next(line for line in done.stdout.splitlines() if line.startswith("  KEY="))
+    return subprocess.run(["sh", "-ec", f'{line}; printf %s "$KEY"'], capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]}).stdout
+
+
+def test_the_printed_line_finds_the_key_however_it_is_written(installed):
+    folder, install, port = installed
+    done, config = install(), folder / CONFIG_PATH
+    text, plain = config.read_text(), "plain-key-0123456789"
+    for written, key in [
+            (f'api_key: "{KEY}"', KEY), (f"api_key: '{KEY}'", KEY), (f"api_key: {plain}", plain), (f"api_key:   {plain}   # a comment", plain),
+            ("api_key: \"k\\x65y-'$(id)'-0123456789\" # a \"comment\"", "key-'$(id)'-0123456789"), ("api_key: 'it''s-a-key-0123456789'", "it's-a-key-0123456789"),
+            (f'api_keys: ["{plain}", "{KEY}"]', plain), (f"api_keys:\n    - {plain}\n    - '{KEY}'", plain), ("enabled: false", "")]:
+        config.write_text(text.replace(f'api_key: "{KEY}"', written))
+        assert printed_key(done) == key, written
+    assert not list(folder.rglob("__pycache__"))
+
+
+OLD_MODULE, OLD_UNIT = "the really old version\n", "[Service]\nExecStart=/usr/bin/python3 /usr/local/bin/lxc_autoscale_api.py\nLoadCredential=api_key:/etc/key\n"
+KILLER = r"""#!/bin/sh
+# Ends the shell that calls it: at its so-many-th call as mv, at a restart as systemctl.
+[ "${0##*/} $1" = "systemctl restart" ] && kill -9 $PPID
+[ "${0##*/}" = mv ] || exit 0
+echo >>"$COUNT"
+[ "$(wc -l <"$COUNT")" -lt "$LAST" ] && exec /bin/mv "$@"
+kill -9 $PPID
+"""
+
+
+def test_wherever_an_upgrade_is_cut_off_the_next_one_can_put_the_old_version_back(tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("mv", "systemctl"):
+        (tools / name).write_text(KILLER)
+        (tools / name).chmod(0o755)
+    for last in range(1, 20):
+        folder, count = tmp_path / f"host{last}", tmp_path / f"count{last}"
+        files = {MODULE_PATH: OLD_MODULE, UNIT_PATH: OLD_UNIT, CONFIG_PATH: f"authentication:\n  api_key: {KEY}\n", "etc/key": KEY}
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        cut = install(folder, PATH=f"{tools}:{os.environ['PATH']}", COUNT=str(count), LAST=str(last), SYSTEMCTL=str(tools / "systemctl"), TMPDIR=str(tmp_path))
+        assert cut.returncode == -signal.SIGKILL, cut.stdout + cut.stderr
+        again = install(folder, SYSTEMCTL="false")
+        assert (again.returncode, again.stderr) == (
+            1, "install.sh: the new version did not become healthy, and the old one was put back; see: journalctl -u lxc_autoscale_api\n")
+        left = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+        left.pop(CONFIG_PATH + ".new", None)
+        assert left == files, last
+        assert not list(folder.rglob("*.old*"))
+        if count.read_text().count("\n") < last:
+            break
+    assert last > 5                             # the last cut was in the restart, after every file
+
+
+def test_over_a_unit_that_is_not_ours_a_failed_start_puts_that_one_back(tmp_path):
+    folder, systemctl = tmp_path / "root", tmp_path / "systemctl"
+    systemctl.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/calls\n[ "$1" != restart ]\n')
+    systemctl.chmod(0o755)
+    unit, text = folder / UNIT_PATH, "[Service]\nExecStart=/usr/bin/python3 /usr/local/bin/lxc_autoscale_api/lxc_autoscale_api.py\n"
+    unit.parent.mkdir(parents=True)
+    unit.write_text(text)
+    done = install(folder, SYSTEMCTL=str(systemctl))
+    assert (done.returncode, done.stderr) == (
+        1, "install.sh: the new version did not become healthy, and the old one was put back; see: journalctl -u lxc_autoscale_api\n")
+    assert {path for path in folder.rglob("*") if path.is_file()} == {unit, folder / CONFIG_PATH} and unit.read_text() == text
+    assert (tmp_path / "calls").read_text().split("\n")[-4:] == [
+        "daemon-reload", "enable --quiet lxc_autoscale_api.service", "restart lxc_autoscale_api.service", ""]
+    assert install(folder, "--purge", SYSTEMCTL=str(systemctl)).returncode == 0
+    assert [path for path in folder.rglob("*") if path.is_file()] == [unit] and "disable" not in (tmp_path / "calls").read_text()
+
+
+def test_a_first_installation_that_does_not_become_healthy_stays_to_be_looked_at(tmp_path):
+    done = install(tmp_path, SYSTEMCTL="false")
+    assert (done.returncode, done.stderr) == (1, "install.sh: the service does not become healthy; see: journalctl -u lxc_autoscale_api\n")
+    assert (tmp_path / MODULE_PATH).exists() and not list(tmp_path.rglob("*.old*"))
+
+
+@pytest.mark.parametrize("umask", ["000", "002", "077"])
+def test_whatever_the_umask_nothing_that_is_made_is_writable_by_others(tmp_path, umask):
+    unit = tmp_path / UNIT_PATH
+    unit.parent.mkdir(parents=True, mode=0o755)
+    unit.write_text(OLD_UNIT)
+    (tmp_path / "etc/key").write_text(KEY)
+    for path in (tmp_path, *tmp_path.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    for changed in (False, True):
+        done = subprocess.run(["sh", "-c", f'umask {umask}; exec "$0"', HERE / "install.sh"], capture_output=True, text=True, env={**os.environ, "DESTDIR": str(tmp_path)})
+        assert done.returncode == 0, done.stderr
+        (tmp_path / CONFIG_PATH).write_text((tmp_path / CONFIG_PATH).read_text().replace("port: 5000", "port: 5001"))
+    modes = {str(path.relative_to(tmp_path)): oct(stat.S_IMODE(path.stat().st_mode))[2:] for path in tmp_path.rglob("*")}
+    assert {name: modes.pop(name) for name in (CONFIG_PATH, CONFIG_PATH + ".new", UNIT_PATH, UNIT_PATH + ".d/credential.conf", MODULE_PATH, LOGROTATE_PATH)} == {
+        CONFIG_PATH: "600", CONFIG_PATH + ".new": "600", UNIT_PATH: "644", UNIT_PATH + ".d/credential.conf": "600", MODULE_PATH: "755", LOGROTATE_PATH: "644"}
+    modes.pop("etc/key")
+    assert set(modes.values()) == {"755"}, modes
+
+
+@pytest.mark.parametrize("change, says", [
+    (("import argparse\n", "import argparse_of_a_later_python\n"), "ModuleNotFoundError: No module named 'argparse_of_a_later_python'"),
+    (("import argparse\n", "import argparse\nmatch = case = 1 +\n"), "SyntaxError: invalid syntax"),
+    (("import argparse\n", "import os\nos._exit(3)\n"), "exit status 3")])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_module_that_cannot_run_here_is_told_as_that(tmp_path, change, says, first):
+    folder, source = tmp_path / "root", newer_version(tmp_path, change)
+    if not first:
+        (folder / CONFIG_PATH).parent.mkdir(parents=True)
+        (folder / CONFIG_PATH).write_text("authentication:\n  api_key: wrong\n")
+    done = subprocess.run([source / "install.sh"], capture_output=True, text=True, env={**os.environ, "DESTDIR": str(folder)})
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, f"install.sh: nothing was changed; the new version cannot run here: {says}")
+    assert [path for path in folder.rglob("*") if path.is_file()] == ([] if first else [folder / CONFIG_PATH])
+
+
 def test_an_uninstallation_keeps_what_is_the_administrators_and_a_purge_does_not(tmp_path):
     install(tmp_path)
     log = tmp_path / "var/log/autoscaleapi.log"
@@ -4945,14 +5094,41 @@ def test_an_uninstallation_keeps_what_is_the_administrators_and_a_purge_does_not
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+def test_a_purge_removes_the_logs_and_nothing_that_only_looks_like_one(tmp_path):
+    names = [f"autoscaleapi{which}.log{end}" for which in ("", "_access", "_error") for end in (
+        "", ".1", ".12", ".2.gz", ".3.xz", "-20241224", "-20241224.gz", "-2024122417", "-2024122417.zst")]
+    others = ["autoscaleapi.log.keep", "autoscaleapi.log.1.keep", "autoscaleapi.log.gz", "autoscaleapi.log-notes", "autoscaleapi.log-2024", "autoscaleapi.logs",
+              "autoscaleapi_other.log", "autoscaleapixlog", "my_autoscaleapi.log", "autoscaleapi.log.bak/1", "autoscaleapi.log.4/1", "autoscaleapi.log-20241225/1",
+              "old/autoscaleapi.log", "autoscaleapi.log.1 copy", "autoscaleapi.log.1\n2"]
+    for name in names + others:
+        (tmp_path / "var/log" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "var/log" / name).write_text("x")
+    (tmp_path / "var/log/autoscaleapi.log.9").symlink_to("autoscaleapi.log.keep")
+    assert install(tmp_path, "--purge").returncode == 0
+    assert sorted(str(path.relative_to(tmp_path / "var/log")) for path in tmp_path.rglob("*") if not path.is_dir() or path.is_symlink()) == sorted(others)
+
+
+@pytest.mark.parametrize("option, says", [
+    ("--uninstall", "removed lxc_autoscale_api\nkept {}/etc/lxc_autoscale_ml/lxc_autoscale_api.yaml and the logs (--purge removes these too)\n"),
+    ("--purge", "removed lxc_autoscale_api\nremoved its configuration and logs\n")])
+@pytest.mark.parametrize("systemctl", ["", "false", "/nowhere/systemctl"])
+def test_an_uninstallation_over_nothing_works(tmp_path, option, says, systemctl):
+    done = install(tmp_path, option, SYSTEMCTL=systemctl)
+    assert (done.returncode, done.stdout, done.stderr) == (0, says.format(tmp_path), "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_installation_without_what_it_needs_changes_nothing(tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in ("sh", "dirname", "id", "cat"):
+    for name in ("sh", "dirname", "id", "cat", "sed"):
         (tools / name).symlink_to(shutil.which(name))
-    done = install("", PATH=str(tools))
-    assert done.returncode == 1 and "nothing was changed; missing:" in done.stderr
-    assert "Python-3.9-or-later" in done.stderr and "pct-(this-must-be-a-Proxmox-VE-host)" in done.stderr
+    source = newer_version(tmp_path)
+    unit = source / "lxc_autoscale_api.service"
+    unit.write_text(unit.read_text().replace("/usr/bin/python3 ", "/nowhere/python3 "))
+    done = subprocess.run([source / "install.sh"], capture_output=True, text=True, env={"PATH": str(tools)})
+    assert (done.returncode, done.stderr) == (1, "install.sh: nothing was changed; missing: Python-3.9-or-later-as-/nowhere/python3"
+                                                 f"{'' if os.getuid() == 0 else ' root-rights'} pct-(this-must-be-a-Proxmox-VE-host) systemctl\n")
     assert install(tmp_path, "--what").stderr == "install.sh: unknown option '--what'; known: --uninstall, --purge\n"
     assert not (tmp_path / "usr").exists()
 
