@@ -2392,7 +2392,7 @@ def test_the_init_of_a_container_is_told_by_its_numbers(status, first):
 
 def test_what_no_process_tells_is_not_guessed(host):
     """The files of a busybox (103) and of a systemd (101), as a host had them."""
-    proxmox = module.Proxmox(None, str(host.pve), str(host.cgroup), True)
+    proxmox = module.Proxmox(None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
     for vm_id, files in ((101, {"init.scope/cgroup.procs": f"{os.getpid()}\n", "cgroup.procs": "",
                                 "system.slice/systemd-journald.service/cgroup.procs": "1\n"}),
                          (103, {"cgroup.procs": "999999998\n999999999\n"})):
@@ -2424,7 +2424,7 @@ ALL = os.cpu_count()
 ])
 def test_what_is_allotted_has_the_defaults_of_proxmox_or_is_null(host, values, cores, memory, swap, cpus):
     host.path(107).write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
-    proxmox = module.Proxmox(None, str(host.pve), str(host.cgroup), True)
+    proxmox = module.Proxmox(None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
     assert (module.allotted(values), module.processors(values)) == ((cores, memory, swap), cpus)
     row, = (row for row in proxmox.list() if row["vm_id"] == 107)
     assert (row["cores"], row["memory"], row["name"]) == (cores, memory, "CT107")
@@ -2440,7 +2440,7 @@ def test_what_is_allotted_has_the_defaults_of_proxmox_or_is_null(host, values, c
 @pytest.mark.parametrize("name", ["1234", "00012", "1e5", "true", "null", "0x10", "1.50"])
 def test_a_name_that_looks_like_a_number_is_text(host, name):
     host.add(107, name)
-    proxmox = module.Proxmox(None, str(host.pve), str(host.cgroup), True)
+    proxmox = module.Proxmox(None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
     assert [row["name"] for row in proxmox.list() if row["vm_id"] == 107] == [name]
     assert proxmox.status(107)["name"] == proxmox.config(107, 128, 1048576)["hostname"] == name
     values = module.parse_status(f"name: {name}\nlock: {name}\ntags: {name}\ncpus: 1.5\nmem: 7\nswap: none\nuptime: 0\n")
@@ -3309,11 +3309,13 @@ def test_a_container_s_disk_that_does_not_answer_is_null(launch, host):
 
 def test_what_cannot_be_read_is_not_taken_for_what_is_not_there(launch, host):
     import resource
-    api = launch(constants={"KEEP": 0})
+    api = launch()
     with api.connect() as sock:
         sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
         assert read_answer(sock).status == 200
-        resource.prlimit(api.process.pid, resource.RLIMIT_NOFILE, (descriptors(api), 4096))
+        taken = set(os.listdir(f"/proc/{api.process.pid}/fd"))
+        lowest = next(number for number in range(1000) if str(number) not in taken)
+        resource.prlimit(api.process.pid, resource.RLIMIT_NOFILE, (lowest, 4096))
         for line, body in (("GET /resource/vm/list", ""), ("GET /resource/vm/config?vm_id=104", ""), ("GET /snapshot/list?vm_id=104", ""),
                            ("POST /scale/cores", '{"vm_id": 104, "cores": 4}')):
             sock.sendall(framed(f"{line} HTTP/1.1", "Host: x", LOGIN, JSON_KIND, f"Content-Length: {len(body)}", body=body))
@@ -3694,13 +3696,13 @@ class Lab:
     def inside(self, name, *command):
         return subprocess.run(["nsenter", "-t", str(self.holders[name].pid), "-n", "-m", *command], check=True, capture_output=True, text=True)
 
-    def connect(self, address, timeout):
+    def connect(self, address, timeout, source=None):
         """A connection made in pve1's network, by a thread that moves there."""
         def work():
             with open(f"/proc/{self.holders['pve1'].pid}/ns/net") as namespace:
                 if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
                     raise OSError(ctypes.get_errno(), "setns")
-            return socket.create_connection(address, timeout)
+            return socket.create_connection(address, timeout, source)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             return pool.submit(work).result()
 
