@@ -660,17 +660,22 @@ def parse_query(query):
 def parse_object(body):
     """A JSON object's bytes -> its (name, value) pairs, duplicates kept, or Problem.
 
-    A byte order mark before it is ignored, as RFC 8259 section 8.1 allows.
+    A byte order mark before it is ignored, as RFC 8259 section 8.1 allows. (The codec
+    utf-8-sig would do so as well, but is loaded from a file at its first use.)
     """
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
     try:
-        value = read_json(body.decode("utf-8-sig"), object_pairs_hook=Pairs, parse_constant=refuse)
+        text = body[len(BOM):] if body.startswith(BOM) else body
+        value = read_json(text.decode("utf-8"), object_pairs_hook=Pairs, parse_constant=refuse)
     except ValueError:
         raise Problem(400, 'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}') from None
     if not isinstance(value, Pairs):
         raise Problem(400, 'Invalid JSON: must be an object, such as {"vm_id": 104}')
     return value
+
+
+BOM = "\ufeff".encode("utf-8")
 
 
 class Pairs(list):
@@ -3571,8 +3576,10 @@ class LogFile(logging.Handler):
                 self.hangs = not self.changed.wait_for(lambda: self.written >= number, patience)
 
     def flush(self, seconds=LOG_SECONDS):
-        """Let the lines that wait be written, if that takes no longer."""
+        """Let the lines that wait be written now, if that takes no longer."""
         with self.changed:
+            self.gather = 0
+            self.changed.notify_all()
             self.changed.wait_for(lambda: self.written >= self.added, seconds)
 
     def run(self):
@@ -3580,8 +3587,7 @@ class LogFile(logging.Handler):
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.lines or self.path != self.opened)
-            time.sleep(self.gather)
-            with self.changed:
+                self.changed.wait_for(lambda: not self.gather, self.gather)
                 lines, lost = list(self.lines), self.lost
                 self.lines.clear()
                 self.lost = 0

@@ -694,9 +694,12 @@ def start_daemon(host, config, constants=None, inside=(), **popen):
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nothing listens on, below those that the kernel gives to outgoing connections."""
+    while True:
+        port = 10000 + secrets.randbelow(22000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 DEMO_CURL = """
