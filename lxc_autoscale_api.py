@@ -41,7 +41,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter, OrderedDict, deque, namedtuple
-from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, TimeoutError as FutureTimeout, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import lru_cache
@@ -69,6 +69,7 @@ MAX_HOPS = 32               # of X-Forwarded-For, from its end, that are looked 
 MAX_LINES = 10000           # lines of a log that wait for its disk
 MAX_FLIGHTS = 256           # questions that are being answered at once
 MAX_HUNG = 16               # reads that hang; while there are so many, no further one is begun
+MAX_OPERATIONS = 1000       # changes that wait or run at once, and that are remembered
 MAX_SENDING = 32            # large answers that are on their way at once
 MAX_SESSIONS = 8            # commands at once on another node: its sshd takes 10 on a connection (MaxSessions)
 
@@ -116,11 +117,6 @@ def success(message, data=None):
     return Answer(200, body if data is None else dict(body, data=data))
 
 
-def changed(message, warnings):
-    """A change's success, and what there is to say of it, once though several commands said it."""
-    return success(message, {"warnings": list(dict.fromkeys(warnings))} if warnings else None)
-
-
 class Problem(Exception):
     """An error with an HTTP status, a text, further JSON fields and headers."""
 
@@ -132,13 +128,33 @@ class Problem(Exception):
         if texts:
             self.fields["details"] = "\n".join([*filter(None, [self.fields.get("details")]), *texts])
 
-    def answer(self):
-        return Answer(self.status, {"status": "error", "error": self.error, **self.fields}, dict(self.headers))
+    def answer(self, changing=False):
+        """-> the Answer; to a request that would have changed something, it says what was done.
+
+        Nothing was, unless a Change has said so: it alone begins what changes something.
+        """
+        error, fields = self.error, self.fields
+        if changing and self.status not in (401, 429):      # whose bodies are fixed
+            fields = {"outcome": NOTHING_DONE, **fields}
+            if self.status == 503:
+                error = f"Nothing was done: {error}"
+        return Answer(self.status, {"status": "error", "error": error, **fields}, dict(self.headers))
 
 
-def busy(error, seconds):
-    """503: nothing was done, and the client may try again after so many seconds."""
-    return Problem(503, error, {"Retry-After": str(seconds)})
+class NotBegun(Problem):
+    """A command that was not begun: 503, for its program, its node or a place for it is missing now."""
+
+
+class Lost(Problem):
+    """A command on another node whose end nobody knows, for the connection broke."""
+
+
+NOTHING_DONE, INCOMPLETE, RUNNING, UNKNOWN = "nothing_done", "incomplete", "running", "unknown"
+
+
+def busy(error, seconds, kind=Problem):
+    """503: it cannot be done now, and the client may try again after so many seconds."""
+    return kind(503, error, {"Retry-After": str(seconds)})
 
 
 class Gone(Exception):
@@ -158,12 +174,11 @@ class Client:
         self.sock, self.address, self.local = sock, address, False
         self.waited_for, self.asking, self.left = time.monotonic(), None, Future()
 
-    def wait(self, future):
-        """-> a Future's result; Gone if the client leaves before it is there."""
-        wait([future, self.left], return_when=FIRST_COMPLETED)
-        if not future.done():
+    def wait(self, *futures, seconds=None):
+        """Wait until one of some Futures is done, for so many seconds if given; Gone if the client leaves before."""
+        wait([*futures, self.left], seconds, FIRST_COMPLETED)
+        if self.left.done() and not any(future.done() for future in futures):
             raise Gone
-        return future.result()
 
     def leave(self):
         if not self.left.done():
@@ -553,12 +568,14 @@ def read_credential():
 
 # Parameters
 
+REQUIRED = object()                         # instead of a default
+
+
 class Integer:
     """A whole number, as a JSON number or as a string of ASCII digits."""
-    default = None
 
-    def __init__(self, name, low, high, also=None):
-        self.name, self.also, self.low, self.high = name, also, low, high
+    def __init__(self, name, low, high, also=None, default=REQUIRED):
+        self.name, self.also, self.low, self.high, self.default = name, also, low, high, default
         self.rule = f"must be an integer between {low} and {high}"
 
     def schema(self):
@@ -574,7 +591,7 @@ class Integer:
 
 class Name:
     """A text of ASCII letters, digits and a few marks that cannot be taken for an option."""
-    default = None
+    default = REQUIRED
 
     def __init__(self, name, marks, longest, also=None):
         self.name, self.also, self.marks, self.longest = name, also, marks, longest
@@ -594,20 +611,73 @@ class Name:
 
 
 class Flag:
-    """An optional JSON boolean."""
-    also = None
+    """An optional JSON boolean; None where it is not given."""
+    also = default = None
     rule = "must be true or false (a JSON boolean)"
 
-    def __init__(self, name, default):
-        self.name, self.default = name, default
+    def __init__(self, name):
+        self.name = name
 
     def schema(self):
-        return {"type": "boolean", "default": self.default}
+        return {"type": "boolean"}
 
     def parse(self, value):
         if isinstance(value, bool):
             return value
         raise ValueError(self.rule)
+
+
+class Text:
+    """An optional text of which check(text) says whether it is taken; `default` where it is not given."""
+    also = None
+
+    def __init__(self, name, check, rule, default=None, **schema):
+        self.name, self.check, self.rule, self.default = name, check, rule, default
+        self.described = {"type": "string", **schema}
+
+    def schema(self):
+        return self.described
+
+    def parse(self, value):
+        if isinstance(value, str) and self.check(value):
+            return value
+        raise ValueError(self.rule)
+
+
+class Size:
+    """An optional number of GB, as a JSON number or as a string of digits."""
+    also = default = None
+    rule = "must be a number of GB, as the container's configuration tells it"
+
+    def __init__(self, name):
+        self.name = name
+
+    def schema(self):
+        return {"type": "number", "minimum": 0}
+
+    def parse(self, value):
+        found = decimal(value) if isinstance(value, str) else value
+        if type(found) in (int, float) and 0 <= found < 2 ** 53:
+            return found
+        raise ValueError(self.rule)
+
+
+def is_interface_address(text):
+    """Whether a text is `dhcp`, or an address with its prefix length."""
+    if text == "dhcp":
+        return True
+    try:
+        return bool(re.fullmatch(r"[0-9A-Fa-f:.]{2,45}/[0-9]{1,3}", text) and ipaddress.ip_interface(text))
+    except ValueError:
+        return False
+
+
+def is_description(text):
+    return len(text) <= 1024 and not re.search(r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", text)
+
+
+def matches(pattern):
+    return re.compile(pattern).fullmatch
 
 
 VM_ID = Integer("vm_id", 100, 999999, also="lxc_id")
@@ -618,7 +688,19 @@ MEMORY = Integer("memory", 64, 1048576)
 DISK_SIZE = Integer("disk_size", 1, 16384)  # what ext4 holds by default; more breaks the file system
 SNAPSHOT_NAME = Name("snapshot_name", "_-", 100)
 NODE_NAME = Name("node_name", "_-", 50)
-START = Flag("start", default=False)
+START, FULL = Flag("start"), Flag("full")
+STORAGE = Text("storage", matches(r"[A-Za-z][A-Za-z0-9._-]{1,99}"),
+               "must be a storage id: a letter, then letters, digits, - _ or . (ASCII), 2 to 100 characters",
+               pattern="^[A-Za-z][A-Za-z0-9._\\-]{1,99}$")
+IP = Text("ip", is_interface_address, "must be dhcp, or an address with its prefix length, such as 192.0.2.5/24")
+DISK = Text("disk", matches(r"rootfs|mp(?:[0-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"),
+            "must be rootfs, or mp0 to mp255", "rootfs", pattern="^(rootfs|mp[0-9]{1,3})$")
+CURRENT_SIZE = Size("current_size")
+TIMEOUT = Integer("timeout", 1, 3600, default=60)
+DESCRIPTION = Text("description", is_description,
+                   "must be at most 1024 characters, without control characters but line ends", maxLength=1024)
+OPERATION = Text("id", matches(r"[0-9a-f]{16}"), "must be 16 hexadecimal digits", pattern="^[0-9a-f]{16}$")
+ANY_VM_ID = Integer("vm_id", 100, 999999, also="lxc_id", default=None)
 
 
 def parse_parameters(parameters, pairs):
@@ -644,7 +726,7 @@ def parse_parameters(parameters, pairs):
         if values.setdefault(parameter.name, value) != value:
             raise Problem(400, f"Invalid {name}: {parameter.name} and {parameter.also} must not differ")
     for parameter in parameters:
-        if parameter.name not in values and parameter.default is None:
+        if parameter.name not in values and parameter.default is REQUIRED:
             raise Problem(400, f"Missing {parameter.name}: {parameter.rule}")
         values.setdefault(parameter.name, parameter.default)
     return values
@@ -892,6 +974,28 @@ def option(value, name):
     """An option in a property string such as `local-lvm:vm-104-disk-0,size=8G` -> its text or None."""
     match = re.search(rf"(?:^|,){name}=([^,]*)", value or "")
     return match and match[1]
+
+
+def with_option(value, name, given):
+    """A property string with one option set, or left out if `given` is None; all others stay as they are."""
+    options = [each for each in value.split(",") if each.partition("=")[0] != name]
+    return ",".join(options if given is None else [*options, f"{name}={given}"])
+
+
+def static_addresses(values):
+    """A container's configuration -> [(bridge, VLAN tag, address)] of its network interfaces, without prefix lengths."""
+    nets = [value for key, value in values.items() if re.fullmatch(r"net[0-9]{1,2}", key)]
+    found = [(option(net, "bridge"), option(net, "tag"), option(net, name)) for net in nets for name in ("ip", "ip6")]
+    return [(bridge, tag, plain_ip(address.partition("/")[0])) for bridge, tag, address in found
+            if address and address not in ("dhcp", "manual", "auto")]
+
+
+def plain_ip(text):
+    """An address in the one form in which it can be compared."""
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        return text
 
 
 def size_in_bytes(value):
@@ -1221,10 +1325,6 @@ class Gate:
                 self.free += 1
 
 
-class Late(Exception):
-    """A turn did not come in time; the text is who holds it."""
-
-
 class Turns:
     """A line for each key, in order, that exists only while somebody stands in it."""
 
@@ -1233,13 +1333,13 @@ class Turns:
 
     @contextmanager
     def turn(self, key, seconds, who):
-        """Hold `key` as `who`; Late if that takes over so many seconds."""
+        """Hold a container's id as `who`; Problem 409 if that takes over so many seconds."""
         with self.lock:
             line = self.lines.setdefault(key, SimpleNamespace(gate=Gate(1), users=0, holder=None))
             line.users += 1
         try:
             if not line.gate.enter(seconds):
-                raise Late(line.holder)
+                raise Problem(409, f"VM {key} is busy for over {TURN_SECONDS} s with: {line.holder}")
             line.holder = who
             try:
                 yield
@@ -1268,7 +1368,7 @@ class Workers:
             try:
                 threading.Thread(target=self.serve, args=(inbox,), daemon=True).start()
             except RuntimeError:
-                raise busy("The host has no thread left; nothing was done, try again later", SLOT_SECONDS) from None
+                raise busy("The host has no thread left; try again later", SLOT_SECONDS) from None
         inbox.put(job)
         return job[0]
 
@@ -1395,7 +1495,7 @@ class Output:
         try:
             self.fd = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
-            raise busy(f"The host has no room for a command's output: {error.strerror}", SLOT_SECONDS) from None
+            raise busy(f"The host has no room for a command's output: {error.strerror}", SLOT_SECONDS, NotBegun) from None
         if bounded:                         # a write past the size fails with EPERM
             os.ftruncate(self.fd, MAX_OUTPUT)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
@@ -1494,13 +1594,12 @@ class Commands:
     bound, too. Each has a session of its own: what kills the daemon's group, or stops its
     unit, leaves it alone. Each has the umask of root's shell, whatever the daemon's own is:
     with 0077 a clone's folder is closed to its unprivileged container, which then never
-    starts. A thread holds one place on a node however often it asks for one.
-    Long changes leave some of the places to others.
+    starts. Long changes leave some of the places to others.
     """
 
     def __init__(self, width, read_seconds, workers, metrics):
         self.width, self.read_seconds, self.workers, self.metrics = width, read_seconds, workers, metrics
-        self.here, self.lock, self.ways, self.hung = threading.local(), threading.Lock(), {}, {}
+        self.lock, self.ways, self.hung = threading.Lock(), {}, {}
 
     def gauges(self):
         ways = list(self.ways.values())
@@ -1516,16 +1615,10 @@ class Commands:
                 width=width, gate=Gate(width), long=Gate(max(1, width - max(1, width // 4))),
                 lock=threading.Lock(), tried=-math.inf, problem=None))
 
-    def held(self):
-        """The names of the nodes on which this thread holds a place."""
-        return self.here.__dict__.setdefault("names", set())
-
     @contextmanager
     def place(self, node, asked=None, long=False):
-        held, way, name = self.held(), self.way(node), node and node.name
-        if name in held:
-            yield
-            return
+        """A place to run commands on a node, which answers; Problem 503 if none is free in time."""
+        way = self.way(node)
         self.reach(node, asked)
         deadline = time.monotonic() + SLOT_SECONDS
         with ExitStack() as places:
@@ -1533,11 +1626,7 @@ class Commands:
                 if not gate.enter(max(0, deadline - time.monotonic())):
                     raise too_many(node)
                 places.callback(gate.leave)
-            held.add(name)
-            try:
-                yield places
-            finally:
-                held.discard(name)
+            yield places
 
     def reach(self, node, asked):
         """See that a node answers, and open the connection that its commands share; Problem 503 if it does not.
@@ -1549,7 +1638,7 @@ class Commands:
         if not node:
             return
         if not (node.online and node.address):
-            raise busy(f"Node '{node.name}' is offline; nothing was done. To see why, on this host: pvecm status", SLOT_SECONDS)
+            raise busy(f"Node '{node.name}' is offline; to see why, on this host: pvecm status", SLOT_SECONDS)
         way = self.way(node)
         with way.lock:
             now = time.monotonic()
@@ -1565,16 +1654,20 @@ class Commands:
                 raise Problem(503, way.problem.error, dict(way.problem.headers), **way.problem.fields)
 
     def read(self, node, *argv):
-        """Run a command that changes nothing; past its time it is killed with its whole group."""
-        return self.run(node, argv, self.read_seconds)
+        """Run a command that changes nothing, in a place of its own -> its Result."""
+        with self.place(node) as places:
+            return self.look(node, argv, places)
 
-    def change(self, node, *argv):
-        """Run a command that changes something; it is waited for and never killed."""
-        return self.run(node, argv, None)
+    def look(self, node, argv, places=None):
+        """The same, in a place that is held already; past its time it is killed with its whole group."""
+        return self.execute(node, [str(each) for each in argv], self.read_seconds, places)
 
-    def run(self, node, argv, seconds):
-        with self.place(node, long=argv[0] == "pct" and argv[1] in LONG) as places:
-            return self.execute(node, [str(each) for each in argv], seconds, places)
+    def change(self, node, argv):
+        """Run a command that changes something -> its Result; it is waited for and never killed.
+
+        NotBegun if it was not begun, Lost if nobody knows its end.
+        """
+        return self.execute(node, argv, None)
 
     def execute(self, node, argv, seconds, places=None):
         """Run a command now -> its Result, or Problem; `places` are kept while it cannot be ended."""
@@ -1600,12 +1693,12 @@ class Commands:
         if not gone:
             raise self.still_hung(node, argv)
         if not in_time:
-            raise Problem(504, f"{' '.join(argv[:3])}{there} did not finish in {seconds} s and was ended; it changes nothing")
+            raise Problem(504, f"{' '.join(argv[:3])}{there} did not finish in {seconds} s and was ended")
         if node and not (reply or full):
             begun = not seconds and code not in (1, 2)      # which REMOTE ends with if it cannot begin
             raise lost(node, argv, begun, err.decode("utf-8", "replace").strip())
         if node and code == 127:            # as the shell there says it
-            raise busy(f"{argv[0]} is not installed on node '{node.name}', or not on its PATH", 60)
+            raise busy(f"{argv[0]} is not installed on node '{node.name}', or not on its PATH", 60, NotBegun)
         return Result(code, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"), full)
 
     def kill(self, process, question, places):
@@ -1630,8 +1723,8 @@ class Commands:
     def still_hung(self, node, argv):
         where = f" on node '{node.name}'" if node else ""
         return Problem(504, f"{' '.join(argv[:3])}{where} hangs and cannot be ended (process "
-                            f"{self.hung.get((node, *argv), 'gone now')}); it changes nothing. The storage or "
-                            "/etc/pve behind it does not answer")
+                            f"{self.hung.get((node, *argv), 'gone now')}); the storage or /etc/pve behind it "
+                            "does not answer")
 
     def start(self, node, argv, label, seconds, stdout, stderr):
         if node:
@@ -1645,138 +1738,29 @@ class Commands:
             self.metrics.add("lxc_autoscale_api_commands_total", label, "not_started")
             missing = isinstance(error, FileNotFoundError)
             what = "is not installed, or not on the daemon's PATH" if missing else f"cannot be started: {error.strerror}"
-            raise busy(f"{argv[0]} {what}", 60) from None
+            raise busy(f"{argv[0]} {what}", 60, NotBegun) from None
 
 
 def too_many(node):
     where = f"node '{node.name}'" if node else "this host"
-    return busy(f"Too many commands run on {where}; nothing was done, try again later", SLOT_SECONDS)
+    return busy(f"Too many commands run on {where}; try again later", SLOT_SECONDS)
 
 
 def lost(node, argv, begun, details):
     """ssh ended without a word of a command's end -> the Problem; a change that had `begun` may run there still."""
     if begun:
-        problem = Problem(504, f"The connection to node '{node.name}' was lost during {' '.join(argv[:3])}, which goes on "
-                               "if the node does. Ask for the container's state before trying again")
+        problem = Lost(504, f"The connection to node '{node.name}' was lost during {' '.join(argv[:3])}, which goes on "
+                            "if the node does. Ask for the container's state before trying again")
     else:
-        problem = busy(f"Node '{node.name}' cannot run commands over SSH; nothing was done. To see why, on this host: "
-                       f"pvesh get /nodes/{node.name}/version", SLOT_SECONDS)
+        problem = busy(f"Node '{node.name}' cannot run commands over SSH; to see why, on this host: "
+                       f"pvesh get /nodes/{node.name}/version", SLOT_SECONDS, NotBegun)
     if details:
         problem.add_details(details[-MAX_DETAILS:])
     return problem
 
 
-class Operation:
-    """A change that somebody asked for: what, by whom, to which container, and what its caller will be told.
-
-    At its end count(problem) is called, with None if all went well.
-    """
-
-    def __init__(self, title, client, vm_id, count, long=False):
-        self.title, self.client, self.vm_id, self.count, self.long = title, client, vm_id, count, long
-        self.begun, self.outcome, self.lock = threading.Event(), Future(), threading.Lock()
-        self.running = False
-
-    def begin(self):
-        """-> whether it may begin; it may not if it was refused before."""
-        with self.lock:
-            self.running = not self.begun.is_set()
-            self.begun.set()
-            return self.running
-
-    def refuse(self, problem):
-        """Let it never begin, unless it has."""
-        with self.lock:
-            if not self.begun.is_set():
-                self.tell(problem=problem)
-                self.begun.set()
-
-    def tell(self, result=None, problem=None):
-        try:
-            self.outcome.set_exception(problem) if problem else self.outcome.set_result(result)
-        except InvalidStateError:           # the caller was told already that it goes on
-            pass
-
-
-class Operations:
-    """Runs changes, each in a thread of its own and one at a time for each container.
-
-    So a caller that leaves, or waits too long, ends nothing: the change goes on, keeps
-    its containers reserved, and its end is logged and counted.
-    """
-
-    def __init__(self, host):
-        self.host, self.turns, self.asked = host, Turns(), set()
-        self.lock, self.stopping = threading.Lock(), False
-
-    def run(self, operation, vm_ids, seconds, work):
-        """work() under the reservation of `vm_ids` -> its result, or its Problem, or 504 after so many seconds."""
-        with self.lock:                     # either refuse_waiting sees it, or it has been called
-            if self.stopping:
-                raise stopping()
-            self.asked.add(operation)
-        try:
-            threading.Thread(target=self.work, args=(operation, vm_ids, work), daemon=True).start()
-        except RuntimeError:
-            self.asked.discard(operation)
-            raise busy("The host has no thread left; nothing was done, try again later", SLOT_SECONDS) from None
-        operation.begun.wait()
-        try:
-            return operation.outcome.result(seconds)
-        except FutureTimeout:
-            raise goes_on(operation, f"did not finish in {seconds} s") from None
-
-    def work(self, operation, vm_ids, work):
-        started, outcome, result, problem = time.monotonic(), "done", None, None
-        try:
-            self.host.ready(operation.vm_id, started)       # or it would wait behind one that waits for a dead node
-            with ExitStack() as held:
-                who = f"{operation.title}, since {utc(int(time.time()))}"
-                for vm_id in sorted(vm_ids):        # in one order, so that no two wait for each other
-                    held.enter_context(self.turns.turn(vm_id, started + TURN_SECONDS - time.monotonic(), who))
-                held.enter_context(self.host.place(operation.vm_id, started, operation.long))
-                if not operation.begin():
-                    raise stopping()
-                result = work()
-        except Late as late:
-            problem = Problem(409, f"VM {vm_id} is busy for over {TURN_SECONDS} s with: {late}; nothing was done")
-        except Problem as refusal:
-            problem = refusal
-        except Exception as error:
-            log.exception("internal error in %s", operation.title)
-            problem = internal_error(error)
-        if problem:
-            outcome = f"{problem.status} {problem.error}"
-        log.info("change %s by %s: %s, after %.1f s", operation.title, operation.client, outcome,
-                 time.monotonic() - started)
-        operation.count(problem)
-        self.asked.discard(operation)
-        operation.tell(result, problem)
-        operation.begun.set()
-
-    def refuse_waiting(self):
-        """The daemon stops: what has not begun will not begin, and nothing new is taken."""
-        with self.lock:
-            self.stopping = True
-            waiting = list(self.asked)
-        for operation in waiting:
-            operation.refuse(stopping())
-
-    def leave_running(self):
-        """The daemon ends: tell who still waits that Proxmox goes on, and log what was left."""
-        for operation in list(self.asked):
-            if operation.running:
-                log.warning("left running: %s by %s", operation.title, operation.client)
-                operation.tell(problem=goes_on(operation, "has not finished, and the daemon stops"))
-
-
 def stopping():
-    return busy("The daemon is stopping; nothing was done", SLOT_SECONDS)
-
-
-def goes_on(operation, why):
-    return Problem(504, f"{operation.title} {why}; it is still running in Proxmox, and its container stays "
-                        "reserved until it ends. Ask for the container's state before trying again")
+    return busy("The daemon is stopping", SLOT_SECONDS)
 
 
 def internal_error(error):
@@ -1913,10 +1897,6 @@ class Proxmox:
         except ValueError:
             raise Problem(500, f"pvesh get {path} printed no JSON") from None
 
-    def change(self, vm_id, *argv):
-        """Run a command that changes a container, or makes one of it, on its node -> its Result."""
-        return self.where(vm_id, lambda node: checked(argv, self.commands.change(node, *argv)))
-
     # Where things are
 
     def members(self):
@@ -1980,18 +1960,6 @@ class Proxmox:
         self.commands.reach(node, asked)
         return node
 
-    def place(self, vm_id, asked, long):
-        """A place to run commands for a change to a container."""
-        return self.commands.place(self.ready(vm_id, asked), asked, long)
-
-    def there(self, vm_id):
-        """Where to run a command that somebody is told to run: " on node 'pve2'", or nothing where that is this node."""
-        try:
-            node = self.locate(vm_id)
-        except Problem:
-            return ""
-        return f" on node '{node.name}'" if node else ""
-
     # Reads
 
     def conf(self, vm_id):
@@ -2029,6 +1997,28 @@ class Proxmox:
         ids = sorted(int(name[:-5]) for name in names if re.fullmatch(r"[1-9][0-9]{2,8}\.conf", name))
         documents = ((vm_id, read_text(self.conf_path(vm_id, node))) for vm_id in ids)
         return {vm_id: parse_config(document) for vm_id, document in documents if document is not None}    # one may vanish
+
+    def read_texts(self, vm_ids, node):
+        """{id: text of its configuration on a node, or None}; Problem 404 if the first is known to be none."""
+        texts = {vm_id: read_text(self.conf_path(vm_id, node)) for vm_id in vm_ids}
+        if texts[vm_ids[0]] is None and is_there(self.conf_folder(node)):
+            name = node.name if node else self.read_members()[0] or socket.gethostname()
+            raise Problem(404, f"VM {vm_ids[0]} does not exist on node '{name}'")
+        return texts
+
+    def is_taken(self, vm_id):
+        """Whether a container or a virtual machine of any node is known to have an id."""
+        def read():
+            guests = parse_vmlist(read_text(f"{self.pve_dir}/.vmlist"))
+            return str(vm_id) in guests or is_there(self.conf_path(vm_id))
+        return self.files.read(read)
+
+    def address_holders(self, but):
+        """{(bridge, VLAN tag, address): id} of the static addresses of all containers but templates, and but one."""
+        def read():
+            return {address: vm_id for node in [None, *self.others()] for vm_id, conf in self.confs(node).items()
+                    if vm_id != but and conf.current.get("template") != "1" for address in static_addresses(conf.current)}
+        return self.files.read(read)
 
     def others(self):
         """The other Nodes of the cluster, if there is one."""
@@ -2225,10 +2215,6 @@ class Proxmox:
                 tell(name, usage[key], label)
         return families
 
-    def running(self, vm_id):
-        said = self.where(vm_id, lambda node: self.ask(node, "pct", "status", vm_id))
-        return parse_status(said).get("status") == "running"
-
     def snapshots(self, vm_id):
         conf = self.file_conf(vm_id)
         if conf:
@@ -2300,106 +2286,6 @@ class Proxmox:
             ok, detail = False, problem.error
         return time.monotonic(), ok, detail
 
-    # Changes; each returns its warnings, a list of texts
-
-    def set(self, vm_id, name, value):
-        return self.change(vm_id, "pct", "set", vm_id, f"--{name}", value).warnings
-
-    def grow(self, vm_id, gigabytes):
-        """Add so many GB to the rootfs.
-
-        `pct resize` may end with 0 though it failed: the work is done by a task whose end
-        it does not pass on. A success has at least so much more in the configuration (more if
-        somebody else grew it, too), and a file system that followed. pct writes the size with
-        each success, so a size where there was none before is a success as well.
-        """
-        before = option(self.fresh_conf(vm_id).values.get("rootfs"), "size")
-        argv = ("pct", "resize", vm_id, "rootfs", f"+{gigabytes}G")
-        result = self.change(vm_id, *argv)
-        after = option(self.fresh_conf(vm_id).values.get("rootfs"), "size")
-        if (size_in_bytes(after) or 0) < (size_in_bytes(before) or 0) + gigabytes * GIB:
-            problem = explain_failure([*map(str, argv)], result)
-            if problem.status == 500:
-                problem.error = (f"The disk of VM {vm_id} was not grown as asked; "
-                                 f"its size is now {after or 'unknown'}")
-            raise problem
-        said = result.stdout + result.stderr
-        if FILE_SYSTEM_STAYED.search(said):
-            raise Problem(500, f"The volume of VM {vm_id} has grown to {after}, "
-                               "but its file system has not followed", details=said.strip()[-MAX_DETAILS:])
-        return result.warnings
-
-    def snapshot(self, vm_id, name):
-        return self.change(vm_id, "pct", "snapshot", vm_id, name).warnings
-
-    def delete_snapshot(self, vm_id, name):
-        return self.change(vm_id, "pct", "delsnapshot", vm_id, name).warnings
-
-    def rollback(self, vm_id, name):
-        """Roll back; a container that ran is started again, for pct leaves it stopped."""
-        start = ("--start", 1) if self.running(vm_id) else ()
-        return self.change(vm_id, "pct", "rollback", vm_id, name, *start).warnings
-
-    def delete(self, vm_id):
-        """Destroy; this stops it, unless it is protected."""
-        return self.change(vm_id, "pct", "destroy", vm_id, "--force", 1).warnings
-
-    def clone(self, vm_id, new_vm_id, name, start):
-        """Clone; among the warnings is what was left behind, and how to remove it."""
-        left = []
-        argv = ("pct", "clone", vm_id, new_vm_id, "--hostname", name.replace("_", "-"))
-        try:
-            if self.running(vm_id):         # pct clones a running container from a snapshot only
-                with self.temporary_snapshot(vm_id, left) as snapshot:
-                    left += self.change(vm_id, *argv, "--snapname", snapshot).warnings
-            else:
-                left += self.change(vm_id, *argv).warnings
-        except Problem as problem:
-            if problem.status >= 500:
-                left += self.half_made(vm_id, new_vm_id)
-            problem.add_details(*left)
-            raise
-        if start:
-            left += self.start_clone(vm_id, new_vm_id)
-        return left
-
-    @contextmanager
-    def temporary_snapshot(self, vm_id, left):
-        """A snapshot for the time of a clone; if it cannot be removed, that is noted in `left`."""
-        name, made = TEMPORARY_SNAPSHOT + os.urandom(4).hex(), False
-        try:
-            left += self.snapshot(vm_id, name)
-            made = True
-            yield name
-        finally:
-            try:
-                if made or any(each["name"] == name for each in self.snapshots(vm_id)):
-                    left += self.delete_snapshot(vm_id, name)
-            except Problem as problem:
-                left.append(f"The temporary snapshot '{name}' of VM {vm_id} could not be removed ({problem.error}); "
-                            f"remove it{self.there(vm_id)} with: pct delsnapshot {vm_id} {name}")
-                log.warning("%s", left[-1])
-
-    def half_made(self, vm_id, new_vm_id):
-        """What a clone that was cut short leaves: a container that is still locked for its creation."""
-        try:
-            if self.where(vm_id, lambda node: self.conf_at(node, new_vm_id)).values.get("lock") != "create":
-                return []
-        except Problem:
-            return []
-        return [f"VM {new_vm_id} is left half-made; remove it{self.there(vm_id)} with: "
-                f"pct unlock {new_vm_id} && pct destroy {new_vm_id}"]
-
-    def start_clone(self, vm_id, new_vm_id):
-        try:
-            # on the source's node, for .vmlist may not have it yet
-            return self.change(vm_id, "pct", "start", new_vm_id).warnings
-        except Problem as problem:
-            problem.error = f"VM {new_vm_id} was cloned but did not start: {problem.error}"
-            problem.add_details(f"VM {new_vm_id} exists and is stopped; start it{self.there(vm_id)} with: "
-                                f"pct start {new_vm_id}, or remove it with: pct destroy {new_vm_id}")
-            raise
-
     def forgotten_snapshots(self):
         """Commands that remove what an earlier daemon, stopped in the middle of a clone, left behind."""
         def read():
@@ -2413,9 +2299,14 @@ def checked(argv, result):
     """A command's Result, or the Problem that it failed with."""
     if result.exit == 0 and not result.overflow:
         return result
+    raise failed(argv, result)
+
+
+def failed(argv, result):
+    """A command that failed, and its Result -> the Problem, which is logged."""
     problem = explain_failure([*map(str, argv)], result)
     log.warning("failed: %s: exit %d: %s", shlex.join(map(str, argv)), result.exit, problem.fields["details"])
-    raise problem
+    return problem
 
 
 def heard(fields):
@@ -2423,6 +2314,346 @@ def heard(fields):
     if not fields or len(fields) < 5 or abs(time.time() - (number(fields[4]) or 0)) > NEWS_SECONDS:
         return None, None
     return fields[2], number(fields[0])
+
+
+# Changing
+
+OWN_LOCKS = {                               # the lock that a command of pct sets, and how what it leaves is mended
+    "snapshot": ("snapshot", "pct unlock {vm_id} && pct delsnapshot {vm_id} {name}"),
+    "delsnapshot": ("snapshot-delete", "pct unlock {vm_id} && pct delsnapshot {vm_id} {name}"),
+    "rollback": ("rollback", "pct unlock {vm_id}"),
+    "clone": ("disk", "pct unlock {vm_id}"),
+    "destroy": ("destroyed", "pct unlock {vm_id} && pct destroy {vm_id}"),
+}
+
+
+class Change:
+    """What somebody asked to be changed: by whom, where, how far it came, and what it leaves.
+
+    A handler runs the steps, each by `pct`. `steps` are the commands that were begun and may
+    have changed something, and `sure` says whether the end of all of them is known. What the
+    caller hears of a change that failed follows from these two, and from nothing else.
+    `future` has its result: pending while it waits, running, cancelled if it will never
+    begin, done.
+    """
+
+    def __init__(self, route, values, client, host):
+        self.id, self.route, self.values, self.client, self.host = os.urandom(8).hex(), route, values, client, host
+        self.vm_id, self.containers = values["vm_id"], [values[name] for name in route.changes]
+        shown = "".join(f" {name}={value!r}" if isinstance(value, str) and not value.isprintable() else f" {name}={value}"
+                        for name, value in values.items() if value is not None)
+        self.title = f"{route.method} {route.path}{shown}"
+        self.long = route.limit == LONG_LIMIT
+        self.requested, self.began, self.ended = time.time(), None, None
+        self.started, self.future = Future(), Future()
+        self.node = self.before = self.ran = self.problem = None
+        self.steps, self.sure = [], True
+        self.warnings, self.data = [], {}   # of the answer, if all goes well
+        self.notes, self.left = [], []      # what was done, for who hears of a failure, and what stays behind
+
+    # For the handlers
+
+    def pct(self, command, *arguments, vm_id=None):
+        """Run `pct COMMAND ID ARGUMENTS...` on the container's node -> its Result, or Problem."""
+        argv = ["pct", command, str(vm_id or self.vm_id), *map(str, arguments)]
+        self.steps.append(argv)
+        self.sure = False
+        try:
+            result = self.host.commands.change(self.node, argv)
+        except NotBegun as problem:
+            self.steps.pop()
+            self.sure = True
+            if self.steps:
+                problem.error = f"{' '.join(argv[:3])} was not begun: {problem.error}"
+            raise
+        self.sure = True
+        if result.exit:
+            raise self.failed(argv, result)
+        self.warnings += result.warnings
+        return result
+
+    def failed(self, argv, result):
+        """A step that failed -> its Problem. If Proxmox refused it as the first, no step was done."""
+        problem = failed(argv, result)
+        if len(self.steps) == 1 and problem.status != 500 and self.is_as_before():
+            self.steps.pop()
+        return problem
+
+    def verify(self, read):
+        """What a step has done, by read(); if that cannot be read, nobody knows."""
+        self.sure = False
+        try:
+            found = read()
+        except Problem as problem:
+            problem.error = f"{' '.join(self.steps[-1][:3])} has ended, but what it did cannot be read: {problem.error}"
+            raise
+        self.sure = True
+        return found
+
+    def runs(self):
+        """Ask whether the container runs; if it does not any more at the end of a failure, that is told."""
+        self.ran = self.state() == "running"
+        return self.ran
+
+    def conf(self, vm_id=None):
+        """The container's Conf as its node has it: what was changed there is seen here some milliseconds later."""
+        text = self.texts()[vm_id or self.vm_id]
+        return parse_config(text if text is not None else self.ask("pct", "config", vm_id or self.vm_id))
+
+    @contextmanager
+    def temporary_snapshot(self):
+        """A snapshot that is removed at the end, unless something may still need it -> its name."""
+        name = TEMPORARY_SNAPSHOT + os.urandom(4).hex()
+        try:
+            self.pct("snapshot", name)
+            yield name
+        finally:
+            if self.steps:                  # else it was refused
+                self.remove_temporary(name)
+
+    def remove_temporary(self, name):
+        what, how = f"The temporary snapshot '{name}' of VM {self.vm_id}", f"remove it{self.there()} with: "
+        command = f"pct delsnapshot {self.vm_id} {name}"
+        if not self.sure:
+            return self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, {how}{command}")
+        try:
+            if name in self.conf().snapshots:
+                self.pct("delsnapshot", name)
+            self.notes.append(f"{what} was removed again")
+        except Problem as problem:
+            locked = self.sure and self.lock_of(self.vm_id) == "snapshot-delete"
+            unlock = f"pct unlock {self.vm_id} && " if locked else ""
+            self.leave(f"{what} could not be removed ({problem.error}); {how}{unlock}{command}")
+
+    def leave(self, text):
+        self.left.append(text)
+        log.warning("%s", text)
+
+    # Looking
+
+    def ask(self, *argv):
+        return checked(argv, self.host.commands.look(self.node, argv)).stdout
+
+    def state(self):
+        """`running` or `stopped`, as pct says."""
+        return parse_status(self.ask("pct", "status", self.vm_id)).get("status")
+
+    def texts(self):
+        """{id: text of its configuration on the node, or None} of the containers that are changed."""
+        paths = {vm_id: self.host.conf_path(vm_id) for vm_id in self.containers}
+        if not self.node:
+            return self.host.files.read(lambda: {vm_id: read_text(path) for vm_id, path in paths.items()})
+        results = {vm_id: self.host.commands.look(self.node, ["cat", path]) for vm_id, path in paths.items()}
+        return {vm_id: result.stdout if result.exit == 0 else None for vm_id, result in results.items()}
+
+    def lock_of(self, vm_id):
+        try:
+            return self.conf(vm_id).current.get("lock")
+        except Problem:
+            return None
+
+    def is_as_before(self):
+        """Whether the containers are as they were before the first step, as far as their files and state tell."""
+        try:
+            return self.texts() == self.before and (self.ran is None or (self.state() == "running") == self.ran)
+        except Problem:
+            return False
+
+    def there(self):
+        return f" on node '{self.node.name}'" if self.node else ""
+
+    # Its life
+
+    def begin(self, node):
+        """Look at the containers on the node where the steps will run; Problem 404 if there is none."""
+        self.node, self.steps = node, []
+        self.before = self.host.files.read(self.host.read_texts, self.containers, node)
+
+    def run(self):
+        """Run the steps -> the Answer."""
+        message = self.route.handler(self, **self.values)
+        warnings = list(dict.fromkeys(self.warnings + self.left))
+        data = {**self.data, **({"warnings": warnings} if warnings else {})}
+        return success(message, data or None)
+
+    def conclude(self, problem):
+        """What a step failed with -> the Problem that the caller hears."""
+        if not self.steps:
+            problem.fields = {"outcome": NOTHING_DONE, **problem.fields}
+            return problem
+        if self.sure:
+            outcome, status = INCOMPLETE, 409 if problem.status == 409 else 500
+            self.left += self.remains(self.steps[-1])
+        else:
+            outcome, status = UNKNOWN, 504 if isinstance(problem, Lost) else 500
+        concluded = Problem(status, problem.error, outcome=outcome, **problem.fields)
+        concluded.add_details(*self.notes, *self.left)
+        return concluded
+
+    def remains(self, step):
+        """What the last step has left behind, as texts: locks, a half-made container, one that was stopped."""
+        try:
+            texts = self.texts()
+            stopped = self.ran and self.vm_id in texts and self.state() != "running"
+        except Problem as problem:
+            return [f"What is left cannot be read: {problem.error}"]
+        found = [each for vm_id in self.containers for each in self.lock_left(vm_id, texts[vm_id], step)]
+        if stopped:
+            found.append(f"VM {self.vm_id} ran before and is stopped now; start it{self.there()} with: pct start {self.vm_id}")
+        return found
+
+    def lock_left(self, vm_id, text, step):
+        """What to say of a lock that a container has now and had not before."""
+        lock, had = (parse_config(each or "").current.get("lock") for each in (text, self.before[vm_id]))
+        if not lock or lock == had:
+            return []
+        own, mends = OWN_LOCKS.get(step[1], (None, None))
+        if vm_id != self.vm_id and step[1] == "clone" and lock == "create" and self.before[vm_id] is None:
+            return [f"VM {vm_id} is left half-made; remove it{self.there()} with: pct unlock {vm_id} && pct destroy {vm_id}"]
+        if lock != own:
+            return [f"VM {vm_id} is locked by Proxmox ({lock}), by another task"]
+        command = mends.format(vm_id=vm_id, name=self.values.get("snapshot_name") or step[-1])
+        return [f"VM {vm_id} is left with the lock '{lock}'; if no task of it runs, mend it{self.there()} with: {command}"]
+
+    def row(self):
+        """What /operations tells of it."""
+        moments = [when and utc(int(when)) for when in (self.requested, self.began, self.ended)]
+        problem = self.problem
+        state = ("failed" if problem else "done") if self.ended else "running" if self.began else "waiting"
+        outcome = problem.fields["outcome"] if problem else RUNNING if state == "running" else None
+        return {"id": self.id, "endpoint": self.route.path,
+                "parameters": {name: value for name, value in self.values.items() if value is not None},
+                "client": self.client, "state": state, "outcome": outcome,
+                "requested": moments[0], "began": moments[1], "ended": moments[2],
+                "status": None if not self.ended else problem.status if problem else 200,
+                "error": problem and problem.error, "warnings": list(dict.fromkeys(self.warnings + self.left))}
+
+
+class Changes:
+    """Runs changes, each in a thread of its own and one at a time for each container.
+
+    So a caller that leaves, or waits too long, ends nothing: the change goes on, keeps
+    its containers reserved, and its end is logged and counted.
+    """
+
+    def __init__(self, host, workers, count):
+        self.host, self.workers, self.count, self.turns = host, workers, count, Turns()
+        self.lock, self.stopping, self.ending = threading.Lock(), False, Future()
+        self.asked, self.recent = set(), deque(maxlen=MAX_OPERATIONS)
+
+    def take(self, change):
+        """Let a change begin as soon as its containers are free; self.count(change) is called at its end."""
+        with self.lock:                     # either refuse_waiting sees it, or it has been called
+            if self.stopping:
+                raise stopping()
+            if len(self.asked) >= MAX_OPERATIONS:
+                raise busy("Too many changes wait; try again later", SLOT_SECONDS)
+            self.asked.add(change)
+        try:
+            self.workers.run(self.work, change)
+        except Problem:
+            self.asked.discard(change)
+            raise
+        self.recent.appendleft(change)
+
+    def answer(self, change, client, seconds):
+        """Wait for a change -> its Answer; Problem 504 if it takes longer than so many seconds once it has begun.
+
+        If the client leaves before it has begun, it will not begin.
+        """
+        try:
+            client.wait(change.started)
+            client.wait(change.future, self.ending, seconds=seconds)
+        except Gone:
+            self.cancel(change, Problem(CLIENT_LEFT, "The client left before this began"))
+            raise
+        if change.future.cancelled():
+            raise stopping()
+        if change.future.done():
+            return change.future.result()
+        why = "has not finished, and the daemon stops" if self.ending.done() else f"did not finish in {seconds} s"
+        raise Problem(504, f"{change.title} {why}; it is still running in Proxmox, and its container stays reserved until "
+                           "it ends. Ask for the container's state before trying again", outcome=RUNNING, operation=change.id)
+
+    def work(self, change):
+        answer = None
+        try:
+            answer = self.run(change)
+        except Problem as problem:
+            change.problem = change.conclude(problem)
+        except Exception as error:
+            log.exception("internal error in %s", change.title)
+            change.sure = False
+            change.problem = change.conclude(internal_error(error))
+        self.asked.discard(change)
+        if change.future.running() or change.future.set_running_or_notify_cancel():
+            self.end(change)
+            change.future.set_exception(change.problem) if change.problem else change.future.set_result(answer)
+            if not change.started.done():
+                change.started.set_result(None)
+
+    def run(self, change):
+        """Run a change in its containers' turn -> its Answer, or None if it was cancelled before it began."""
+        asked, who = time.monotonic(), f"{change.title}, since {utc(int(time.time()))}"
+        self.host.ready(change.vm_id, asked)            # or it would wait behind one that waits for a dead node
+        with ExitStack() as held:
+            for vm_id in sorted(change.containers):     # in one order, so that no two wait for each other
+                held.enter_context(self.turns.turn(vm_id, asked + TURN_SECONDS - time.monotonic(), who))
+            node = self.host.ready(change.vm_id, asked)
+            place = held.enter_context(ExitStack())
+            place.enter_context(self.host.commands.place(node, asked, change.long))
+            if not change.future.set_running_or_notify_cancel():
+                return None
+            change.began = time.time()
+            change.started.set_result(None)
+            change.begin(node)
+            try:
+                return change.run()
+            except Problem as problem:
+                moved = self.host.locate(change.vm_id) if problem.status == 404 and not change.steps else node
+                if moved == node:
+                    raise
+            place.close()                   # it has moved meanwhile, and is asked for once more
+            place.enter_context(self.host.commands.place(moved, asked, change.long))
+            change.begin(moved)
+            return change.run()
+
+    def cancel(self, change, problem):
+        """Let a change never begin, unless it has."""
+        if change.future.cancel():
+            change.problem = change.conclude(problem)
+            self.end(change)
+            change.started.set_result(None)
+
+    def end(self, change):
+        """Log and count a change's end, before its caller is told."""
+        change.ended, change.before, problem = time.time(), None, change.problem
+        outcome = f"{problem.status} {problem.error} ({problem.fields['outcome']})" if problem else "done"
+        log.info("change %s by %s: %s, after %.1f s", change.title, change.client, outcome, change.ended - change.requested)
+        if problem and change.steps:
+            log.warning("%s: %s by %s: %s; %s", problem.fields["outcome"], change.title, change.client, problem.error,
+                        problem.fields.get("details"))
+        self.count(change)
+
+    def refuse_waiting(self):
+        """The daemon stops: what has not begun will not begin, and nothing new is taken."""
+        with self.lock:
+            self.stopping = True
+            waiting = list(self.asked)
+        for change in waiting:
+            self.cancel(change, stopping())
+
+    def leave_running(self):
+        """The daemon ends: tell who still waits that Proxmox goes on, and log what was left."""
+        for change in list(self.asked):
+            if change.future.running():
+                log.warning("left running: %s by %s", change.title, change.client)
+        self.ending.set_result(None)
+
+    def rows(self, id=None, vm_id=None):
+        """What is known of the changes, newest first; of one, or of one container's, if asked for."""
+        return [change.row() for change in list(self.recent)
+                if id in (None, change.id) and (vm_id is None or vm_id in change.containers)]
 
 
 # Rate limiting
@@ -2677,49 +2908,169 @@ def list_routes(api):
         {"endpoint": path, "methods": [route.method], "description": route.summary} for path, route in PATHS.items()]})
 
 
-def set_cores(api, vm_id, cores):
-    return changed(f"CPU cores set to {cores} for VM {vm_id}", api.host.set(vm_id, "cores", cores))
+def set_cores(change, vm_id, cores):
+    change.pct("set", "--cores", cores)
+    return f"CPU cores set to {cores} for VM {vm_id}"
 
 
-def set_memory(api, vm_id, memory):
-    return changed(f"Memory set to {memory} MB for VM {vm_id}",
-                   api.host.set(vm_id, "memory", memory))
+def set_memory(change, vm_id, memory):
+    change.pct("set", "--memory", memory)
+    return f"Memory set to {memory} MB for VM {vm_id}"
 
 
-def grow_storage(api, vm_id, disk_size):
-    return changed(f"Storage increased by {disk_size} GB for VM {vm_id}",
-                   api.host.grow(vm_id, disk_size))
+def grow_storage(change, vm_id, disk_size, disk, current_size):
+    """Add so many GB to a disk.
+
+    `pct resize` may end with 0 though it failed: the work is done by a task whose end it does
+    not pass on. A success has at least so much more in the configuration (more if somebody
+    else grew it, too), and a file system that followed. pct writes the size with each
+    success, so a size where there was none before is a success as well.
+    """
+    def size():
+        return option(change.conf().values.get(disk), "size")
+    before = size()
+    if disk != "rootfs" and disk not in change.conf().values:
+        raise Problem(409, f"VM {vm_id} has no {disk}")
+    if current_size not in (None, size_in_gb(before)):
+        raise Problem(409, f"The {disk} of VM {vm_id} has {size_in_gb(before)} GB now, and not {current_size}")
+    result = change.pct("resize", disk, f"+{disk_size}G")
+    after = change.verify(size)
+    if (size_in_bytes(after) or 0) < (size_in_bytes(before) or 0) + disk_size * GIB:
+        problem = change.failed(change.steps[-1], result)
+        if problem.status == 500:
+            problem.error = f"The {disk} of VM {vm_id} was not grown as asked; its size is now {after or 'unknown'}"
+        raise problem
+    said = result.stdout + result.stderr
+    if FILE_SYSTEM_STAYED.search(said):
+        raise Problem(500, f"The {disk} of VM {vm_id} has grown to {after}, but its file system has not followed",
+                      details=said.strip()[-MAX_DETAILS:])
+    return f"Storage increased by {disk_size} GB for VM {vm_id}"
 
 
-def create_snapshot(api, vm_id, snapshot_name):
-    return changed(f"Snapshot '{snapshot_name}' created for VM {vm_id}",
-                   api.host.snapshot(vm_id, snapshot_name))
+def create_snapshot(change, vm_id, snapshot_name, description):
+    change.pct("snapshot", snapshot_name, *(("--description", description) if description else ()))
+    return f"Snapshot '{snapshot_name}' created for VM {vm_id}"
+
+
+def delete_snapshot(change, vm_id, snapshot_name):
+    change.pct("delsnapshot", snapshot_name)
+    return f"Snapshot '{snapshot_name}' of VM {vm_id} deleted"
+
+
+def roll_back(change, vm_id, snapshot_name):
+    """Roll back; a container that ran is started again, for pct leaves it stopped."""
+    change.pct("rollback", snapshot_name, *(("--start", 1) if change.runs() else ()))
+    return f"Rolled back VM {vm_id} to snapshot '{snapshot_name}'"
+
+
+def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full):
+    """Clone, give the clone its address, and start it unless somebody has that address already."""
+    if new_vm_id == vm_id:
+        raise Problem(400, "Invalid new_vm_id: must differ from vm_id")
+    if change.host.is_taken(new_vm_id):
+        raise Problem(409, f"The id {new_vm_id} is taken")
+    if ip and "net0" not in change.conf().current:
+        raise Problem(409, f"VM {vm_id} has no net0, which could get an address")
+    options = ["--hostname", new_vm_name.replace("_", "-")]
+    options += ["--storage", storage] if storage else []
+    options += ["--full", int(full)] if full is not None else []
+    if change.runs():                       # pct clones a running container from a snapshot only
+        with change.temporary_snapshot() as name:
+            change.pct("clone", new_vm_id, *options, "--snapname", name)
+            tell_of_clone(change, new_vm_id)
+    else:
+        change.pct("clone", new_vm_id, *options)
+        tell_of_clone(change, new_vm_id)
+    if ip:
+        set_address(change, new_vm_id, ip)
+    start_clone(change, new_vm_id, start)
+    return f"Cloned VM {vm_id} to new VM {new_vm_id} ({new_vm_name})"
+
+
+def tell_of_clone(change, new_vm_id):
+    """Say, to who hears of a later failure, that the clone is there."""
+    change.data.update(vm_id=new_vm_id, started=False)
+    change.notes.append(f"VM {new_vm_id} was cloned, and is stopped; start it{change.there()} with: pct start {new_vm_id}, "
+                        f"or remove it with: pct destroy {new_vm_id}")
+
+
+def set_address(change, new_vm_id, ip):
+    """Change the address in the clone's net0, and nothing else: without its hwaddr, pct would make a new one."""
+    name = "ip6" if ":" in ip else "ip"
+    net = with_option(change.conf(new_vm_id).current.get("net0", ""), name, ip)
+    try:
+        change.pct("set", "--net0", with_option(net, "gw", None) if ip == "dhcp" else net, vm_id=new_vm_id)
+    except Problem as problem:
+        problem.error = f"VM {new_vm_id} was cloned, but did not get its address: {problem.error}"
+        raise
+
+
+def start_clone(change, new_vm_id, start):
+    """Start a clone if that was asked for, or if nothing was asked and its addresses are nobody else's."""
+    if start is False:
+        return
+    holders = change.host.address_holders(but=new_vm_id)
+    twice = [(address, holders[address]) for address in static_addresses(change.conf(new_vm_id).current)
+             if address in holders]
+    for (_, _, address), holder in twice:
+        change.leave(f"VM {new_vm_id} has the static address {address}, as VM {holder} has")
+    if twice and start is None:
+        change.leave(f"VM {new_vm_id} was not started, for its address would be on the network twice; give it another "
+                     f"(ip), and start it{change.there()} with: pct start {new_vm_id}")
+        return
+    try:
+        change.pct("start", vm_id=new_vm_id)
+    except Problem as problem:
+        problem.error = f"VM {new_vm_id} was cloned but did not start: {problem.error}"
+        raise
+    change.data["started"] = True
+
+
+def delete_clone(change, vm_id):
+    """Destroy; pct stops it first, unless it is protected."""
+    change.runs()
+    change.pct("destroy", "--force", 1)
+    return f"Deleted VM {vm_id}"
+
+
+def start_container(change, vm_id):
+    unless_so_already(change, f"VM {vm_id} is already running", "start")
+    return f"Started VM {vm_id}"
+
+
+def stop_container(change, vm_id):
+    unless_so_already(change, f"VM {vm_id} is not running", "stop")
+    return f"Stopped VM {vm_id}"
+
+
+def shut_down_container(change, vm_id, timeout):
+    unless_so_already(change, f"VM {vm_id} is not running", "shutdown", "--timeout", timeout, "--forceStop", 0)
+    return f"Shut down VM {vm_id}"
+
+
+def reboot_container(change, vm_id, timeout):
+    change.pct("reboot", "--timeout", timeout)
+    return f"Rebooted VM {vm_id}"
+
+
+def unless_so_already(change, refusal, *command):
+    """Run a command that is refused where the container is in that state already: then this is a warning only."""
+    try:
+        change.pct(*command)
+    except Problem as problem:
+        if problem.error != refusal:
+            raise
+        change.warnings.append(refusal)
+
+
+def list_operations(api, id, vm_id):
+    found = api.changes.rows(id, vm_id)
+    return success(f"Found {len(found)} operations", found)
 
 
 def list_snapshots(api, vm_id):
     found = api.host.snapshots(vm_id)
     return success(f"Found {len(found)} snapshots for VM {vm_id}", found)
-
-
-def delete_snapshot(api, vm_id, snapshot_name):
-    return changed(f"Snapshot '{snapshot_name}' of VM {vm_id} deleted",
-                   api.host.delete_snapshot(vm_id, snapshot_name))
-
-
-def roll_back(api, vm_id, snapshot_name):
-    return changed(f"Rolled back VM {vm_id} to snapshot '{snapshot_name}'",
-                   api.host.rollback(vm_id, snapshot_name))
-
-
-def create_clone(api, vm_id, new_vm_id, new_vm_name, start):
-    if new_vm_id == vm_id:
-        raise Problem(400, "Invalid new_vm_id: must differ from vm_id")
-    return changed(f"Cloned VM {vm_id} to new VM {new_vm_id} ({new_vm_name})",
-                   api.host.clone(vm_id, new_vm_id, new_vm_name, start))
-
-
-def delete_clone(api, vm_id):
-    return changed(f"Deleted VM {vm_id}", api.host.delete(vm_id))
 
 
 def list_containers(api):
@@ -2771,19 +3122,27 @@ ROUTES = (
           changes=("vm_id",), scaling=("cpu", "set")),
     Route("POST", "/scale/ram", set_memory, (VM_ID, MEMORY), "Set a container's memory, in MB.",
           changes=("vm_id",), scaling=("ram", "set")),
-    Route("POST", "/scale/storage/increase", grow_storage, (VM_ID, DISK_SIZE), "Grow a container's root disk by so many GB.",
+    Route("POST", "/scale/storage/increase", grow_storage, (VM_ID, DISK_SIZE, DISK, CURRENT_SIZE),
+          "Grow a container's disk by so many GB.",
           changes=("vm_id",), scaling=("storage", "increase")),
-    Route("POST", "/snapshot/create", create_snapshot, (VM_ID, SNAPSHOT_NAME), "Take a snapshot of a container.",
+    Route("POST", "/snapshot/create", create_snapshot, (VM_ID, SNAPSHOT_NAME, DESCRIPTION), "Take a snapshot of a container.",
           changes=("vm_id",), limit=LONG_LIMIT),
     Route("GET", "/snapshot/list", list_snapshots, (VM_ID,), "List a container's snapshots, oldest first."),
     Route("DELETE", "/snapshot/delete", delete_snapshot, (VM_ID, SNAPSHOT_NAME), "Delete a snapshot of a container.",
           changes=("vm_id",), limit=LONG_LIMIT),
     Route("POST", "/snapshot/rollback", roll_back, (VM_ID, SNAPSHOT_NAME), "Roll a container back to a snapshot.",
           changes=("vm_id",), limit=LONG_LIMIT),
-    Route("POST", "/clone/create", create_clone, (VM_ID, NEW_VM_ID, NEW_VM_NAME, START), "Clone a container, running or not.",
+    Route("POST", "/clone/create", create_clone, (VM_ID, NEW_VM_ID, NEW_VM_NAME, START, IP, STORAGE, FULL),
+          "Clone a container, running or not.",
           changes=("vm_id", "new_vm_id"), limit=LONG_LIMIT),
     Route("DELETE", "/clone/delete", delete_clone, (VM_ID,), "Destroy a container, running or not.",
           changes=("vm_id",), limit=LONG_LIMIT),
+    Route("POST", "/power/start", start_container, (VM_ID,), "Start a container.", changes=("vm_id",)),
+    Route("POST", "/power/stop", stop_container, (VM_ID,), "Stop a container at once.", changes=("vm_id",)),
+    Route("POST", "/power/shutdown", shut_down_container, (VM_ID, TIMEOUT), "Let a container shut itself down.",
+          changes=("vm_id",)),
+    Route("POST", "/power/reboot", reboot_container, (VM_ID, TIMEOUT), "Let a container reboot itself.", changes=("vm_id",)),
+    Route("GET", "/operations", list_operations, (OPERATION, ANY_VM_ID), "The last changes, newest first."),
     Route("GET", "/resource/vm/list", list_containers, (), "All containers, in a cluster of all nodes.",
           also="/resource/lxc/list", shared=True),
     Route("GET", "/resource/vm/status", show_status, (VM_ID,), "A container's state and what it uses.",
@@ -2794,6 +3153,7 @@ ROUTES = (
     Route("GET", "/resource/cluster/status", show_cluster, (), "The cluster's nodes and quorum.", shared=True),
 )
 PATHS = {path: route for route in ROUTES for path in (route.path, route.also) if path}
+CHANGING = ("POST", "DELETE")
 CLIENT_LEFT = 499           # in log and metrics, as nginx has it: there was nobody to answer
 REASONS = {400: "refused", 404: "not_found", 409: "conflict", 503: "unavailable"}
 
@@ -2858,7 +3218,7 @@ def describe_route(path, route):
     else:
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": {
             "type": "object", "additionalProperties": False,
-            "required": [each.name for each in route.parameters if each.default is None],
+            "required": [each.name for each in route.parameters if each.default is REQUIRED],
             "properties": {each.name: {"description": describe_parameter(each), **each.schema()}
                            for each in route.parameters}}}}}
     return described
@@ -2873,8 +3233,9 @@ def describe_parameter(parameter):
 class Api:
     """Request -> Answer; the one place where a Problem becomes an Answer."""
 
-    def __init__(self, config, host, operations, metrics, workers=None):
-        self.host, self.operations, self.metrics, self.flights = host, operations, metrics, Flights(workers)
+    def __init__(self, config, host, metrics, workers=None):
+        self.host, self.metrics, self.flights = host, metrics, Flights(workers)
+        self.changes = Changes(host, workers, self.count_scaling)
         self.limiter = self.bounds = None
         self.in_progress = lambda: 1            # the server says how many, once there is one
         self.configure(config)
@@ -2895,12 +3256,12 @@ class Api:
         try:
             answer = self.dispatch(request, route, headers)
         except Problem as problem:
-            answer = problem.answer()
+            answer = problem.answer(changing=request.method in CHANGING)
         except Gone:
             answer = None
         except Exception as error:
             log.exception("internal error in %s %s", request.method, loggable_path(request.path))
-            answer = internal_error(error).answer()
+            answer = internal_error(error).answer(changing=request.method in CHANGING)
         status = answer.status if answer else CLIENT_LEFT
         self.count(request.method, route, status, time.perf_counter() - started)
         return answer.with_headers(headers) if headers and answer else answer
@@ -2936,7 +3297,9 @@ class Api:
         if not route.shared:
             return route.handler(self, **values)
         question = (route.path, *values.values())
-        return request.client.wait(self.flights.join(question, lambda: route.handler(self, **values)))
+        answer = self.flights.join(question, lambda: route.handler(self, **values))
+        request.client.wait(answer)
+        return answer.result()
 
     def limit(self, request, headers):
         limiter, client = self.limiter, request.client
@@ -2990,21 +3353,28 @@ class Api:
     def change(self, request, route, values):
         """Run a handler that changes containers, in their turn."""
         self.guard(route, values)
-        shown = " ".join(f"{name}={value}" for name, value in values.items())
-        client = request.client.address
-        vm_id, seconds = values["vm_id"], getattr(self.config.proxmox, route.limit)
-        operation = Operation(f"{route.method} {route.path} {shown}", client, vm_id,
-                              lambda problem: self.count_scaling(route, vm_id, problem), route.limit == LONG_LIMIT)
-        return self.operations.run(operation, {values[name] for name in route.changes}, seconds,
-                                   lambda: route.handler(self, **values))
+        change = Change(route, values, request.client.address, self.host)
+        self.changes.take(change)
+        if prefers_async(request):
+            return Answer(202, {"status": "accepted", "message": f"{change.title} was accepted", "operation": change.id},
+                          {"Preference-Applied": "respond-async", "Location": f"/operations?id={change.id}"})
+        seconds = getattr(self.config.proxmox, route.limit) + values.get("timeout", 0)
+        return self.changes.answer(change, request.client, seconds)
 
-    def count_scaling(self, route, vm_id, problem):
-        if route.scaling and not problem:
-            self.metrics.add("lxc_autoscale_scaling_actions_total", str(vm_id), *route.scaling)
-        elif route.scaling:                 # an id that no container has would make series without end
+    def count_scaling(self, change):
+        vm_id, scaling, problem = change.vm_id, change.route.scaling, change.problem
+        if scaling and not problem:
+            self.metrics.add("lxc_autoscale_scaling_actions_total", str(vm_id), *scaling)
+        elif scaling:                       # an id that no container has would make series without end
             container = str(vm_id) if vm_id in self.host.seen else "unknown"
-            self.metrics.add("lxc_autoscale_scaling_failures_total", container, route.scaling[0],
+            self.metrics.add("lxc_autoscale_scaling_failures_total", container, scaling[0],
                              REASONS.get(problem.status, "failed"))
+
+
+def prefers_async(request):
+    """Whether the client does not want to wait (RFC 7240)."""
+    preferences = request.headers.get("prefer", "").split(",")
+    return "respond-async" in (each.partition(";")[0].strip().lower() for each in preferences)
 
 
 def digest(key):
@@ -3134,7 +3504,7 @@ class Handler(BaseHTTPRequestHandler):
         self.client = self.server.clients.get(self.request) or Client(self.request, "-")
         self.peer = self.client.address
         self.buffer, self.unread, self.continues, self.linger = bytearray(), 0, False, False
-        self.patience, self.fresh, self.minor = None, True, 1
+        self.patience, self.fresh, self.minor, self.method = None, True, 1, None
         self.deadline = time.monotonic() + REQUEST_SECONDS
 
     def handle_one_request(self):
@@ -3145,13 +3515,13 @@ class Handler(BaseHTTPRequestHandler):
         except Problem as problem:
             self.linger = True
             self.server.api.count("other", None, problem.status, 0)
-            return self.respond(problem.answer(), "-", "-", 0)
+            return self.respond(problem.answer(self.method in CHANGING), "-", "-", 0)
         except (Gone, OSError):
             return None
         speaks_for = client_of(request.headers, self.peer, self.server.api.config.server.trusted_proxies)
         if not self.server.begin(self.client, *speaks_for):
-            return self.respond(busy("The daemon is stopping, or this connection has lost its place; nothing was done", 1)
-                                .answer(), request.method, request.path, 0)
+            lost_place = busy("The daemon is stopping, or this connection has lost its place", 1)
+            return self.respond(lost_place.answer(request.method in CHANGING), request.method, request.path, 0)
         started = time.perf_counter()
         answer = self.server.api.answer(request)
         if answer is None:
@@ -3172,17 +3542,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def read_request(self):
         """The next well-framed Request; Problem, or Gone if the client left before it began one."""
+        self.method = None                  # not known yet
         self.await_request()
         too_long = Problem(414, f"The request line is longer than {MAX_LINE} bytes")
         line_end = self.read_until(b"\r\n", 0, MAX_LINE, too_long)
-        method, path, query, self.minor = parse_request_line(bytes(self.buffer[:line_end]))
+        self.method, path, query, self.minor = parse_request_line(bytes(self.buffer[:line_end]))
         too_long = Problem(431, f"The headers are longer than {MAX_HEAD} bytes")
         end = self.read_until(b"\r\n\r\n", line_end, MAX_HEAD, too_long)
         headers = parse_head(bytes(self.buffer[line_end + 2:end]), self.minor)
         del self.buffer[:end + 4]
         length = int(headers["content-length"]) if "content-length" in headers else None
         self.unread, self.continues = length or 0, "expect" in headers and self.minor == 1
-        return Request(method, path, query, headers, length, self.read_body, self.client)
+        return Request(self.method, path, query, headers, length, self.read_body, self.client)
 
     def read_until(self, marker, start, limit, problem):
         """-> where `marker` begins in the buffer, from `start` on; `problem` if beyond `limit`.
@@ -3667,7 +4038,7 @@ def build(config):
     workers = Workers()
     commands = Commands(settings.max_commands, settings.read_timeout_seconds, workers, metrics)
     host = Proxmox(commands, Files(workers), settings.pve_dir, settings.cgroup_dir, settings.cluster)
-    return Server(config, Api(config, host, Operations(host), metrics, workers))
+    return Server(config, Api(config, host, metrics, workers))
 
 
 def catch_signals(*numbers):
@@ -3752,10 +4123,10 @@ def serve(server, signals, config_path):
     stopping.set()
     notify("STOPPING=1")
     log.info("stopping on %s", signal_name(number))
-    server.api.operations.refuse_waiting()
+    server.api.changes.refuse_waiting()
     server.stop_listening()
     if not server.wait_for_answers(STOP_SECONDS - 5):
-        server.api.operations.leave_running()
+        server.api.changes.leave_running()
         server.wait_for_answers(5)
     log.info("stopped")
     for each in (main_log, error_log, access_log):

@@ -125,10 +125,11 @@ def check_lock(conf):
 
 
 class lock_mark:
-    """`lock: reason` in the configuration for the time of a long task."""
+    """`lock: reason` in the configuration for the time of a long task; of some tasks it stays if they fail."""
 
     def __init__(self, vm_id, reason):
         self.vm_id, self.reason = vm_id, reason
+        self.stays = reason in ("snapshot-delete", "rollback", "destroyed")
 
     def __enter__(self):
         with config_lock(self.vm_id):
@@ -137,7 +138,9 @@ class lock_mark:
             conf["lock"] = self.reason
             save(self.vm_id, conf, sections)
 
-    def __exit__(self, *_):
+    def __exit__(self, failure, *_):
+        if failure and self.stays:
+            return
         with config_lock(self.vm_id):
             conf, sections = load(self.vm_id, 255)
             conf.pop("lock", None)
@@ -149,6 +152,10 @@ def running(vm_id):
 
 
 def start(vm_id):
+    conf, _ = load(vm_id)
+    check_lock(conf)
+    if conf.get("template"):
+        raise Refused("you can't start a CT if it's a template")
     if running(vm_id):
         raise Refused("CT %s already running" % vm_id)
     folder = ROOT + "/cgroup/lxc/%s" % vm_id
@@ -368,7 +375,11 @@ def pct_snapshot(vm_id, name, description=None):
         if not conf["rootfs"].startswith("local-lvm:"):
             raise Refused("snapshot feature is not available")
         with lock_mark(vm_id, "snapshot"):
-            dawdle()
+            try:
+                dawdle()
+            except Refused:
+                say("snapshot create failed: starting cleanup")
+                raise
             say('  Logical volume "snap_vm-%s-disk-0_%s" created.' % (vm_id, name))
             with config_lock(vm_id):
                 conf, sections = load(vm_id)
@@ -408,6 +419,10 @@ def pct_delsnapshot(vm_id, name):
         if name not in sections:
             raise Refused("snapshot '%s' does not exist" % name)
         with lock_mark(vm_id, "snapshot-delete"):
+            with config_lock(vm_id):
+                conf, sections = load(vm_id)
+                sections[name]["snapstate"] = "delete"
+                save(vm_id, conf, sections)
             dawdle()
             with config_lock(vm_id):
                 conf, sections = load(vm_id)
@@ -426,9 +441,12 @@ def pct_rollback(vm_id, name, start="0"):
         conf, sections = load(vm_id, 255)
         if name not in sections:
             raise Refused("snapshot '%s' does not exist" % name)
+        if "snapstate" in sections[name]:
+            raise Refused("unable to rollback to incomplete snapshot (snapstate = %s)" % sections[name]["snapstate"])
+        check_lock(conf)
+        if running(vm_id):
+            stop(vm_id)
         with lock_mark(vm_id, "rollback"):
-            if running(vm_id):
-                stop(vm_id)
             dawdle()
             say('  Logical volume "vm-%s-disk-0" successfully removed.' % vm_id)
             with config_lock(vm_id):
@@ -440,7 +458,7 @@ def pct_rollback(vm_id, name, start="0"):
     return task(work)
 
 
-def pct_clone(vm_id, new_id, hostname=None, snapname=None, full=None):
+def pct_clone(vm_id, new_id, hostname=None, snapname=None, full=None, storage=None):
     check_hostname({"hostname": hostname} if hostname else {}, "clone <vmid> <newid>")
 
     def work():
@@ -452,10 +470,14 @@ def pct_clone(vm_id, new_id, hostname=None, snapname=None, full=None):
                 new_id, "VM" if taken["type"] == "qemu" else "CT", new_id, taken["node"]))
         if snapname and snapname not in sections:
             raise Refused("snapshot '%s' does not exist" % snapname)
+        if storage and conf.get("template") and full != "1":
+            raise Refused("parameter 'storage' not allowed for linked clones", 2)
         if running(vm_id) and not snapname:
             raise Refused("Full clone of a running container is only possible from a snapshot")
         with lock_mark(vm_id, "disk"):
-            new = {k: v for k, v in conf.items() if k not in ("rootfs", "parent", "lock")}
+            new = {k: v for k, v in conf.items() if k not in ("rootfs", "parent", "lock", "template")}
+            for key in [key for key in new if re.match(r"net\d", key)]:
+                new[key] = re.sub(r"hwaddr=[^,]*", "hwaddr=BC:24:11:%02X:00:%02X" % (int(new_id) % 256, int(key[3:])), new[key])
             new.update(lock="create", hostname=hostname or "CT" + new_id)
             save(new_id, new, {})
             say("creating a clone of container %s with ID %s" % (vm_id, new_id),
@@ -467,7 +489,8 @@ def pct_clone(vm_id, new_id, hostname=None, snapname=None, full=None):
                 update_vmlist()
                 raise Refused("clone failed: " + refused.text)
             new.pop("lock")
-            save(new_id, dict(new, rootfs=conf["rootfs"].replace(vm_id, new_id)), {})
+            rootfs = conf["rootfs"].replace(vm_id, new_id)
+            save(new_id, dict(new, rootfs=re.sub("^[^:]+", storage, rootfs) if storage else rootfs), {})
     return task(work)
 
 
@@ -480,9 +503,10 @@ def pct_destroy(vm_id, force="0", purge="0"):
         raise Refused("unable to destroy CT %s - container is running" % vm_id)
 
     def work():
+        if running(vm_id):
+            say("forced to stop CT %s before destroying!" % vm_id)
+            stop(vm_id)
         with lock_mark(vm_id, "destroyed"):
-            if running(vm_id):
-                stop(vm_id)
             dawdle()
             say('  Logical volume "vm-%s-disk-0" successfully removed.' % vm_id)
             conf, sections = load(vm_id)
@@ -498,7 +522,19 @@ def pct_start(vm_id):
 
 def pct_stop(vm_id):
     load(vm_id)
-    return task(lambda: stop(vm_id))
+    return task(lambda: (check_lock(load(vm_id)[0]), dawdle(), stop(vm_id)))
+
+
+def pct_shutdown(vm_id, timeout="60", forceStop="0"):
+    load(vm_id)
+    return task(lambda: (running(vm_id) and dawdle(), stop(vm_id)))
+
+
+def pct_reboot(vm_id, timeout="60"):
+    load(vm_id)
+    if not running(vm_id):
+        raise Refused("VM %s not running" % vm_id)
+    return task(lambda: (dawdle(), stop(vm_id), start(vm_id)))
 
 
 def pct_unlock(vm_id):
