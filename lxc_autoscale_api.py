@@ -6,8 +6,8 @@ How a request travels:
     socket -> Server      a bounded number of connections, a thread each
            -> Handler     bytes to a strictly framed Request, within a deadline
            -> Api         rate limit, key, row of ROUTES, parameters to values
-           -> Operations  a change only: its containers' turn, a thread of its own
-           -> a handler   a few lines an endpoint, which call Proxmox
+           -> Changes     a change only: its containers' turn, a thread of its own, a Change
+           -> a handler   a few lines an endpoint: the steps of a Change, or what is asked of Proxmox
            -> Proxmox     the host: files under /etc/pve and /sys/fs/cgroup, pct, pvesh
            -> Commands    the one place that starts a process, here or by ssh on another node
 

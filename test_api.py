@@ -5232,7 +5232,7 @@ def test_install_sh_is_accepted_by_shells_and_shellcheck():
 # The README
 
 README = (HERE / "README.md").read_text()
-VARIES = [(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME"), (r"answered in [\d.]+ s", "answered in SECONDS"), (r'"cpu_usage": [\d.]+', '"cpu_usage": PERCENT'),
+VARIES = [(r'"[0-9a-f]{16}"', '"ID"'), (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME"), (r"answered in [\d.]+ s", "answered in SECONDS"), (r'"cpu_usage": [\d.]+', '"cpu_usage": PERCENT'),
           (r'"uptime": \d{1,4}(?=[,}])', '"uptime": SECONDS'), (r'"max": \d+', '"max": HOST')]
 
 
@@ -5262,6 +5262,40 @@ def test_the_readme_lists_the_endpoints_and_settings_that_there_are():
         (route.method, route.path, [parameter.name for parameter in route.parameters], route.summary) for route in module.ROUTES]
     settings = re.findall(r"^\| `(\w+\.\w+)` \|", README, re.MULTILINE)
     assert settings == [f"{section}.{key}" for section, keys in module.SETTINGS.items() for key in keys]
+
+
+def readme_block(language, start):
+    """The one block of code in the README that begins so."""
+    block, = (block for block in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if block.startswith(start))
+    return block
+
+
+def test_the_readme_s_shell_client_grows_a_disk_once(launch, host):
+    api = launch(constants={"MAX_OPERATIONS": 1})   # so that a second change at once is refused
+    host.faults(set={"delay": True})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        other = pool.submit(api.post, "/scale/cores", {"vm_id": 106, "cores": 3})
+        wait_until(host.calls)
+        script = readme_block("sh", "api() {").replace("sleep 5", f"touch {host.root}/go; sleep 0.2")
+        done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True,
+                              env={**os.environ, "KEY": KEY, "URL": f"http://127.0.0.1:{api.port}"})
+        assert other.result().status == 200
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert answers[0] == error("Nothing was done: Too many changes wait; try again later", outcome="nothing_done")
+    assert answers[-1] == ok("Storage increased by 5 GB for VM 104") and host.conf(104)["rootfs"].endswith("size=13G")
+
+
+def test_the_readme_s_python_client_waits_tries_again_and_gives_up(launch, host):
+    api = launch(proxmox={"change_timeout_seconds": 1})
+    names = {"URL": f"http://127.0.0.1:{api.port}", "KEY": KEY}
+    exec(readme_block("python", "import json, time").replace("time.sleep(5)", "open(GO, 'w').close()"), names)
+    names["GO"] = f"{host.root}/go"
+    host.faults(set={"delay": True})
+    assert names["change"]("POST", "/scale/cores", {"vm_id": 104, "cores": 5}) is True
+    assert host.calls() == ["pct set 104 --cores 5"] and host.conf(104)["cores"] == "5"
+    host.faults(set={"work_fails": "something odd"})
+    assert names["change"]("POST", "/scale/cores", {"vm_id": 104, "cores": 6}) is False
+    assert host.calls() == ["pct set 104 --cores 5", "pct set 104 --cores 6"]
 
 
 def test_the_demo_starts_prints_its_key_and_stops(tmp_path):
