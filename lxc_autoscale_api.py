@@ -67,6 +67,7 @@ MAX_DETAILS = 4000          # characters of it that go into an answer
 MAX_CLIENTS = 5000          # clients that the rate limiter tells apart
 MAX_HOPS = 32               # of X-Forwarded-For, from its end, that are looked at
 MAX_LINES = 10000           # lines of a log that wait for its disk
+MAX_IDLE = 16               # threads that wait for work
 MAX_FLIGHTS = 256           # questions that are being answered at once
 MAX_HUNG = 16               # reads that hang; while there are so many, no further one is begun
 MAX_OPERATIONS = 1000       # changes that wait or run at once, and that are remembered
@@ -1389,9 +1390,13 @@ class Workers:
             except BaseException as raised:
                 error = raised
             with self.lock:
-                self.idle.append(inbox)
+                staying = len(self.idle) < MAX_IDLE
+                if staying:
+                    self.idle.append(inbox)
             future.set_exception(error) if error else future.set_result(result)
             del future, work, arguments, result, error  # or they would stay until the next job
+            if not staying:
+                return
 
 
 class Flights:
@@ -2272,9 +2277,12 @@ class Proxmox:
 
     def health(self):
         """(whether `pct` works, what it said), at most PROBE_SECONDS old; nobody asks this twice at once."""
-        if time.monotonic() - self.probed[0] > PROBE_SECONDS:
+        if self.must_probe():
             self.probed = self.probe()
         return self.probed[1:]
+
+    def must_probe(self):
+        return time.monotonic() - self.probed[0] > PROBE_SECONDS
 
     def probe(self):
         """Run `pct list`, which needs none of the places: long changes must not look like a fault."""
@@ -3101,21 +3109,26 @@ def show_openapi(api):
 
 
 class Route(namedtuple("Route", "method path handler parameters summary changes limit scaling key limited also shared",
-                      defaults=[(), "change_timeout_seconds", (), True, True, "", False])):
+                      defaults=[(), "change_timeout_seconds", (), True, True, "", None])):
     """One endpoint.
 
     `changes` names the parameters whose containers it changes, `limit` the setting of its
     time, `scaling` its metrics labels (resource, action); `key` and `limited` say whether
-    a key is needed and the rate is limited, `also` is its other path, and `shared` says that
-    all who ask the same at the same time share one answer, for it costs much.
+    a key is needed and the rate is limited, `also` is its other path, and shared(api), if given,
+    tells whether an answer costs much now, so that all who ask at the same time share one.
     """
+
+
+def always(api):
+    return True
 
 
 LONG_LIMIT = "long_change_timeout_seconds"
 ROUTES = (
-    Route("GET", "/health/check", check_health, (), "Whether Proxmox's commands work.", key=False, shared=True),
+    Route("GET", "/health/check", check_health, (), "Whether Proxmox's commands work.", key=False,
+          shared=lambda api: api.host.must_probe()),
     Route("GET", "/metrics", show_metrics, (), "Metrics for Prometheus.", key=False, limited=False,
-          shared=True),
+          shared=always),
     Route("GET", "/routes", list_routes, (), "This list."),
     Route("GET", "/openapi.json", show_openapi, (), "This API's description in OpenAPI 3.1."),
     Route("POST", "/scale/cores", set_cores, (VM_ID, CORES), "Set a container's number of CPU cores.",
@@ -3144,13 +3157,13 @@ ROUTES = (
     Route("POST", "/power/reboot", reboot_container, (VM_ID, TIMEOUT), "Let a container reboot itself.", changes=("vm_id",)),
     Route("GET", "/operations", list_operations, (OPERATION, ANY_VM_ID), "The last changes, newest first."),
     Route("GET", "/resource/vm/list", list_containers, (), "All containers, in a cluster of all nodes.",
-          also="/resource/lxc/list", shared=True),
+          also="/resource/lxc/list", shared=always),
     Route("GET", "/resource/vm/status", show_status, (VM_ID,), "A container's state and what it uses.",
-          also="/resource/lxc/status", shared=True),
+          also="/resource/lxc/status", shared=always),
     Route("GET", "/resource/vm/config", show_config, (VM_ID,), "A container's allotment, and the limits for scaling it.",
           also="/resource/lxc/config"),
-    Route("GET", "/resource/node/status", show_node, (NODE_NAME,), "A node's load, memory and disk.", shared=True),
-    Route("GET", "/resource/cluster/status", show_cluster, (), "The cluster's nodes and quorum.", shared=True),
+    Route("GET", "/resource/node/status", show_node, (NODE_NAME,), "A node's load, memory and disk.", shared=always),
+    Route("GET", "/resource/cluster/status", show_cluster, (), "The cluster's nodes and quorum.", shared=always),
 )
 PATHS = {path: route for route in ROUTES for path in (route.path, route.also) if path}
 CHANGING = ("POST", "DELETE")
@@ -3234,7 +3247,7 @@ class Api:
     """Request -> Answer; the one place where a Problem becomes an Answer."""
 
     def __init__(self, config, host, metrics, workers=None):
-        self.host, self.metrics, self.flights = host, metrics, Flights(workers)
+        self.host, self.metrics, self.workers, self.flights = host, metrics, workers, Flights(workers)
         self.changes = Changes(host, workers, self.count_scaling)
         self.limiter = self.bounds = None
         self.in_progress = lambda: 1            # the server says how many, once there is one
@@ -3294,7 +3307,7 @@ class Api:
             values = parse_parameters(route.parameters, read_object(request))
         if route.changes:
             return self.change(request, route, values)
-        if not route.shared:
+        if not (route.shared and route.shared(self)):
             return route.handler(self, **values)
         question = (route.path, *values.values())
         answer = self.flights.join(question, lambda: route.handler(self, **values))
@@ -3745,7 +3758,7 @@ class Server(ThreadingHTTPServer):
             if full and not self.make_room(address):
                 return self.turn_away(request)
             self.clients[request] = Client(request, address)
-        return super().process_request(request, client_address)
+        self.api.workers.run(self.process_request_thread, request, client_address)
 
     def make_room(self, address):
         """Take a place from the address that holds most -> whether there is one for a client from `address`.
