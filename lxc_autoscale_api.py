@@ -66,7 +66,7 @@ MAX_OUTPUT = 4 << 20        # bytes that are read of what a command prints
 MAX_DETAILS = 4000          # characters of it that go into an answer
 MAX_CLIENTS = 5000          # clients that the rate limiter tells apart
 MAX_HOPS = 32               # of X-Forwarded-For, from its end, that are looked at
-MAX_LINES = 10000           # lines of a log that wait for its disk
+MAX_BACKLOG = 4 << 20       # characters of a log's lines that wait for its disk
 MAX_IDLE = 16               # threads that wait for work
 MAX_FLIGHTS = 256           # questions that are being answered at once
 MAX_HUNG = 16               # reads that hang; while there are so many, no further one is begun
@@ -168,12 +168,13 @@ class Client:
     `address` is whom it speaks for, `local` whether that is this host itself. `waited_for`
     tells since when the daemon waits for it, to send a request or to take an answer (None:
     the daemon works for it), `asking` since when a request of it is being answered, if one
-    is. `left` is done once it has gone, or has lost its place to others.
+    is, `changing` whether that is a change that has begun. `left` is done once it has gone,
+    or has lost its place to others.
     """
 
     def __init__(self, sock, address):
         self.sock, self.address, self.local = sock, address, False
-        self.waited_for, self.asking, self.left = time.monotonic(), None, Future()
+        self.waited_for, self.asking, self.changing, self.left = time.monotonic(), None, False, Future()
 
     def wait(self, *futures, seconds=None):
         """Wait until one of some Futures is done, for so many seconds if given; Gone if the client leaves before."""
@@ -890,6 +891,8 @@ def parse_members(document):
 
     A single host has neither `cluster` nor `nodelist` there (pve-cluster, cfs_create_memberlist_msg).
     """
+    if document is None:
+        return None, None
     try:
         members = read_json(document)
         own, cluster = members.get("nodename"), members.get("cluster")
@@ -899,16 +902,23 @@ def parse_members(document):
                  for name, row in members["nodelist"].items()}
         return own, Cluster(cluster.get("name"), cluster.get("quorate") == 1, nodes)
     except (TypeError, ValueError, KeyError, AttributeError):
-        return None, None
+        raise incomprehensible(".members") from None
 
 
 @lru_cache(maxsize=1)
 def parse_vmlist(document):
-    """/etc/pve/.vmlist -> {id as text: {"node", "type": "lxc" or "qemu"}} of all nodes; empty if it cannot be read."""
+    """/etc/pve/.vmlist -> {id as text: {"node", "type": "lxc" or "qemu"}} of all nodes; empty if it is not there."""
+    if document is None:
+        return {}
     try:
         return dict(read_json(document)["ids"])
     except (TypeError, ValueError, KeyError):
-        return {}
+        raise incomprehensible(".vmlist") from None
+
+
+def incomprehensible(name):
+    """503: what is half or garbled must not be taken for a host without cluster, quorum or guests."""
+    return busy(f"Proxmox's file {name} cannot be understood", SLOT_SECONDS)
 
 
 def parse_news(document):
@@ -1446,21 +1456,23 @@ class Files:
     """Reads what may hang, and waits for none of it longer than FILE_SECONDS.
 
     /etc/pve is a FUSE file system, and a container's disk may be somewhere in the network.
-    A read that hangs cannot be ended, so it is left alone in its thread; when MAX_HUNG of
-    them are, no further one is begun.
+    A read that hangs cannot be ended, so it is left alone in its thread. The same is not read
+    again before, or one container's file or disk would soon stand for all; when MAX_HUNG
+    of them hang, no further one is begun.
     """
 
     def __init__(self, workers):
-        self.workers, self.hung = workers, set()
+        self.workers, self.hung = workers, {}       # what is read, and the Future of it
 
     def read(self, function, *arguments):
         """-> function(*arguments); Problem 503 if it hangs, or cannot read what is there."""
-        if len(self.hung) >= MAX_HUNG:
+        question = (function, *arguments)
+        if question in self.hung or len(self.hung) >= MAX_HUNG:
             raise hanging()
         future = self.workers.run(function, *arguments)
         if not wait([future], FILE_SECONDS).done:
-            self.hung.add(future)
-            future.add_done_callback(self.hung.discard)
+            self.hung[question] = future
+            future.add_done_callback(lambda _: self.hung.pop(question, None))
             raise hanging()
         try:
             return future.result()
@@ -1722,7 +1734,10 @@ class Commands:
         def bury():
             with kept:
                 process.wait()
-        self.workers.run(bury)
+        try:
+            self.workers.run(bury)
+        except Problem:                     # no thread is left to wait for its end
+            kept.close()
         return False
 
     def still_hung(self, node, argv):
@@ -1973,8 +1988,11 @@ class Proxmox:
 
     def file_conf(self, vm_id):
         """From its file here, on whichever node it lives, or None."""
-        document = self.files.read(lambda: read_text(self.conf_path(vm_id, self.find(vm_id))))
+        document = self.files.read(self.read_conf, vm_id)
         return None if document is None else parse_config(document)
+
+    def read_conf(self, vm_id):
+        return read_text(self.conf_path(vm_id, self.find(vm_id)))
 
     def fresh_conf(self, vm_id):
         return self.where(vm_id, lambda node: self.conf_at(node, vm_id))
@@ -2300,7 +2318,7 @@ class Proxmox:
             return [f"pct delsnapshot {vm_id} {name}" + (f" (on node '{node.name}')" if node else "")
                     for node in [None, *self.others()] for vm_id, conf in self.confs(node).items()
                     for name in conf.snapshots if name.startswith(TEMPORARY_SNAPSHOT)]
-        return self.files.read(read)
+        return self.files.read(read)        # once, at the start
 
 
 def checked(argv, result):
@@ -2347,14 +2365,14 @@ class Change:
 
     def __init__(self, route, values, client, host):
         self.id, self.route, self.values, self.client, self.host = os.urandom(8).hex(), route, values, client, host
-        self.vm_id, self.containers = values["vm_id"], [values[name] for name in route.changes]
+        self.vm_id, self.containers = values["vm_id"], tuple(values[name] for name in route.changes)
         shown = "".join(f" {name}={value!r}" if isinstance(value, str) and not value.isprintable() else f" {name}={value}"
                         for name, value in values.items() if value is not None)
         self.title = f"{route.method} {route.path}{shown}"
         self.long = route.limit == LONG_LIMIT
         self.requested, self.began, self.ended = time.time(), None, None
         self.started, self.future = Future(), Future()
-        self.node = self.before = self.ran = self.problem = None
+        self.node = self.places = self.before = self.ran = self.problem = None
         self.steps, self.sure = [], True
         self.warnings, self.data = [], {}   # of the answer, if all goes well
         self.notes, self.left = [], []      # what was done, for who hears of a failure, and what stays behind
@@ -2440,7 +2458,7 @@ class Change:
     # Looking
 
     def ask(self, *argv):
-        return checked(argv, self.host.commands.look(self.node, argv)).stdout
+        return checked(argv, self.host.commands.look(self.node, argv, self.places)).stdout
 
     def state(self):
         """`running` or `stopped`, as pct says."""
@@ -2451,7 +2469,7 @@ class Change:
         paths = {vm_id: self.host.conf_path(vm_id) for vm_id in self.containers}
         if not self.node:
             return self.host.files.read(lambda: {vm_id: read_text(path) for vm_id, path in paths.items()})
-        results = {vm_id: self.host.commands.look(self.node, ["cat", path]) for vm_id, path in paths.items()}
+        results = {vm_id: self.host.commands.look(self.node, ["cat", path], self.places) for vm_id, path in paths.items()}
         return {vm_id: result.stdout if result.exit == 0 else None for vm_id, result in results.items()}
 
     def lock_of(self, vm_id):
@@ -2472,9 +2490,9 @@ class Change:
 
     # Its life
 
-    def begin(self, node):
+    def begin(self, node, places):
         """Look at the containers on the node where the steps will run; Problem 404 if there is none."""
-        self.node, self.steps = node, []
+        self.node, self.places, self.steps = node, places, []
         self.before = self.host.files.read(self.host.read_texts, self.containers, node)
 
     def run(self):
@@ -2571,6 +2589,7 @@ class Changes:
         """
         try:
             client.wait(change.started)
+            client.changing = True          # whoever half-closes the connection now still hears its end
             client.wait(change.future, self.ending, seconds=seconds)
         except Gone:
             self.cancel(change, Problem(CLIENT_LEFT, "The client left before this began"))
@@ -2608,22 +2627,21 @@ class Changes:
             for vm_id in sorted(change.containers):     # in one order, so that no two wait for each other
                 held.enter_context(self.turns.turn(vm_id, asked + TURN_SECONDS - time.monotonic(), who))
             node = self.host.ready(change.vm_id, asked)
-            place = held.enter_context(ExitStack())
-            place.enter_context(self.host.commands.place(node, asked, change.long))
+            slot = held.enter_context(ExitStack())
+            places = slot.enter_context(self.host.commands.place(node, asked, change.long))
             if not change.future.set_running_or_notify_cancel():
                 return None
             change.began = time.time()
             change.started.set_result(None)
-            change.begin(node)
             try:
+                change.begin(node, places)
                 return change.run()
             except Problem as problem:
                 moved = self.host.locate(change.vm_id) if problem.status == 404 and not change.steps else node
                 if moved == node:
                     raise
-            place.close()                   # it has moved meanwhile, and is asked for once more
-            place.enter_context(self.host.commands.place(moved, asked, change.long))
-            change.begin(moved)
+            slot.close()                    # it has moved meanwhile, and is asked for once more
+            change.begin(moved, slot.enter_context(self.host.commands.place(moved, asked, change.long)))
             return change.run()
 
     def cancel(self, change, problem):
@@ -2650,6 +2668,10 @@ class Changes:
             waiting = list(self.asked)
         for change in waiting:
             self.cancel(change, stopping())
+
+    def are_running(self):
+        """Whether changes run that were not left alone."""
+        return not self.ending.done() and any(change.future.running() for change in list(self.asked))
 
     def leave_running(self):
         """The daemon ends: tell who still waits that Proxmox goes on, and log what was left."""
@@ -2906,7 +2928,7 @@ def check_health(api):
 
 
 def show_metrics(api):
-    gauges = {**api.host.gauges(), **api.host.commands.gauges(), **process_metrics(),
+    gauges = {**api.host.gauges(), **api.host.commands.gauges(), **api.host.files.read(process_metrics),
               "lxc_autoscale_api_requests_in_progress": {(): api.in_progress()}}
     return Answer(200, api.metrics.render(gauges), content_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -3514,8 +3536,9 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self):
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(REQUEST_SECONDS))
-        self.client = self.server.clients.get(self.request) or Client(self.request, "-")
-        self.peer = self.client.address
+        address = self.client_address[0]
+        self.peer = str(plain_address(address)) if ":" in address else address
+        self.client = self.server.clients.get(self.request) or Client(self.request, self.peer)
         self.buffer, self.unread, self.continues, self.linger = bytearray(), 0, False, False
         self.patience, self.fresh, self.minor, self.method = None, True, 1, None
         self.deadline = time.monotonic() + REQUEST_SECONDS
@@ -3526,7 +3549,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             request = self.read_request()
         except Problem as problem:
-            self.linger = True
+            self.linger, self.client.address = True, self.peer
             self.server.api.count("other", None, problem.status, 0)
             return self.respond(problem.answer(self.method in CHANGING), "-", "-", 0)
         except (Gone, OSError):
@@ -3736,7 +3759,7 @@ class Server(ThreadingHTTPServer):
         self.clients = {}                   # {socket: Client}
         self.sending = deque()              # the Clients to which large answers are on their way
         self.refused = deque()              # (until, socket): told to go, not yet closed
-        self.stopping, self.own_port, self.looked, self.complained = False, None, 0, -math.inf
+        self.stopping, self.own_address, self.looked, self.complained = False, None, 0, -math.inf
         super().__init__((server.host, server.port), Handler)
 
     def server_bind(self):
@@ -3754,25 +3777,31 @@ class Server(ThreadingHTTPServer):
         address = client_address[0]
         address = str(plain_address(address)) if ":" in address else address
         with self.changed:
-            full = len(self.clients) >= self.places and client_address[1] != self.own_port
+            full = len(self.clients) >= self.places and client_address[:2] != self.own_address
             if full and not self.make_room(address):
                 return self.turn_away(request)
             self.clients[request] = Client(request, address)
-        self.api.workers.run(self.process_request_thread, request, client_address)
+        try:
+            self.api.workers.run(self.process_request_thread, request, client_address)
+        except Problem:                     # no thread is left
+            with self.changed:
+                del self.clients[request]
+            self.turn_away(request)
 
     def make_room(self, address):
         """Take a place from the address that holds most -> whether there is one for a client from `address`.
 
-        If that is one of those which hold most, only a connection that was waited for some
-        time already gives way.
+        If that is one of those which hold most, only a connection that has been there for
+        some time already gives way, and none whose change has begun.
         """
         holders = [(client, networks_of(client.address)[0]) for client in self.clients.values()]
         newcomer = networks_of(address)[0]
         held = Counter([newcomer, *(holder for _, holder in holders)])
         most = max(held.values())
         greedy = [client for client, holder in holders if held[holder] == most]
-        least = min(greedy, key=lambda client: client.waited_for or math.inf)
-        if held[newcomer] == most and time.monotonic() - (least.waited_for or math.inf) < YIELD_SECONDS:
+        least = min(greedy, key=lambda client: (client.changing, client.waited_for or client.asking))
+        waits = time.monotonic() - (least.waited_for or least.asking)
+        if held[newcomer] == most and (least.changing or waits < YIELD_SECONDS):
             return False
         if held[newcomer] < most and time.monotonic() - self.complained > COMPLAINT_SECONDS:
             self.complained = time.monotonic()
@@ -3796,11 +3825,18 @@ class Server(ThreadingHTTPServer):
 
     @contextmanager
     def large_answer(self, client):
-        """Send a large answer: of more than MAX_SENDING, the one that has been on its way longest gives way."""
+        """Send a large answer: of more than MAX_SENDING one gives way.
+
+        That is the one that has been on its way longest, of those of the address that has most.
+        """
         with self.changed:
             self.sending.append(client)
             if len(self.sending) > MAX_SENDING:
-                self.dismiss(self.sending.popleft())
+                held = Counter(networks_of(each.address)[0] for each in self.sending)
+                most = max(held.values())
+                slow = next(each for each in self.sending if held[networks_of(each.address)[0]] == most)
+                self.sending.remove(slow)
+                self.dismiss(slow)
         try:
             yield
         finally:
@@ -3816,7 +3852,7 @@ class Server(ThreadingHTTPServer):
         poll = select.poll()
         for number in waiting:
             if number >= 0:                 # else it has just been closed
-                poll.register(number, select.POLLRDHUP)
+                poll.register(number, 0 if waiting[number].changing else select.POLLRDHUP)
         for number, _ in poll.poll(0):
             with self.changed:
                 if waiting[number].waited_for is None:
@@ -3858,7 +3894,7 @@ class Server(ThreadingHTTPServer):
     def end(self, client):
         """The answer has gone out."""
         with self.changed:
-            client.waited_for, client.asking = time.monotonic(), None
+            client.waited_for, client.asking, client.changing = time.monotonic(), None, False
             if self.stopping:
                 self.changed.notify_all()
 
@@ -3878,10 +3914,10 @@ class Server(ThreadingHTTPServer):
             with socket.socket(self.address_family) as sock:
                 sock.settimeout(REQUEST_SECONDS)
                 sock.bind((host, 0))
-                self.own_port = sock.getsockname()[1]       # it is let in even if all places are taken
+                self.own_address = sock.getsockname()[:2]   # it is let in even if all places are taken
                 sock.connect((host, port))
                 sock.sendall(b"OPTIONS /health/check HTTP/1.0\r\n\r\n")
-                return sock.recv(12) == b"HTTP/1.1 204"
+                return sock.recv(12) in (b"HTTP/1.1 204", b"HTTP/1.1 429")      # from a thread of its own
         except OSError:
             return False
 
@@ -3900,9 +3936,17 @@ class Server(ThreadingHTTPServer):
         self.server_close()
 
     def wait_for_answers(self, seconds):
-        """-> whether all requests in work were answered within so many seconds."""
+        """-> whether all requests in work were answered, and all changes ended, within so many seconds.
+
+        A change may go on though its client has left, and its steps must not end half-way.
+        """
+        def in_work():
+            return self.api.changes.are_running() or any(client.asking for client in self.clients.values())
+        deadline = time.monotonic() + seconds
         with self.changed:
-            return self.changed.wait_for(lambda: not any(client.asking for client in self.clients.values()), seconds)
+            while in_work() and time.monotonic() < deadline:
+                self.changed.wait(0.05)
+            return not in_work()
 
 
 TOO_MANY_BODY = '{"status": "error", "error": "Too many connections; try again later"}\n'
@@ -3918,27 +3962,30 @@ UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]
 class LogFile(logging.Handler):
     """A log, whose lines a thread of its own writes to a file that logrotate may move away.
 
-    A disk that hangs, or is full, costs lines and nothing else: MAX_LINES of them wait, the
-    others are counted, and nobody who logs waits longer than LOG_SECONDS for them, once.
+    A disk that hangs, or is full, costs lines and nothing else: MAX_BACKLOG characters of them
+    wait, further lines are counted, and nobody who logs waits longer than LOG_SECONDS for
+    them, once.
     """
 
     def __init__(self, gather=0):
         super().__init__()
         self.gather = gather                # seconds in which lines gather before they are written
-        self.path = self.fd = self.opened = None
-        self.keys, self.lines, self.lost = [], deque(), 0
+        self.path = self.thread = None
+        self.keys, self.lines, self.backlog, self.lost = [], deque(), 0, 0
         self.changed, self.added, self.written = threading.Condition(), 0, 0
         self.hangs = self.broken = False
         self.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
 
     def point(self, path, keys, level=logging.NOTSET):
         """Write to this path from now on, and blot these keys out."""
-        begun = self.path is not None
-        self.path, self.keys = path, keys
+        self.keys = keys
         self.setLevel(level)
-        if not begun:
-            threading.Thread(target=self.run, name="log", daemon=True).start()
-        with self.changed:
+        if path == self.path:
+            return
+        with self.changed:                  # the thread of another path may hang, and ends by itself
+            self.path, self.hangs = path, False
+            self.thread = threading.Thread(target=self.run, args=(path,), name="log", daemon=True)
+            self.thread.start()
             self.changed.notify_all()
 
     def handle(self, record):               # without logging's own lock, under which all would wait
@@ -3948,11 +3995,13 @@ class LogFile(logging.Handler):
         """Leave a line to be written; with patience it is waited for, so that it is there first."""
         if not self.path:
             return
+        line = f"{utc(int(time.time()))} {line}"
         with self.changed:
-            if len(self.lines) >= MAX_LINES:
+            if self.backlog + len(line) > MAX_BACKLOG:
                 self.lost += 1
                 return
-            self.lines.append(f"{utc(int(time.time()))} {line}")
+            self.lines.append(line)
+            self.backlog += len(line)
             self.added += 1
             number = self.added
             self.changed.notify_all()
@@ -3966,52 +4015,65 @@ class LogFile(logging.Handler):
             self.changed.notify_all()
             self.changed.wait_for(lambda: self.written >= self.added, seconds)
 
-    def run(self):
-        self.write([])                      # a file that cannot be opened is said at once
+    def run(self, path):
+        """Write lines to the file at a path until another one is wanted."""
+        file = SimpleNamespace(path=path, fd=None, torn=False)
+        self.write(file, [])                # a file that cannot be opened is said at once
+        me = threading.current_thread()
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.lines or self.path != self.opened)
-                self.changed.wait_for(lambda: not self.gather, self.gather)
+                self.changed.wait_for(lambda: self.lines or self.thread is not me)
+                self.changed.wait_for(lambda: not self.gather or self.thread is not me, self.gather)
+                if self.thread is not me:
+                    break
                 lines, lost = list(self.lines), self.lost
                 self.lines.clear()
-                self.lost = 0
-            if lost:
-                lines.append(f"{utc(int(time.time()))} WARNING {lost} lines before this one were lost")
-            self.write(lines)
+                self.backlog = self.lost = 0
+            notice = [f"{utc(int(time.time()))} WARNING {lost} lines before this one were lost"] if lost else []
+            started = time.monotonic()
+            failed = self.write(file, lines + notice)
             with self.changed:
-                self.written, self.hangs = self.added - len(self.lines), False
+                self.lost += failed and failed + lost - len(notice)
+                self.written += len(lines)
+                self.hangs = time.monotonic() - started > LOG_SECONDS
                 self.changed.notify_all()
+        if file.fd is not None:
+            os.close(file.fd)
 
-    def write(self, lines):
-        """Write lines to the file, or say once that this cannot be done."""
-        path = self.path
+    def write(self, file, lines):
+        """Write lines -> how many of them were lost; that this cannot be done is said once."""
+        data = "".join(self.safe(line) + "\n" for line in lines).encode("utf-8", "replace")
+        data, done = b"\n" * file.torn + data, 0
         try:
-            self.open(path)
-            data = "".join(self.safe(line) + "\n" for line in lines).encode("utf-8", "replace")
-            while data:
-                data = data[os.write(self.fd, data):]
+            open_again(file)
+            while done < len(data):
+                done += os.write(file.fd, data[done:])
             self.broken = False
         except OSError as error:
             if not self.broken:
-                what = "opened" if self.fd is None else "written"
-                complain(f"{path} cannot be {what}: {error.strerror}; going on without it")
+                what = "opened" if file.fd is None else "written"
+                complain(f"{file.path} cannot be {what}: {error.strerror}; going on without it")
             self.broken = True
-
-    def open(self, path):
-        """Open the file, or open it again if another path is wanted or the file was moved away."""
-        if self.fd is not None and self.opened == path and same_file(self.fd, path):
-            return
-        if self.fd is not None:
-            os.close(self.fd)
-        self.fd, self.opened = None, path
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY
-        self.fd = os.open(path, flags, 0o600)
+        whole = data[:done].count(b"\n") - (file.torn and done > 0)
+        if done:
+            file.torn = data[done - 1:done] != b"\n"
+        return len(lines) - whole
 
     def safe(self, line):
         """A line in which nothing forges a line or a terminal escape, and no key appears."""
         for key in self.keys:
             line = line.replace(key, "[API key]")
         return UNSAFE.sub(lambda bad: ascii(bad[0])[1:-1], line)
+
+
+def open_again(file):
+    """Open a log's file, if it is not open or was moved away."""
+    if file.fd is not None and same_file(file.fd, file.path):
+        return
+    if file.fd is not None:
+        os.close(file.fd)
+    file.fd = None
+    file.fd = os.open(file.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o600)
 
 
 def same_file(fd, path):
@@ -4054,18 +4116,31 @@ def build(config):
     return Server(config, Api(config, host, metrics, workers))
 
 
-def catch_signals(*numbers):
-    """A socket from which each of these signals is read as a byte.
+class Signals:
+    """What signals ask for: to stop, which stays asked for, or else to reload.
 
     A handler alone could be missed: Python runs it between two steps of the main thread,
-    which may be about to wait.
+    which may be about to wait. So each signal also comes as a byte through a socket. That
+    may be full, and what does not fit is not lost: the handler keeps it. Python must not
+    warn of that: it may wait for itself then (CPython, signalmodule.c, trip_signal).
     """
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.detach())
-    for number in numbers:
-        signal.signal(number, lambda *_: None)
-    return reader
+
+    def __init__(self):
+        self.stop = None                    # the number of the signal that asked for it
+        self.reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self.keep)
+
+    def keep(self, number, _):
+        if number != signal.SIGHUP:
+            self.stop = number
+
+    def next(self):
+        """Wait for a signal -> its number; many that came at once are one."""
+        came = () if self.stop else self.reader.recv(4096)
+        return self.stop or next((each for each in came if each != signal.SIGHUP), signal.SIGHUP)
 
 
 def notify(state):
@@ -4129,10 +4204,10 @@ def serve(server, signals, config_path):
     threading.Thread(target=warn_of_forgotten_snapshots, args=(server.api.host,), daemon=True).start()
     stopping = threading.Event()
     threading.Thread(target=feed_watchdog, args=(server, watchdog_seconds(), stopping), daemon=True).start()
-    number = signals.recv(1)[0]
+    number = signals.next()
     while number == signal.SIGHUP:
         reload(server, config_path)
-        number = signals.recv(1)[0]
+        number = signals.next()
     stopping.set()
     notify("STOPPING=1")
     log.info("stopping on %s", signal_name(number))
@@ -4162,7 +4237,7 @@ def main():
         print(f"{arguments.config}: ok")
         return 0
     point_logs(config.logging, config.keys)
-    signals = catch_signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    signals = Signals()
     try:
         server = build(config)
     except OSError as error:
