@@ -715,17 +715,27 @@ def config_text(host, port, key, **sections):
                    for section, values in settings.items())
 
 
-def start_daemon(host, config, constants=None, inside=(), **popen):
+def environment(host, **values):
+    """This process' environment, with the simulated commands on its PATH."""
+    return {**os.environ, "PATH": f"{host.root}/bin:{os.environ['PATH']}", **values}
+
+
+def importing(constants):
+    """What Python runs to import the module as `daemon`, and to put constants in place of its own."""
+    patches = "".join(f"daemon.{name} = {value!r}\n" for name, value in constants.items())
+    return f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport lxc_autoscale_api as daemon\n{patches}"
+
+
+def start_daemon(host, config, constants=None, inside=(), env=None, **popen):
     """Start the daemon with the simulated commands on its PATH: as the script that it is, or with `constants` in place
     of its own, imported, which spares compiling it each time. `inside` is a command that starts others in some namespace."""
     path = host.root / "api.yaml"
     path.write_text(config)
-    env = {**os.environ, "PATH": f"{host.root}/bin:{os.environ['PATH']}", **popen.pop("env", {})}
+    env = environment(host, **env or {})
     command = [str(MODULE)]
     if constants is not None:
         env = {**env, "PYTHONPYCACHEPREFIX": daemons_bytecode().name, "PYTHONDONTWRITEBYTECODE": ""}
-        patched = "".join(f"daemon.{name} = {value!r}\n" for name, value in constants.items())
-        command = ["-c", f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport lxc_autoscale_api as daemon\n{patched}sys.exit(daemon.main())"]
+        command = ["-c", importing(constants) + "sys.exit(daemon.main())"]
     return subprocess.Popen([*inside, sys.executable, *command, "--config", str(path)], env=env, **popen)
 
 
@@ -829,14 +839,109 @@ class Code(str):
     __repr__ = str.__str__
 
 
+# Run by a process that has imported the module, and that forks a daemon or looks whether one has ended whenever it is
+# asked to over a socket. A daemon that is forked goes on after the loop, with nothing of what was there for the others.
+FORKING = r'''
+import json, os, signal, socket
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+channel = socket.socket(fileno=int(sys.argv[1]))
+while True:
+    request, fds, _, _ = socket.recv_fds(channel, 1 << 20, 3)
+    if not request:
+        sys.exit()
+    asked = json.loads(request)
+    if "ended" in asked:
+        reply = os.waitpid(asked["ended"], os.WNOHANG)
+    else:
+        reply = os.fork(), 0
+        if reply[0] == 0:
+            break
+        for fd in fds:
+            os.close(fd)
+    channel.send(json.dumps(reply).encode())
+
+channel.close()
+for number, fd in enumerate(fds):
+    os.dup2(fd, number)
+    os.close(fd)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.umask(asked["umask"])
+os.chdir(asked["folder"])
+os.environ.clear()
+os.environ.update(asked["environment"])
+sys.argv[1:] = ["--config", asked["config"]]
+exec(asked["importing"])
+sys.exit(daemon.main())
+'''
+
+
+@functools.lru_cache(maxsize=None)
+def forking():
+    """The socket of the process that forks daemons, which ends with this one, and a lock for it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    env = {**os.environ, "PYTHONPYCACHEPREFIX": daemons_bytecode().name, "PYTHONDONTWRITEBYTECODE": ""}
+    with theirs:
+        subprocess.Popen([sys.executable, "-c", importing({}) + FORKING, str(theirs.fileno())], env=env, pass_fds=[theirs.fileno()])
+    return ours, threading.Lock()
+
+
+class Forked:
+    """A daemon that is forked from a process which has imported the module, so that no Python has to start; used as a Popen."""
+
+    def __init__(self, host, config, constants, stderr):
+        path = host.root / "api.yaml"
+        path.write_text(config)
+        umask = re.search(r"Umask:\s+(\d+)", Path("/proc/self/status").read_text())[1]
+        self.returncode = None
+        self.pid, _ = self.ask([0, 1, stderr.fileno()], importing=importing(constants), config=str(path),
+                               environment=environment(host), folder=os.getcwd(), umask=int(umask, 8))
+
+    def ask(self, fds=(), **what):
+        channel, lock = forking()
+        with lock:
+            socket.send_fds(channel, [json.dumps(what).encode()], fds)
+            return json.loads(channel.recv(1024))
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = self.ask(ended=self.pid)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout):
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(f"daemon {self.pid}", timeout)
+            time.sleep(0.002)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
 class Daemon:
-    """The daemon as a process on a free port, and a client for it."""
+    """The daemon as a process on a free port, and a client for it.
+
+    It is forked, unless it is to run in another namespace or with an environment of its own, which Python reads when it starts.
+    """
 
     def __init__(self, host, constants=None, env=None, key=KEY, inside=(), connect=socket.create_connection, **sections):
         self.host, self.key, self.port, self.connection = host, key, free_port(), connect
         self.stderr = open(host.root / "stderr.txt", "w+")
-        self.process = start_daemon(host, config_text(host, self.port, key, **sections), constants or {}, inside, env=env or {},
-                                    stderr=self.stderr)
+        config = config_text(host, self.port, key, **sections)
+        if inside or env:
+            self.process = start_daemon(host, config, constants or {}, inside, env, stderr=self.stderr)
+        else:
+            self.process = Forked(host, config, constants or {}, self.stderr)
         wait_until(lambda: self.process.poll() is not None or answers(self.port, connect), 15)
         assert self.process.poll() is None, self.said()
 
@@ -2728,7 +2833,8 @@ def test_time_does_not_tell_how_much_of_a_key_is_right():
     assert compared == [(32, 32)] * 8
 
 
-def test_no_key_appears_in_any_log_answer_or_metric(api, host):
+def test_no_key_appears_in_any_log_answer_or_metric(launch, host):
+    api = launch(inside=["env"])        # with a command line of its own
     quoted = "".join(f"%{ord(char):02x}" for char in KEY)
     for line in (f"GET /routes?api_key={KEY} HTTP/1.1", f"GET /routes?api_key={quoted} HTTP/1.1", f"GET /routes?api_key={KEY}&api_key={KEY} HTTP/1.1",
                  f"GET /nowhere?api_key={KEY} HTTP/1.1", f"GET /routes%3Fapi_key={KEY} HTTP/1.1", f"GET /routes%3Fapi_key={quoted} HTTP/1.1",
