@@ -4090,7 +4090,7 @@ main_log, error_log, access_log = LogFile(), LogFile(), LogFile(gather=0.05)
 
 def complain(text):
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(text + "\n", end="", file=sys.stderr, flush=True)       # in one write, for threads complain at once
     except OSError:
         pass
 
