@@ -817,6 +817,7 @@ if __name__ == "__main__":
 
 import concurrent.futures  # noqa: E402  (the simulated host above needs Python alone)
 import ctypes  # noqa: E402
+import hashlib  # noqa: E402
 import http.client  # noqa: E402
 import itertools  # noqa: E402
 import random  # noqa: E402
@@ -1034,6 +1035,85 @@ def statuses(data):
         size = int(length[1]) if length else len(rest)
         body, data = rest[:size], rest[size:]
     return codes, json.loads(body) if body.startswith(b"{") else None
+
+
+class Sharing:
+    """A part of pytest by which a helper runs some of the tests, for they are many and mostly wait.
+
+    Both go through all tests, from different ones on, and each is run by the one that first makes a folder for it.
+    The helper leaves its reports there, which the other hands on as if it had run the test.
+    """
+
+    def __init__(self, config, folder, helper=None):
+        self.config, self.folder, self.helper = config, folder, helper
+        self.claimed, self.lent, self.failed = {}, [], False
+
+    def path(self, nodeid):
+        return self.folder / hashlib.sha256(nodeid.encode()).hexdigest()
+
+    def claim(self, item):
+        with contextlib.suppress(FileExistsError):
+            self.path(item.nodeid).mkdir()
+            self.claimed[item.nodeid] = []
+
+    def pytest_runtest_protocol(self, item, nextitem):
+        """-> None to let pytest run a test, or True."""
+        self.claim(item)
+        if self.helper:
+            if item.nodeid not in self.claimed:
+                self.lent.append(item)
+            self.hand_on(wait=nextitem is None)
+        return None if item.nodeid in self.claimed else True
+
+    def hand_on(self, wait):
+        """Report the helper's tests that have ended, or wait for all of them."""
+        while self.lent and (wait or (self.path(self.lent[0].nodeid) / "reports.json").exists()):
+            item, done = self.lent[0], self.path(self.lent[0].nodeid) / "reports.json"
+            wait_until(lambda: done.exists() or self.helper.poll() is not None, 300)
+            assert done.exists(), (self.folder / "output").read_text()
+            item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+            for data in json.loads(done.read_text()):
+                report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
+                self.failed = self.failed or report.failed
+                item.ihook.pytest_runtest_logreport(report=report)
+            item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+            del self.lent[0]
+
+    def pytest_runtest_logreport(self, report):
+        if not self.helper and report.nodeid in self.claimed:
+            self.claimed[report.nodeid].append(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
+
+    def pytest_runtest_logfinish(self, nodeid):
+        if not self.helper and nodeid in self.claimed:
+            scratch = self.path(nodeid) / "reports.new"
+            scratch.write_text(json.dumps(self.claimed[nodeid]))
+            scratch.rename(scratch.with_suffix(".json"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sharing(request, tmp_path_factory):
+    """Let a helper begin with the tests on a cluster, before which about half of the time goes by."""
+    config, items, folder = request.config, request.session.items, os.environ.get("SHARED_TESTS")
+    if folder:
+        begin = next((number for number, item in enumerate(items) if "lab" in item.fixturenames), len(items) // 2) or 1
+        items[1:] = items[begin:] + items[1:begin]              # the first is under way, and not the helper's
+        config.pluginmanager.register(Sharing(config, Path(folder)))
+    if folder or len(items) < 200 or config.getoption("usepdb"):
+        yield
+        return
+    folder, asked = tmp_path_factory.mktemp("sharing"), config.invocation_params
+    with open(folder / "output", "w") as output:
+        helper = subprocess.Popen([sys.executable, "-m", "pytest", *asked.args, "-p", "no:cacheprovider"], cwd=asked.dir,
+                                  env={**os.environ, "SHARED_TESTS": str(folder)}, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    mine = Sharing(config, folder, helper)
+    for item in (items[0], items[-1]):              # after the last one, what all have used is put away
+        mine.claim(item)
+    config.pluginmanager.register(mine)
+    yield
+    for item in items:                              # nothing is left to run after an early end
+        mine.claim(item)
+    code = helper.wait(120)
+    assert mine.lent or code == int(mine.failed), (folder / "output").read_text()
 
 
 @pytest.fixture
@@ -2489,6 +2569,7 @@ def test_status_is_read_from_the_container_s_files(api, host):
         "import sys, time\nfor n in range(1, 2000):\n"
         "    open(sys.argv[1], 'r+').write(f'usage_usec {5000000 + n * 2000}\\n'); time.sleep(0.002)"), str(host.cgroup / "lxc/104/cpu.stat")])
     try:
+        wait_until(lambda: "usage_usec 5000000\n" not in (host.cgroup / "lxc/104/cpu.stat").read_text())
         reply = api.get("/resource/vm/status?vm_id=104")
     finally:
         busy.kill()
@@ -3184,8 +3265,8 @@ def test_one_connection_too_many_is_told_so_at_once(launch):
     for _ in range(22):
         codes, body = statuses(api.raw(b""))
         assert (codes, body) == ([503], error("Too many connections; try again later"))
-    assert threads(api) == before and time.monotonic() - started < 1
-    wait_until(lambda: descriptors(api) == used)    # they are closed when they had time to read
+    assert threads(api) <= before and time.monotonic() - started < 1
+    wait_until(lambda: descriptors(api) <= used)    # they are closed when they had time to read
     assert b"\r\nRetry-After: 1\r\n" in api.raw(framed("GET /health/check HTTP/1.1", "Host: x"))
     held.pop().close()
     wait_until(lambda: b" 200 OK" in api.raw(framed("GET /health/check HTTP/1.1", "Host: x", "Connection: close")))
@@ -4039,7 +4120,8 @@ def test_the_whole_cluster_is_listed_from_files(lab):
 def test_a_node_that_is_cut_off_is_named_within_five_seconds_and_the_rest_works(lab):
     assert module.REACH_SECONDS <= 4            # in half of that the same is seen here
     api = lab.daemon(constants={"REACH_SECONDS": 2, "RUN_DIR": "/run/cut"})
-    assert api.get("/resource/vm/status?vm_id=304").status == 200        # a connection is open
+    for vm_id in (204, 304):
+        assert api.get(f"/resource/vm/status?vm_id={vm_id}").status == 200       # a connection is open
     lab.hosts["pve3"].faults(set={"delay": True})
     with concurrent.futures.ThreadPoolExecutor(14) as pool:
         begun = pool.submit(api.post, "/scale/cores", {"vm_id": 306, "cores": 5})
@@ -4066,13 +4148,15 @@ def test_a_node_that_is_cut_off_is_named_within_five_seconds_and_the_rest_works(
 
 
 def test_a_node_that_is_offline_is_named_at_once(lab):
+    failures = 'lxc_autoscale_scaling_failures_total{container_id="204",resource="cpu",reason="unavailable"}'
+    failed = parse_exposition(lab.api.get("/metrics").body)[1].get(failures, 0)
     lab.members(offline=["pve2"])
     before = lab.logins("pve2")
     for reply in (lab.api.get("/resource/vm/status?vm_id=204"), lab.api.post("/scale/cores", {"vm_id": 204, "cores": 1}),
                   lab.api.get("/resource/node/status?node_name=pve2")):
         assert (reply.status, reply.body) == (503, error("Node 'pve2' is offline; nothing was done. To see why, on this host: pvecm status"))
     assert lab.api.get("/resource/vm/status?vm_id=304").status == 200 and lab.logins("pve2") == before and "pve2" not in lab.calls()
-    assert 'scaling_failures_total{container_id="204",resource="cpu",reason="unavailable"} 1\n' in lab.api.get("/metrics").body
+    assert parse_exposition(lab.api.get("/metrics").body)[1][failures] == failed + 1
 
 
 def test_without_quorum_changes_are_refused_and_reads_work(lab):
@@ -4255,7 +4339,7 @@ def run_commands(lab, script, argument):
     """What a script on pve1 prints as JSON that has `commands`, the Nodes `pve2` and `pve3`, and an argument."""
     setup = (f"import concurrent.futures, json, sys\nsys.path.insert(0, {str(HERE)!r})\nimport lxc_autoscale_api as daemon\n"
              f"commands = daemon.Commands(4, 15, daemon.Workers(), daemon.Metrics())\n"
-             f"pve2, pve3 = (daemon.Node(name, False, True, address) for name, address in {list(NODES.items())[1:]!r})\n"
+             f"pve2, pve3 = (daemon.Node(name, False, True, address, f'{lab.root}/pve/nodes/{{name}}/ssh_known_hosts') for name, address in {list(NODES.items())[1:]!r})\n"
              "argument = json.loads(sys.argv[1])\n")
     return json.loads(lab.inside("pve1", sys.executable, "-c", setup + script, json.dumps(argument)).stdout)
 
