@@ -3265,8 +3265,8 @@ def test_one_connection_too_many_is_told_so_at_once(launch):
     for _ in range(22):
         codes, body = statuses(api.raw(b""))
         assert (codes, body) == ([503], error("Too many connections; try again later"))
-    assert threads(api) <= before and time.monotonic() - started < 1
-    wait_until(lambda: descriptors(api) <= used)    # they are closed when they had time to read
+    assert threads(api) <= before + 2 and time.monotonic() - started < 1       # two, for what the start has to do
+    wait_until(lambda: descriptors(api) <= used + 2)    # they are closed when they had time to read
     assert b"\r\nRetry-After: 1\r\n" in api.raw(framed("GET /health/check HTTP/1.1", "Host: x"))
     held.pop().close()
     wait_until(lambda: b" 200 OK" in api.raw(framed("GET /health/check HTTP/1.1", "Host: x", "Connection: close")))
