@@ -3555,10 +3555,11 @@ def test_a_container_s_disk_that_does_not_answer_is_null(launch, host):
 
 def test_what_cannot_be_read_is_not_taken_for_what_is_not_there(launch, host):
     import resource
-    api = launch()
+    api = launch(constants={"WORKER_SECONDS": 0.05})
     with api.connect() as sock:
         sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
         assert read_answer(sock).status == 200
+        wait_until(lambda: threads(api) == 1)       # what the start has opened is closed
         taken = set(os.listdir(f"/proc/{api.process.pid}/fd"))
         lowest = next(number for number in range(1000) if str(number) not in taken)
         resource.prlimit(api.process.pid, resource.RLIMIT_NOFILE, (lowest, 4096))
