@@ -218,11 +218,14 @@ def in_unit(value, unit):
 # Configuration: a YAML subset, a table of settings
 
 class ConfigError(Exception):
-    """What is wrong in a configuration file, and in which line (0: in the file as a whole)."""
+    """What is wrong in a configuration file, and in which line (0: in the file as a whole).
 
-    def __init__(self, line, text):
+    `others` are further ConfigErrors of the same file.
+    """
+
+    def __init__(self, line, text, others=()):
         super().__init__(text)
-        self.line, self.text = line, text
+        self.line, self.text, self.others = line, text, others
 
 
 # A scalar, and one in a list in brackets, whose plain form ends at the marks of such a list.
@@ -499,53 +502,80 @@ SETTINGS = {                                # section -> key -> (default, check)
 
 
 def load_config(document, credential=None):
-    """A configuration's text -> a namespace of sections, or ConfigError.
+    """A configuration's text -> a namespace of sections, or ConfigError with all that is wrong.
 
     Beside the settings it has `keys`, all API keys that are in force; `credential` is the
     one that counts if the text has none.
     """
     tree, where = load_yaml(document)
-    config = SimpleNamespace()
-    if not isinstance(tree or {}, dict):
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
         raise ConfigError(1, "expected sections: " + ", ".join(SETTINGS))
-    refuse_unknown(tree or {}, SETTINGS, where, ())
-    for section, settings in SETTINGS.items():
-        given = (tree or {}).get(section)
-        given = {} if given is None else given
-        if not isinstance(given, dict):
-            raise ConfigError(where[(section,)], f"{section} must hold: " + ", ".join(settings))
-        refuse_unknown(given, settings, where, (section,))
-        values = SimpleNamespace()
-        for key, (default, check) in settings.items():
-            try:
-                setattr(values, key, check(given.get(key, default)))
-            except ValueError as error:
-                raise ConfigError(where[section, key], f"{section}.{key} {error}") from None
+    config = SimpleNamespace()
+    faults = unknown_keys(tree, SETTINGS, where, ())
+    for section in SETTINGS:
+        values, wrong = read_section(section, tree.get(section), where)
         setattr(config, section, values)
-    login = config.authentication
-    config.keys = [key for key in [login.api_key, *login.api_keys] if key]
-    if credential and not config.keys:
-        try:
-            config.keys = [api_key(credential)]
-        except ValueError as error:
-            raise ConfigError(1, f"no key here, and the credential api_key {error}") from None
-    if login.enabled and not config.keys:
-        line = where.get(("authentication", "api_key")) or where.get(("authentication",)) or 1
-        raise ConfigError(line, "authentication.api_key is missing; set one, such as from: openssl rand -hex 32")
+        faults += wrong
+    try:
+        config.keys = keys_in_force(config.authentication, credential, where)
+    except ConfigError as error:
+        faults.append(error)
+    if faults:
+        first, *others = sorted(faults, key=lambda fault: fault.line)
+        raise ConfigError(first.line, first.text, others)
     if not config.proxmox.max_commands:
         config.proxmox.max_commands = max(4, 2 * (os.cpu_count() or 1))
     return config
 
 
-def refuse_unknown(given, known, where, path):
-    for key in given:
-        if key not in known:
-            name = ".".join(path + (key,))
-            raise ConfigError(where[path + (key,)], f"unknown key '{name}'; known here: {', '.join(known)}")
+def read_section(section, given, where):
+    """What a file has under a section -> (its values, None for a wrong one; its ConfigErrors)."""
+    settings, values = SETTINGS[section], SimpleNamespace()
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        fault = ConfigError(where[(section,)], f"{section} must hold: " + ", ".join(settings))
+        return SimpleNamespace(**dict.fromkeys(settings)), [fault]
+    faults = unknown_keys(given, settings, where, (section,))
+    for key, (default, check) in settings.items():
+        try:
+            setattr(values, key, check(given.get(key, default)))
+        except ValueError as error:
+            setattr(values, key, None)
+            faults.append(ConfigError(where[section, key], f"{section}.{key} {error}"))
+    return values, faults
+
+
+def unknown_keys(given, known, where, path):
+    """The ConfigErrors for the keys of a mapping that are not among the known ones."""
+    listed = ", ".join(known)
+    return [ConfigError(where[path + (key,)],
+                        f"unknown key '{'.'.join(path + (key,))}'; known here: {listed}")
+            for key in given if key not in known]
+
+
+def keys_in_force(login, credential, where):
+    """The `authentication` section -> the API keys that are valid, or ConfigError.
+
+    Of a section in which something is wrong already (None) nothing more is said.
+    """
+    if None in (login.enabled, login.api_key, login.api_keys):
+        return []
+    keys = [key for key in [login.api_key, *login.api_keys] if key]
+    if credential and not keys:
+        try:
+            keys = [api_key(credential)]
+        except ValueError as error:
+            raise ConfigError(1, f"no key here, and the credential api_key {error}") from None
+    if login.enabled and not keys:
+        line = where.get(("authentication", "api_key")) or where.get(("authentication",)) or 1
+        raise ConfigError(line, "authentication.api_key is missing; "
+                                "set one, such as from: openssl rand -hex 32")
+    return keys
 
 
 def read_config(path):
-    """A configuration file -> its settings; an error's text names the file and the line."""
+    """A configuration file -> its settings; an error's text names file and line of each fault."""
     try:
         with open(path, "rb") as file:
             raw = file.read()
@@ -556,7 +586,8 @@ def read_config(path):
         line = raw.count(b"\n", 0, error.start) + 1
         raise ConfigError(line, f"{path}:{line}: this is not UTF-8") from None
     except ConfigError as error:
-        raise ConfigError(error.line, f"{path}:{error.line}: {error.text}") from None
+        told = [f"{path}:{each.line}: {each.text}" for each in (error, *error.others)]
+        raise ConfigError(error.line, "\n".join(told)) from None
 
 
 def read_credential():
@@ -4170,8 +4201,9 @@ def reload(server, path):
     try:
         config = read_config(path)
     except ConfigError as error:
-        complain(f"not reloaded, the old settings stay: {error.text}")
-        log.error("not reloaded, the old settings stay: %s", error.text)
+        for told in error.text.split("\n"):
+            complain(f"not reloaded, the old settings stay: {told}")
+            log.error("not reloaded, the old settings stay: %s", told)
     else:
         point_logs(config.logging, config.keys)
         server.api.configure(config)

@@ -1289,6 +1289,43 @@ def test_a_bad_configuration_stops_the_start_with_file_and_line(tmp_path, docume
     assert "0123456789abcdef" not in said and "short-key" not in said
 
 
+MANY_FAULTS = """\
+sever: 1
+server:
+  port: 0
+  prot: 5000
+authentication:
+  api_key: "short-key"
+rate_limiting: [5]
+containers:
+  protected: [1]
+lxc:
+  node: "proxmox"
+"""
+ALL_FAULTS = [
+    "1: unknown key 'sever'; known here: " + ", ".join(module.SETTINGS),
+    "3: server.port must be an integer between 1 and 65535",
+    "4: unknown key 'server.prot'; known here: " + ", ".join(module.SETTINGS["server"]),
+    "6: authentication.api_key must be at least 16 visible ASCII characters without spaces, "
+    "such as from: openssl rand -hex 32",
+    "7: rate_limiting must hold: enabled, max_requests_per_minute, time_window_seconds",
+    "9: containers.protected must be a list of container ids, such as [100, 101]",
+    "10: unknown key 'lxc'; known here: " + ", ".join(module.SETTINGS),
+]
+
+
+def test_all_that_is_wrong_with_keys_and_values_is_told_in_one_run(tmp_path):
+    path = tmp_path / "api.yaml"
+    said = "".join(f"{path}:{fault}\n" for fault in ALL_FAULTS)
+    assert check_config(tmp_path, MANY_FAULTS) == (78, said)
+    no_key = "server:\n  port: 0\nauthentication:\n  apikey: 1\n"
+    assert [line.partition(";")[0] for line in check_config(tmp_path, no_key)[1].splitlines()] == [
+        f"{path}:2: server.port must be an integer between 1 and 65535",
+        f"{path}:3: authentication.api_key is missing",
+        f"{path}:4: unknown key 'authentication.apikey'"]
+    assert check_config(tmp_path, "a: 1\nb: [\nc: 1\n")[1].count("\n") == 1
+
+
 def test_a_good_configuration_passes_and_a_bad_or_missing_one_stops_the_start(tmp_path):
     bad = GOOD_KEY + "server:\n  prot: 5000\n"
     said = f"{tmp_path}/api.yaml:4: unknown key 'server.prot'; known here: host, port, trusted_proxies, max_connections\n"
@@ -5048,6 +5085,16 @@ def test_a_bad_file_is_not_taken_over_and_said_with_its_line(api, host):
     text = f"not reloaded, the old settings stay: {path}:3: unknown key 'server.prot'"
     wait_until(lambda: text in api.log("error"))
     assert text in api.said() and api.get("/routes").status == 200
+
+
+def test_a_reload_that_is_refused_logs_all_that_is_wrong(api, host):
+    path = host.root / "api.yaml"
+    path.write_text(MANY_FAULTS)
+    api.process.send_signal(signal.SIGHUP)
+    said = [f"not reloaded, the old settings stay: {path}:{fault}" for fault in ALL_FAULTS]
+    wait_until(lambda: api.log("error").count("\n") == len(said))
+    assert [line.split(" ERROR ")[1] for line in api.log("error").splitlines()] == said
+    assert [line for line in api.said().splitlines() if "not reloaded" in line] == said
 
 
 def test_a_key_may_come_as_a_credential(host, launch, tmp_path):
