@@ -152,10 +152,47 @@ same_but_key() {
     [ "$(sed 's/^\( *api_key:\).*/\1/' "$1")" = "$(sed 's/^\( *api_key:\).*/\1/' "$2")" ]
 }
 
+# rotated_by LOG: the file by which logrotate rotates a log already, other than ours.
+rotated_by() {
+    for file in "$DESTDIR/etc/logrotate.conf" "$DESTDIR${LOGROTATE%/*}"/*; do
+        case $file in "$DESTDIR$LOGROTATE" | "$DESTDIR$LOGROTATE.tmp") continue ;; esac
+        [ -f "$file" ] || continue
+        if rotated_paths "$file" | while read -r path; do
+            # Unquoted, for the path may be a pattern, such as /var/log/autoscaleapi*.log.
+            # shellcheck disable=SC2254
+            case $1 in $path) echo yes ;; esac
+        done | grep -q yes; then
+            printf '%s\n' "$file"
+            return
+        fi
+    done
+}
+
+# rotated_paths FILE: the paths that a logrotate file names, one a line, without those in its scripts.
+rotated_paths() {
+    sed -E '/^[[:space:]]*#/d
+        /^[[:space:]]*(pre|post)rotate|^[[:space:]]*(first|last)action|^[[:space:]]*preremove/,/^[[:space:]]*endscript/d' "$1" |
+        tr -s '[:space:]"{}' '\n' | grep '^/' || true
+}
+
+# logrotate refuses a log that two files name, and then skips our file as a whole.
 install_logrotate() {
+    logs=""
+    for log in $LOGS; do
+        other=$(rotated_by "$log")
+        if [ -z "$other" ]; then
+            logs="$logs$log "
+        else
+            say "left the rotation of $log to $other, which names it already"
+        fi
+    done
+    if [ -z "$logs" ]; then
+        rm -f "$DESTDIR$LOGROTATE"
+        return
+    fi
     rotate=$(mktemp)
     cat >"$rotate" <<END
-$LOGS {
+$logs{
     weekly
     rotate 8
     compress
@@ -191,6 +228,15 @@ with_credential() {
     CREDENTIALS_DIRECTORY=$folder "$@" || status=$?
     rm -rf "$folder"
     return "$status"
+}
+
+# The Flask service of lxc_autoscale_ml keeps its configuration at the same path, in other sections.
+refuse_old_config() {
+    grep -qsE '^["'\'']?(lxc|error_handling|gunicorn)["'\'']?[[:space:]]*:' "$DESTDIR$CONFIG" || return 0
+    fail "nothing was changed; $DESTDIR$CONFIG is that of lxc_autoscale_ml's Flask service, which has other settings. What to do:
+  1. mv $DESTDIR$CONFIG $DESTDIR$CONFIG.flask
+  2. run install.sh again, which installs a configuration of its own with a new key
+  3. carry over host, port, limits and, if it has at least 16 characters, the key; then: systemctl restart $NAME"
 }
 
 # The configuration that is there must suit the version that is about to be installed.
@@ -301,6 +347,7 @@ main() {
     case "${1:-}" in
     "")
         require_host
+        refuse_old_config
         check_config
         install_files
         install_config

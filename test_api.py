@@ -5382,6 +5382,123 @@ def test_a_module_that_cannot_run_here_is_told_as_that(tmp_path, change, says, f
     assert [path for path in folder.rglob("*") if path.is_file()] == ([] if first else [folder / CONFIG_PATH])
 
 
+# The configuration of the Flask service that had this name, as its project ships it, without most comments.
+FLASK_CONFIG = """\
+server:
+  host: "0.0.0.0"
+  port: 5000
+lxc:
+  node: "proxmox"
+  verify_ssl: false  # Not applicable since we are using local commands
+  default_storage: "local-lvm"
+  timeout_seconds: 10
+  max_retries: 3
+rate_limiting:
+  enabled: true
+  max_requests_per_minute: 120
+  time_window_seconds: 60
+authentication:
+  enabled: false
+  api_keys: []
+    # Example:
+    # - "a1b2c3d4e5f6g7h8i9j0k1l2m3n4o5p6q7r8s9t0u1v2w3x4y5z6"
+logging:
+  level: "INFO"
+  rotate: true
+  max_log_size_mb: 100
+  backup_count: 5
+  log_format: "%(asctime)s - %(name)s - %(levelname)s - %(message)s"
+  access_log_file: "access.log"
+  error_log_file: "error.log"
+error_handling:
+  show_stack_traces: false
+  notification_recipients:
+    # Email address to receive notifications.
+    - "your-email@inbox.com"
+gunicorn:
+  workers: 2
+  access_log_file: "/var/log/lxc_autoscale_api_access.log"
+  error_log_file: "/var/log/lxc_autoscale_api_error.log"
+"""
+
+
+@pytest.mark.parametrize("document", [
+    FLASK_CONFIG, FLASK_CONFIG.replace("\n", "\r\n"), "---\nlxc:\n  node: pve\n", "'gunicorn' :\n  workers: 2\n",
+    "error_handling: {}\nrate_limiting:\n\tenabled: true\n"])
+def test_the_flask_service_s_configuration_is_recognised_and_nothing_changed(tmp_path, document):
+    config = tmp_path / CONFIG_PATH
+    config.parent.mkdir(parents=True)
+    config.write_bytes(document.encode())
+    done = install(tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    verdict, *steps = done.stderr.splitlines()
+    assert verdict.startswith(f"install.sh: nothing was changed; {config} is that of lxc_autoscale_ml's Flask service")
+    assert steps == [
+        f"  1. mv {config} {config}.flask",
+        "  2. run install.sh again, which installs a configuration of its own with a new key",
+        "  3. carry over host, port, limits and, if it has at least 16 characters, the key; "
+        "then: systemctl restart lxc_autoscale_api"]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [config]
+    assert config.read_bytes() == document.encode()
+
+
+def test_what_is_wrong_with_the_flask_service_s_configuration_is_told_in_one_run(tmp_path):
+    code, said = check_config(tmp_path, FLASK_CONFIG)
+    assert code == 78
+    assert re.findall(r"unknown key '(.*?)'", said) == [
+        "lxc", "logging.level", "logging.rotate", "logging.max_log_size_mb", "logging.backup_count",
+        "logging.log_format", "logging.access_log_file", "logging.error_log_file", "error_handling", "gunicorn"]
+    assert said.count("\n") == 10
+
+
+def test_after_the_three_steps_the_new_daemon_runs_beside_the_old_folder(installed):
+    folder, run, port = installed
+    old = folder / "usr/local/bin/lxc_autoscale_api/lxc_autoscale_api.py"
+    old.parent.mkdir(parents=True)
+    old.write_text("raise SystemExit('the Flask service')\n")
+    config = folder / CONFIG_PATH
+    ours = config.read_text()
+    config.write_text(FLASK_CONFIG)
+    assert run().returncode == 1
+    config.rename(f"{config}.flask")
+    config.write_text(ours)                         # what the second step installs, on a free port
+    done = run()
+    assert done.returncode == 0 and "it is healthy" in done.stdout
+    assert printed_key(done) == KEY and old.exists()
+
+
+# What the Flask service's documentation tells its users to put under /etc/logrotate.d.
+FLASK_LOGROTATE = """\
+/var/log/autoscaleapi*.log {
+    daily
+    rotate 7
+    postrotate
+        systemctl reload lxc_autoscale_api.service > /dev/null 2>&1 || true
+    endscript
+}
+"""
+
+
+@pytest.mark.parametrize("path, text, left", [
+    ("logrotate.d/autoscale", FLASK_LOGROTATE, ["", "_access", "_error"]),
+    ("logrotate.d/autoscale", '"/var/log/autoscaleapi.log" /var/log/x.log {\n}\n', [""]),
+    ("logrotate.d/zz", "/var/log/x.log\n/var/log/autoscaleapi_*.log\n{\n  daily\n}\n", ["_access", "_error"]),
+    ("logrotate.conf", "weekly\n/var/log/autoscaleapi_error.log{\n}\n", ["_error"]),
+    ("logrotate.d/other", "# /var/log/autoscaleapi.log {\n/var/log/lxc_autoscale_api.log {\n  postrotate\n"
+                          "    rm /var/log/autoscaleapi.log\n  endscript\n}\n", []),
+])
+def test_no_log_is_named_by_two_logrotate_files(tmp_path, path, text, left):
+    other, ours = tmp_path / "etc" / path, tmp_path / LOGROTATE_PATH
+    assert install(tmp_path).returncode == 0
+    other.write_text(text)
+    done = install(tmp_path)
+    said = [f"left the rotation of /var/log/autoscaleapi{name}.log to {other}, which names it already" for name in left]
+    assert done.returncode == 0 and [line for line in done.stdout.splitlines() if line.startswith("left")] == said
+    named = re.findall(r"/var/log/\S+", ours.read_text()) if ours.exists() else []
+    assert named == [f"/var/log/autoscaleapi{name}.log" for name in ("", "_access", "_error") if name not in left]
+    assert other.read_text() == text
+
+
 def test_an_uninstallation_keeps_what_is_the_administrators_and_a_purge_does_not(tmp_path):
     install(tmp_path)
     log = tmp_path / "var/log/autoscaleapi.log"
