@@ -607,7 +607,7 @@ REQUIRED = object()                         # instead of a default
 class Integer:
     """A whole number, as a JSON number or as a string of ASCII digits."""
 
-    def __init__(self, name, low, high, also=None, default=REQUIRED):
+    def __init__(self, name, low, high, also=(), default=REQUIRED):
         self.name, self.also, self.low, self.high, self.default = name, also, low, high, default
         self.rule = f"must be an integer between {low} and {high}"
 
@@ -626,7 +626,7 @@ class Name:
     """A text of ASCII letters, digits and a few marks that cannot be taken for an option."""
     default = REQUIRED
 
-    def __init__(self, name, marks, longest, also=None):
+    def __init__(self, name, marks, longest, also=()):
         self.name, self.also, self.marks, self.longest = name, also, marks, longest
         self.pattern = re.compile(rf"(?!-)[A-Za-z0-9{re.escape(marks)}]{{1,{longest}}}")
         self.rule = (f"must be 1 to {longest} letters, digits or {' '.join(marks)} (ASCII), and must not start with -")
@@ -645,7 +645,7 @@ class Name:
 
 class Flag:
     """An optional JSON boolean; None where it is not given."""
-    also = default = None
+    also, default = (), None
     rule = "must be true or false (a JSON boolean)"
 
     def __init__(self, name):
@@ -662,7 +662,7 @@ class Flag:
 
 class Text:
     """An optional text of which check(text) says whether it is taken; `default` where it is not given."""
-    also = None
+    also = ()
 
     def __init__(self, name, check, rule, default=None, **schema):
         self.name, self.check, self.rule, self.default = name, check, rule, default
@@ -679,7 +679,7 @@ class Text:
 
 class Size:
     """An optional number of GB, as a JSON number or as a string of digits."""
-    also = default = None
+    also, default = (), None
     rule = "must be a number of GB, as the container's configuration tells it"
 
     def __init__(self, name):
@@ -713,9 +713,9 @@ def matches(pattern):
     return re.compile(pattern).fullmatch
 
 
-VM_ID = Integer("vm_id", 100, 999999, also="lxc_id")
-NEW_VM_ID = Integer("new_vm_id", 100, 999999, also="new_lxc_id")
-NEW_VM_NAME = Name("new_vm_name", "_.-", 63, also="new_lxc_name")
+VM_ID = Integer("vm_id", 100, 999999, also=("lxc_id", "container_id"))
+NEW_VM_ID = Integer("new_vm_id", 100, 999999, also=("new_lxc_id",))
+NEW_VM_NAME = Name("new_vm_name", "_.-", 63, also=("new_lxc_name", "hostname"))
 CORES = Integer("cores", 1, 128)
 MEMORY = Integer("memory", 64, 1048576)
 DISK_SIZE = Integer("disk_size", 1, 16384)  # what ext4 holds by default; more breaks the file system
@@ -733,16 +733,16 @@ TIMEOUT = Integer("timeout", 1, 3600, default=60)
 DESCRIPTION = Text("description", is_description,
                    "must be at most 1024 characters, without control characters but line ends", maxLength=1024)
 OPERATION = Text("id", matches(r"[0-9a-f]{16}"), "must be 16 hexadecimal digits", pattern="^[0-9a-f]{16}$")
-ANY_VM_ID = Integer("vm_id", 100, 999999, also="lxc_id", default=None)
+ANY_VM_ID = Integer("vm_id", 100, 999999, also=("lxc_id", "container_id"), default=None)
 
 
 def parse_parameters(parameters, pairs):
     """What a client sent, as (name, value) pairs -> {name: value} for all `parameters`, or Problem.
 
-    Both spellings of a name are taken, even together if they say the same.
+    Each spelling of a name is taken, even several together if they say the same.
     """
-    spellings = {name: each for each in parameters for name in (each.name, each.also) if name}
-    values, seen = {}, set()
+    spellings = {name: each for each in parameters for name in (each.name, *each.also)}
+    values, seen = {}, {}
     for name, value in pairs:
         if name not in spellings:
             shown = f" '{name}'" if re.fullmatch(r"[A-Za-z_]{1,32}", name) else ""
@@ -750,14 +750,14 @@ def parse_parameters(parameters, pairs):
             raise Problem(400, f"Unknown parameter{shown}; this endpoint takes: {takes}")
         if name in seen:
             raise Problem(400, f"Invalid {name}: must be given once")
-        seen.add(name)
-        parameter = spellings[name]
+        parameter = seen[name] = spellings[name]
         try:
             value = parameter.parse(value)
         except ValueError as error:
             raise Problem(400, f"Invalid {name}: {error}") from None
         if values.setdefault(parameter.name, value) != value:
-            raise Problem(400, f"Invalid {name}: {parameter.name} and {parameter.also} must not differ")
+            other = next(before for before in seen if seen[before] is parameter)
+            raise Problem(400, f"Invalid {name}: {other} and {name} must not differ")
     for parameter in parameters:
         if parameter.name not in values and parameter.default is REQUIRED:
             raise Problem(400, f"Missing {parameter.name}: {parameter.rule}")
@@ -3161,14 +3161,16 @@ def show_openapi(api):
     return Answer(200, openapi())
 
 
-class Route(namedtuple("Route", "method path handler parameters summary changes limit scaling key limited also shared",
-                      defaults=[(), "change_timeout_seconds", (), True, True, "", None])):
+class Route(namedtuple("Route", "method path handler parameters summary changes limit scaling key limited also shared "
+                      "monitored", defaults=[(), "change_timeout_seconds", (), True, True, "", None, False])):
     """One endpoint.
 
     `changes` names the parameters whose containers it changes, `limit` the setting of its
     time, `scaling` its metrics labels (resource, action); `key` and `limited` say whether
     a key is needed and the rate is limited, `also` is its other path, and shared(api), if given,
     tells whether an answer costs much now, so that all who ask at the same time share one.
+    `monitored` says that its query means nothing, for monitors add things to the addresses
+    they ask.
     """
 
 
@@ -3179,9 +3181,9 @@ def always(api):
 LONG_LIMIT = "long_change_timeout_seconds"
 ROUTES = (
     Route("GET", "/health/check", check_health, (), "Whether Proxmox's commands work.", key=False,
-          shared=lambda api: api.host.must_probe()),
+          shared=lambda api: api.host.must_probe(), monitored=True),
     Route("GET", "/metrics", show_metrics, (), "Metrics for Prometheus.", key=False, limited=False,
-          shared=always),
+          shared=always, monitored=True),
     Route("GET", "/routes", list_routes, (), "This list."),
     Route("GET", "/openapi.json", show_openapi, (), "This API's description in OpenAPI 3.1."),
     Route("POST", "/scale/cores", set_cores, (VM_ID, CORES), "Set a container's number of CPU cores.",
@@ -3291,7 +3293,8 @@ def describe_route(path, route):
 
 
 def describe_parameter(parameter):
-    return parameter.rule + (f"; {parameter.also} is the same" if parameter.also else "")
+    others = " or ".join(parameter.also)
+    return parameter.rule + (f"; may also be called {others}" if others else "")
 
 
 # From a request to an answer
@@ -3329,12 +3332,12 @@ class Api:
             log.exception("internal error in %s %s", request.method, loggable_path(request.path))
             answer = internal_error(error).answer(changing=request.method in CHANGING)
         status = answer.status if answer else CLIENT_LEFT
-        self.count(request.method, route, status, time.perf_counter() - started)
+        endpoint = request.path if route else "unknown"
+        self.count(request.method, endpoint, status, time.perf_counter() - started)
         return answer.with_headers(headers) if headers and answer else answer
 
-    def count(self, method, route, status, seconds):
+    def count(self, method, endpoint, status, seconds):
         method = method if method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS") else "other"
-        endpoint = route.path if route else "unknown"
         self.metrics.add("lxc_autoscale_api_requests_total", method, endpoint, str(status))
         self.metrics.observe("lxc_autoscale_api_request_duration_seconds", seconds, method, endpoint)
 
@@ -3349,6 +3352,8 @@ class Api:
         if request.method != route.method and (request.method, route.method) != ("HEAD", "GET"):
             allowed = allowed_methods(route)
             raise Problem(405, f"Wrong method; {request.path} takes {allowed}", {"Allow": allowed})
+        if route.monitored:
+            query = []
         if isinstance(query, ValueError):
             raise Problem(400, f"Invalid query: {query}")
         if route.method == "GET":
@@ -3581,7 +3586,7 @@ class Handler(BaseHTTPRequestHandler):
             request = self.read_request()
         except Problem as problem:
             self.linger, self.client.address = True, self.peer
-            self.server.api.count("other", None, problem.status, 0)
+            self.server.api.count("other", "unknown", problem.status, 0)
             return self.respond(problem.answer(self.method in CHANGING), "-", "-", 0)
         except (Gone, OSError):
             return None

@@ -1402,9 +1402,11 @@ def test_bounds_are_named_in_the_refusal(steady, path, name, low, high):
 @pytest.mark.parametrize("body, says", [
     ({"vm_id": 104}, "Missing cores: must be an integer between 1 and 128"),
     ({"cores": 4}, "Missing vm_id: must be an integer between 100 and 999999"),
-    ({"vm_id": 104, "cores": 4, "corse": 4}, "Unknown parameter 'corse'; this endpoint takes: vm_id, lxc_id, cores"),
-    ({"vm_id": 104, "cores": 4, "api_key": "x"}, "Unknown parameter 'api_key'; this endpoint takes: vm_id, lxc_id, cores"),
+    ({"vm_id": 104, "cores": 4, "corse": 4}, "Unknown parameter 'corse'; this endpoint takes: vm_id, lxc_id, container_id, cores"),
+    ({"vm_id": 104, "cores": 4, "api_key": "x"}, "Unknown parameter 'api_key'; this endpoint takes: vm_id, lxc_id, container_id, cores"),
     ({"vm_id": 104, "lxc_id": 105, "cores": 4}, "Invalid lxc_id: vm_id and lxc_id must not differ"),
+    ({"container_id": 104, "vm_id": 104, "lxc_id": 105, "cores": 4}, "Invalid lxc_id: container_id and lxc_id must not differ"),
+    ({"lxc_id": 104, "cores": 4, "container_id": 105}, "Invalid container_id: lxc_id and container_id must not differ"),
     ({"lxc_id": 5, "cores": 4}, "Invalid lxc_id: must be an integer between 100 and 999999"),
     ('{"vm_id": 104, "vm_id": 104, "cores": 4}', "Invalid vm_id: must be given once"),
     ("[1]", 'Invalid JSON: must be an object, such as {"vm_id": 104}'),
@@ -1415,7 +1417,7 @@ def test_bounds_are_named_in_the_refusal(steady, path, name, low, high):
     ("[" * 60000, 'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}'),
     ('{"vm_id": ' + "1" * 10000 + ', "cores": 4}', "Invalid vm_id: must be an integer between 100 and 999999"),
     ('{"vm_id": 104, "cores": "\\ud800"}', "Invalid cores: must be an integer between 1 and 128"),
-    ('{"\\ud800": 104}', "Unknown parameter; this endpoint takes: vm_id, lxc_id, cores"),
+    ('{"\\ud800": 104}', "Unknown parameter; this endpoint takes: vm_id, lxc_id, container_id, cores"),
 ])
 def test_a_bad_body_is_refused_by_its_rule(steady, body, says):
     reply = steady.post("/scale/cores", body, headers={"Content-Type": "application/json"})
@@ -1426,7 +1428,7 @@ def test_a_bad_body_is_refused_by_its_rule(steady, body, says):
     ("", "Missing vm_id: must be an integer between 100 and 999999"),
     ("?vm_id=", "Invalid vm_id: must be an integer between 100 and 999999"),
     ("?vm_id=104&vm_id=104", "Invalid vm_id: must be given once"),
-    ("?vm_id=104&x=1", "Unknown parameter 'x'; this endpoint takes: vm_id, lxc_id"),
+    ("?vm_id=104&x=1", "Unknown parameter 'x'; this endpoint takes: vm_id, lxc_id, container_id"),
     ("?vm_id=%ff", "Invalid query: not percent-encoded UTF-8"),
     ("?vm_id=%zz", "Invalid query: a % that is not followed by two hexadecimal digits"),
     ("?vm_id=104%00", "Invalid vm_id: must be an integer between 100 and 999999"),
@@ -1435,6 +1437,16 @@ def test_a_bad_body_is_refused_by_its_rule(steady, body, says):
 def test_a_bad_query_is_refused_by_its_rule(steady, query, says):
     reply = steady.get("/resource/vm/config" + query)
     assert (reply.status, reply.body) == (400, error(says))
+
+
+@pytest.mark.parametrize("query", ["_=1732400000", "vm_id=104", "vm_id=104&vm_id=x", "api_key=wrong", "a=%zz", "a=%ff", "&".join(["a"] * 200)])
+def test_what_monitors_add_to_an_address_is_ignored(steady, query):
+    reply = steady.get(f"/health/check?{query}", key=None)
+    assert (reply.status, reply.body["status"]) == (200, "healthy")
+    reply = steady.get(f"/metrics?{query}", key=None)
+    assert reply.status == 200 and reply.body.startswith("# HELP lxc_autoscale_api_build_info ")
+    assert steady.request("OPTIONS", f"/metrics?{query}", key=None).status == 204
+    assert steady.get(f"/routes?_=1&{query}").status == 400
 
 
 def test_parameters_come_from_one_place_only(steady):
@@ -2399,14 +2411,18 @@ def test_cores_and_memory_are_set(api, host):
     assert host.calls() == ["pct set 104 --cores 4", "pct set 104 --memory 4096"]
 
 
-def test_both_spellings_work_and_may_come_together(api, host):
-    assert api.post("/scale/cores", {"lxc_id": 104, "cores": 3}).status == 200
-    assert api.post("/scale/cores", {"vm_id": "104", "lxc_id": 104, "cores": 3}).status == 200
+def test_all_spellings_work_and_may_come_together(api, host):
+    assert api.post("/scale/cores", {"lxc_id": 104, "cores": 2}).status == 200
+    assert api.post("/scale/cores", {"container_id": "104", "cores": 4}).status == 200
+    assert api.post("/scale/cores", {"vm_id": "104", "lxc_id": 104, "container_id": "0104", "cores": 3}).status == 200
+    assert api.get("/resource/vm/config?container_id=104").body["data"]["cores"] == 3
     for path in ("/resource/vm/config?lxc_id=104", "/resource/lxc/config?vm_id=104", "/resource/lxc/config?vm_id=104&lxc_id=104"):
         assert api.get(path).body["data"]["cores"] == 3
     assert api.get("/resource/lxc/status?lxc_id=104").body["data"]["name"] == "web-01"
     reply = api.post("/clone/create", {"lxc_id": 106, "new_lxc_id": 105, "new_lxc_name": "test_clone"})
     assert reply.body == ok("Cloned VM 106 to new VM 105 (test_clone)")
+    reply = api.post("/clone/create", {"container_id": 106, "new_lxc_id": 108, "new_lxc_name": "c", "hostname": "c"})
+    assert reply.body == ok("Cloned VM 106 to new VM 108 (c)")
 
 
 def test_storage_grows_by_what_was_asked(api, host):
@@ -2872,6 +2888,9 @@ def test_scaling_and_requests_are_counted(api, host):
     host.faults(set={"exit": 255, "stderr": "CT is locked (backup)\n"})
     api.post("/scale/ram", {"vm_id": 104, "memory": 4096})
     api.get("/nowhere/" + "x" * 50)
+    api.get("/resource/lxc/list")
+    api.get("/resource/vm/list")
+    api.get("/resource/vm/list")
     api.request("BREW", "/routes")
     types, values = parse_exposition(api.get("/metrics").body)
     assert {name: value for name, value in values.items() if "scaling" in name or "cpu_cores" in name or "memory_mb" in name} == {
@@ -2884,6 +2903,9 @@ def test_scaling_and_requests_are_counted(api, host):
         'lxc_autoscale_container_memory_mb{container_id="104"}': 4096, 'lxc_autoscale_container_memory_mb{container_id="106"}': 2048}
     assert values['lxc_autoscale_api_requests_total{method="POST",endpoint="/scale/ram",status="409"}'] == 1
     assert values['lxc_autoscale_api_requests_total{method="GET",endpoint="unknown",status="404"}'] == 1
+    assert [values[f'lxc_autoscale_api_requests_total{{method="GET",endpoint="/resource/{word}/list",status="200"}}']
+            for word in ("lxc", "vm")] == [1, 2]
+    assert values['lxc_autoscale_api_request_duration_seconds_count{method="GET",endpoint="/resource/lxc/list"}'] == 1
     assert values['lxc_autoscale_api_requests_total{method="other",endpoint="/routes",status="405"}'] == 1
     assert values['lxc_autoscale_api_request_duration_seconds_count{method="POST",endpoint="/scale/ram"}'] == 2
     assert types["lxc_autoscale_api_requests_total"] == "counter" and types["lxc_autoscale_api_request_duration_seconds"] == "histogram"
@@ -4963,7 +4985,7 @@ def test_the_description_has_every_route_parameter_and_code(steady):
     cores = document["paths"]["/scale/cores"]["post"]
     assert cores["requestBody"]["content"]["application/json"]["schema"] == {
         "type": "object", "additionalProperties": False, "required": ["vm_id", "cores"], "properties": {
-            "vm_id": {"type": "integer", "minimum": 100, "maximum": 999999, "description": "must be an integer between 100 and 999999; lxc_id is the same"},
+            "vm_id": {"type": "integer", "minimum": 100, "maximum": 999999, "description": "must be an integer between 100 and 999999; may also be called lxc_id or container_id"},
             "cores": {"type": "integer", "minimum": 1, "maximum": 128, "description": "must be an integer between 1 and 128"}}}
     assert set(cores["responses"]) == {"200", *map(str, module.STATUSES)} and cores["security"] == [{"header": []}, {"query": []}]
     name = document["paths"]["/snapshot/create"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]["snapshot_name"]
