@@ -876,9 +876,20 @@ def processors(values):
     return os.cpu_count() if limit == 0 else limit
 
 
+def marks(values):
+    """A container's {key: text}, or what `pct` tells of it -> (lock or None, template, tags).
+
+    What is not there has Proxmox's default. Tags may be separated by what PVE::ParseUtils,
+    split_list, takes.
+    """
+    tags = re.split(r"[,;\s\0]+", values["tags"]) if values.get("tags") else []
+    return values.get("lock") or None, str(values.get("template")) == "1", list(filter(None, tags))
+
+
+PRESSURES = ("cpu", "memory", "io")        # what something may wait for
 STATUS_NUMBERS = frozenset((
     "cpus", "disk", "diskread", "diskwrite", "maxdisk", "maxmem", "maxswap", "mem", "netin",
-    "netout", "pid", "swap", "uptime", "vmid"))
+    "netout", "pid", "swap", "uptime", "vmid", *(f"pressure{name}some" for name in PRESSURES)))
 
 
 def parse_status(document):
@@ -896,7 +907,8 @@ def parse_status(document):
 
 def number(value, digits=19):
     """The text of a whole number, of at most so many digits -> int, else None."""
-    return int(value) if value and len(value) <= digits and re.fullmatch(r"[0-9]+", value) else None
+    known = value and len(value) <= digits and value.isascii() and value.isdigit()
+    return int(value) if known else None
 
 
 def decimal(value):
@@ -1000,16 +1012,32 @@ def in_order(rows):
              "parent": parent} for name, taken, description, parent in sorted(rows, key=lambda row: (row[1] or 0, row[0]))]
 
 
-def parse_net_dev(document, vm_id):
-    """/proc/net/dev -> (bytes in, bytes out) of a container, seen from inside, or (None, None).
+NET_DEV = re.compile(r"^ *veth(\d{3,9})i\d+: *(\d{1,20})(?: +\d{1,20}){7} +(\d{1,20})", re.MULTILINE)
+
+
+def parse_net_dev(document):
+    """/proc/net/dev -> {container's id: (bytes in, bytes out)}, seen from inside the container.
 
     The host's side of each of its interfaces is vethIDiN, and what that one sends comes in.
     """
-    row = rf"^ *veth{vm_id}i\d+: *(\d{{1,20}})(?: +\d{{1,20}}){{7}} +(\d{{1,20}})"
-    rows = re.findall(row, document, re.MULTILINE)
-    if not rows:
-        return None, None
-    return sum(int(sent) for _, sent in rows), sum(int(received) for received, _ in rows)
+    traffic = {}
+    for vm_id, received, sent in NET_DEV.findall(document):
+        came, went = traffic.get(int(vm_id), (0, 0))
+        traffic[int(vm_id)] = came + int(sent), went + int(received)
+    return traffic
+
+
+PRESSURE = re.compile(r"some avg10=(\S{1,9}) avg60=\S{1,9} avg300=\S{1,9} total=([0-9]{1,19})\n")
+
+
+def parse_pressure(text):
+    """A cgroup's cpu.pressure, memory.pressure or io.pressure -> what something waited there, or Nones.
+
+    That is (percent of the last 10 s, seconds in all); the kernel counts the latter in
+    microseconds (its Documentation/accounting/psi.rst).
+    """
+    match = PRESSURE.match(text or "")
+    return (decimal(match[1]), int(match[2]) / 1e6) if match else (None, None)
 
 
 def option(value, name):
@@ -1823,11 +1851,13 @@ def internal_error(error):
 CONTAINER_USAGE = (                         # metric, key of Proxmox.usage
     ("cpu_seconds_total", "cpu"), ("memory_usage_bytes", "memory"), ("disk_read_bytes_total", "disk_read"),
     ("disk_write_bytes_total", "disk_write"), ("oom_kills_total", "oom_kills"), ("pids", "pids"),
+    ("swap_usage_bytes", "swap"), ("memory_shared_bytes", "shared"),
 )
 ONE_NUMBER = r"\A(\S+)\n"                  # with its line's end, for half a number is none
 
 
-NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ESRCH, errno.ENODEV)   # the last: of a cgroup that has just gone
+# ENODEV is said of a cgroup that has just gone, EOPNOTSUPP of a pressure that the kernel does not measure.
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ESRCH, errno.ENODEV, errno.EOPNOTSUPP)
 
 
 def read_text(path):
@@ -1922,9 +1952,11 @@ def busy_meter(clock):
     return share
 
 
-def listed_container(vm_id, node, name, status, cores, memory, uptime):
+def listed_container(vm_id, node, name, status, cores, memory, uptime, onboot, marked):
+    lock, template, tags = marked
     return {"vm_id": vm_id, "lxc_id": vm_id, "node": node, "name": name, "status": status, "cores": cores,
-            "memory": memory, "uptime": uptime}
+            "memory": memory, "uptime": uptime, "lock": lock, "template": template, "onboot": onboot,
+            "tags": tags}
 
 
 class Proxmox:
@@ -2118,12 +2150,17 @@ class Proxmox:
         if not node and values.get("pid") and "disk" not in values:
             values["disk"] = self.disk_used(values["pid"])
         get, stopped = values.get, values.get("status") == "stopped"
+        lock, template, tags = marks(values)
+        pressure = {name: get(f"pressure{name}some") for name in PRESSURES}
         return {
             "vm_id": vm_id, "lxc_id": vm_id, "node": node.name if node else self.node_name(),
             "name": get("name"), "status": get("status"),
+            "lock": lock, "template": template, "tags": tags,
             "cpu": get("cpus"), "cpu_usage": 0 if stopped else busy(get("cpus")),
             "memory": in_unit(get("maxmem"), MIB), "memory_used": in_unit(get("mem"), MIB),
+            "memory_shared": 0 if stopped else in_unit(get("shared"), MIB),     # of which pct tells nothing
             "swap": in_unit(get("maxswap"), MIB), "swap_used": in_unit(get("swap"), MIB),
+            "pressure": None if set(pressure.values()) == {None} else pressure,
             "disk": in_unit(get("maxdisk"), GIB),
             "disk_used": None if stopped else in_unit(get("disk"), GIB),        # pct says 0, and does not know
             "uptime": get("uptime"), "network_in": get("netin"), "network_out": get("netout"),
@@ -2131,7 +2168,7 @@ class Proxmox:
         }
 
     def read_status(self, vm_id):
-        """The keys of `pct status --verbose`, without a process; None where the files are not there."""
+        """The keys of `pct status --verbose`, and `shared`, without a process; None where the files are not there."""
         document = read_text(self.conf_path(vm_id))
         up, usage = self.up(vm_id), self.usage(vm_id)
         if document is None or not self.has_cgroups() or (up and usage is None):
@@ -2143,14 +2180,19 @@ class Proxmox:
             "name": container_name(vm_id, values), "status": "running" if up else "stopped",
             "cpus": processors(values), "maxmem": memory and memory * MIB,
             "maxswap": swap if swap is None else swap * MIB, "maxdisk": size and size * GIB,
+            **{key: values.get(key) for key in ("lock", "template", "tags")},
         }
         if not up:
             return {**found, **dict.fromkeys(("mem", "swap", "uptime", "netin", "netout", "diskread", "diskwrite"), 0)}
-        netin, netout = parse_net_dev(read_text("/proc/net/dev") or "", vm_id)
-        swapped = read_text(f"{self.cgroup_dir}/lxc/{vm_id}/memory.swap.current")
-        return {**found, "mem": usage["memory"], "swap": find_number(ONE_NUMBER, swapped),
+        netin, netout = self.traffic().get(vm_id, (None, None))
+        return {**found, "mem": usage["memory"], "shared": usage["shared"], "swap": usage["swap"],
                 "pid": pid, "uptime": self.uptime(pid),
+                **{f"pressure{name}some": usage["pressure"][name][0] for name in PRESSURES},
                 "netin": netin, "netout": netout, "diskread": usage["disk_read"], "diskwrite": usage["disk_write"]}
+
+    def traffic(self):
+        """{id: (bytes in, bytes out)} of the containers that run here and have an interface."""
+        return parse_net_dev(read_text("/proc/net/dev") or "")
 
     def disk_used(self, pid):
         """Bytes in use on a container's root disk, seen through its init; None if that disk does not answer."""
@@ -2170,21 +2212,26 @@ class Proxmox:
         return None if used is None else (used / 1e6, time.monotonic())
 
     def usage(self, vm_id):
-        """What the cgroup (v2) of a running container says, in bytes and seconds; None where it does not run."""
+        """What the cgroup (v2) of a running container says, in bytes and seconds; None where it does not run.
+
+        `pressure` has for each of PRESSURES what parse_pressure reads.
+        """
         folder = f"{self.cgroup_dir}/lxc/{vm_id}/"
         cpu, memory = read_text(folder + "cpu.stat"), read_text(folder + "memory.current")
         if cpu is None and memory is None:
             return None
-        cache, disk, events, pids = (
-            read_text(folder + name) for name in ("memory.stat", "io.stat", "memory.events", "pids.current"))
-        used, cached = find_number(ONE_NUMBER, memory), find_number(r"^file (\S+)\n", cache)
+        stat, swap, disk, events, pids = (read_text(folder + name) for name in (
+            "memory.stat", "memory.swap.current", "io.stat", "memory.events", "pids.current"))
+        used, cached = find_number(ONE_NUMBER, memory), find_number(r"^file (\S+)\n", stat)
         seconds = find_number(r"^usage_usec (\S+)\n", cpu)
         return {
             "cpu": seconds and seconds / 1e6,
             "memory": None if None in (used, cached) else max(0, used - cached),    # as pct counts it
+            "shared": find_number(r"^shmem (\S+)\n", stat), "swap": find_number(ONE_NUMBER, swap),
             "disk_read": find_sum("rbytes", disk), "disk_write": find_sum("wbytes", disk),
             "oom_kills": find_number(r"^oom_kill (\S+)\n", events),
             "pids": find_number(ONE_NUMBER, pids),
+            "pressure": {name: parse_pressure(read_text(f"{folder}{name}.pressure")) for name in PRESSURES},
         }
 
     def init_pid(self, vm_id):
@@ -2220,7 +2267,8 @@ class Proxmox:
         found = []
         if not complete:
             found = [listed_container(int(row["vmid"]), own, str(row.get("name") or f"CT{row['vmid']}"), row.get("status"),
-                                      decimal(str(row.get("cpus"))), in_unit(row.get("maxmem"), MIB), row.get("uptime"))
+                                      decimal(str(row.get("cpus"))), in_unit(row.get("maxmem"), MIB), row.get("uptime"),
+                                      None, marks(row))
                      for row in self.ask_json(None, f"/nodes/{own}/lxc")]
         return sorted(found + rows, key=lambda row: row["vm_id"])
 
@@ -2237,7 +2285,7 @@ class Proxmox:
                 status, uptime = self.state(node, vm_id, news)
                 cores, memory, _ = allotted(values)
                 found.append(listed_container(vm_id, node.name if node else own, container_name(vm_id, values), status,
-                                              cores, memory, uptime))
+                                              cores, memory, uptime, values.get("onboot") == "1", marks(values)))
         return found, complete
 
     def state(self, node, vm_id, news):
@@ -2257,16 +2305,23 @@ class Proxmox:
             if value is not None:
                 families["lxc_autoscale_container_" + name][labels] = value
         self.see_that_it_is_mounted()
-        has_cgroups = self.has_cgroups()
+        has_cgroups, traffic = self.has_cgroups(), self.traffic()
         for vm_id, (_, values, _) in self.confs().items():
             label, usage, (cores, memory, _) = str(vm_id), self.usage(vm_id), allotted(values)
+            lock, template, _ = marks(values)
             tell("info", 1, label, container_name(vm_id, values))
-            tell("up", int(usage is not None) if has_cgroups else None, label)
+            tell("up", int(usage is not None) if has_cgroups and not template else None, label)
+            tell("locked", lock and 1, label, lock)
             tell("cpu_cores", cores, label)
             tell("memory_mb", memory, label)
             tell("memory_limit_bytes", memory and memory * MIB, label)
             for name, key in CONTAINER_USAGE if usage else ():
                 tell(name, usage[key], label)
+            for name in PRESSURES if usage else ():
+                tell(f"pressure_{name}_waiting_seconds_total", usage["pressure"][name][1], label)
+            came, went = traffic.get(vm_id, (None, None))
+            tell("network_receive_bytes_total", came, label)
+            tell("network_transmit_bytes_total", went, label)
         return families
 
     def snapshots(self, vm_id):
@@ -2846,7 +2901,9 @@ FAMILIES = {
     "lxc_autoscale_scaling_failures_total": Family(
         "counter", ("container_id", "resource", "reason"), "Scaling actions failed."),
     "lxc_autoscale_container_info": Family("gauge", ("container_id", "name"), "A container and its hostname; always 1."),
-    "lxc_autoscale_container_up": Family("gauge", ONE, "Whether the container runs."),
+    "lxc_autoscale_container_up": Family("gauge", ONE, "Whether the container runs; absent for a template, which cannot."),
+    "lxc_autoscale_container_locked": Family(
+        "gauge", ("container_id", "lock"), "1 while Proxmox holds the container locked, and for what."),
     "lxc_autoscale_container_cpu_cores": Family("gauge", ONE, "CPU cores allotted; absent where there is no limit."),
     "lxc_autoscale_container_memory_mb": Family("gauge", ONE, "Memory allotted, in MB."),
     "lxc_autoscale_container_memory_limit_bytes": Family("gauge", ONE, "Memory allotted."),
@@ -2856,6 +2913,15 @@ FAMILIES = {
     "lxc_autoscale_container_disk_write_bytes_total": Family("counter", ONE, "Bytes written to block devices."),
     "lxc_autoscale_container_oom_kills_total": Family("counter", ONE, "Processes killed for want of memory."),
     "lxc_autoscale_container_pids": Family("gauge", ONE, "Processes and threads."),
+    "lxc_autoscale_container_network_receive_bytes_total": Family(
+        "counter", ONE, "Bytes that the container has received."),
+    "lxc_autoscale_container_network_transmit_bytes_total": Family("counter", ONE, "Bytes that the container has sent."),
+    "lxc_autoscale_container_swap_usage_bytes": Family("gauge", ONE, "Swap used."),
+    "lxc_autoscale_container_memory_shared_bytes": Family(
+        "gauge", ONE, "Memory in tmpfs and shared memory, which the usage does not count and the limit does."),
+    **{f"lxc_autoscale_container_pressure_{name}_waiting_seconds_total": Family(
+        "counter", ONE, f"Time in which some process waited for {what}.")
+       for name, what in (("cpu", "a processor"), ("memory", "memory"), ("io", "a disk"))},
     "process_cpu_seconds_total": Family("counter", (), "Total user and system CPU time spent in seconds."),
     "process_open_fds": Family("gauge", (), "Number of open file descriptors."),
     "process_max_fds": Family("gauge", (), "Maximum number of open file descriptors."),
@@ -2921,15 +2987,16 @@ def process_metrics():
 
 def exposition(name, family, values, value):
     """One series -> its lines; none if a value is no number, for which a whole scrape is refused."""
-    if not all(map(is_number, value if family.kind == "histogram" else [value])):
-        return []
-    labels = [f'{label}="{escape_label(text)}"' for label, text in zip(family.labels, values)]
+    labels = label_pairs(family.labels, values)
     if family.kind != "histogram":
-        return [f"{name}{braces(labels)} {value}"]
+        return [f"{name}{braces(labels)} {value}"] if is_number(value) else []
+    if not all(map(is_number, value)):
+        return []
     lines, total = [], 0
     for bound, count in zip([*family.buckets, "+Inf"], value):
         total += count
-        lines.append(f"{name}_bucket{braces([*labels, f'le={chr(34)}{bound}{chr(34)}'])} {total}")
+        bounded = ",".join(filter(None, [labels, f'le="{bound}"']))
+        lines.append(f"{name}_bucket{braces(bounded)} {total}")
     return [*lines, f"{name}_sum{braces(labels)} {value[-1]}", f"{name}_count{braces(labels)} {total}"]
 
 
@@ -2941,7 +3008,13 @@ def is_number(value):
 
 
 def braces(labels):
-    return "{" + ",".join(labels) + "}" if labels else ""
+    return "{" + labels + "}" if labels else ""
+
+
+@lru_cache(maxsize=4096)
+def label_pairs(names, values):
+    """Labels as they stand in braces; they are kept, for most families of a container have the same."""
+    return ",".join(f'{name}="{escape_label(text)}"' for name, text in zip(names, values))
 
 
 def escape_label(text):

@@ -161,7 +161,10 @@ def start(vm_id):
     folder = ROOT + "/cgroup/lxc/%s" % vm_id
     os.makedirs(folder + ".new/ns/init.scope")
     values = {"cpu.stat": "usage_usec 5000000\nuser_usec 4000000\nsystem_usec 1000000\n", "cpu.max": "max 100000\n",
-              "memory.current": "734003200\n", "memory.stat": "anon 524288000\nfile 209715200\n",
+              "memory.current": "734003200\n", "memory.stat": "anon 524288000\nfile 209715200\nshmem 52428800\n",
+              "cpu.pressure": "some avg10=2.38 avg60=1.64 avg300=0.43 total=1250000\nfull avg10=1.93 avg60=1 avg300=0 total=7\n",
+              "memory.pressure": "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\nfull avg10=0.00 avg60=0 avg300=0 total=0\n",
+              "io.pressure": "some avg10=0.63 avg60=0.31 avg300=0.07 total=2500000\nfull avg10=0.00 avg60=0 avg300=0 total=0\n",
               "memory.swap.current": "0\n", "memory.max": "2147483648\n", "pids.current": "42\n",
               "memory.events": "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\n",
               "io.stat": "253:1 rbytes=1048576 wbytes=2097152 rios=10 wios=20 dbytes=0 dios=0\n",
@@ -279,9 +282,10 @@ def pct_status(vm_id, verbose=None):
               "maxdisk": int(gigabytes(conf["rootfs"]) * 2**30), "maxmem": int(conf.get("memory", 512)) * 2**20,
               "maxswap": int(conf.get("swap", 512)) * 2**20, "mem": 0, "name": conf.get("hostname", "CT" + vm_id), "netin": 0,
               "netout": 0, "status": "running" if up else "stopped", "swap": 0, "type": "lxc", "uptime": 0, "vmid": vm_id}
-    if "lock" in conf:
-        values["lock"] = conf["lock"]
+    values.update({key: conf[key] for key in ("lock", "tags", "template") if key in conf})
     if up:
+        values.update(pressurecpufull="1.93", pressurecpusome="2.38", pressureiofull="0.00", pressureiosome="0.63",
+                      pressurememoryfull="0.00", pressurememorysome="0.00")
         values.update(disk=1288490189, diskread=1048576, diskwrite=2097152, mem=524288000, netin=12345, netout=67890, pid=4321,
                       uptime=int(time.time() - os.stat(ROOT + "/cgroup/lxc/" + vm_id).st_ctime) + 3600)
         with open(ROOT + "/cgroup/lxc/%s/cpu.stat" % vm_id, "r+") as file:      # time passes, and it computes
@@ -817,6 +821,7 @@ if __name__ == "__main__":
 
 import concurrent.futures  # noqa: E402  (the simulated host above needs Python alone)
 import ctypes  # noqa: E402
+import errno  # noqa: E402
 import hashlib  # noqa: E402
 import http.client  # noqa: E402
 import itertools  # noqa: E402
@@ -2053,7 +2058,9 @@ READERS = [     # (what is read, by what, what may stand before the filling, fil
     ("guests", module.parse_vmlist, ["", '{"ids": '], ['{"a":', "[", "11"], ["", "}"]),
     ("broadcast", module.parse_news, ["", "pve2-node/", "pve-vm-9.0/1:", "pve"], ["pve-vm/", "pve2-node/x:1\n", "pve2-node/x\n", "pve1.-"], ["", "x"]),
     ("snapshots", module.parse_snapshots, ["", "`-> ", "`-> a ", "`-> a 2026-01-01 00:00:00 "], ["`-> a\n", "`-> ", " `-> a 2026-01-01 00:00:00 x\n"], ["", "x"]),
-    ("traffic", lambda text: module.parse_net_dev(text, 104), ["", "veth104i0:", "veth104i0: 1 1 1 1 1 1 1 1 1", " veth104i"], ["veth104i0:\n", "veth104i", " 1"], ["", "x"]),
+    ("traffic", module.parse_net_dev, ["", "veth104i0:", "veth104i0: 1 1 1 1 1 1 1 1 1", " veth104i"], ["veth104i0:\n", "veth104i", " 1"], ["", "x"]),
+    ("pressure", module.parse_pressure, ["", "some avg10=", "some avg10=1 avg60=1 avg300=1 total=1"], [" total=", "1.", "some avg10=1 "], ["", "\n"]),
+    ("marks", lambda text: module.marks({"tags": text}), ["", "a"], [";", "a;", " ,"], ["", "x"]),
     ("option", lambda text: module.option(text, "size"), ["", "x,size="], ["size=", ",size", ",size=,"], ["", "x"]),
     ("size", module.size_in_gb, ["", "1."], [], ["", "G"]),
     ("failure", lambda text: module.explain_failure(["pct", "set", "104"], failed(text)), ["", "400 Parameter verification failed.\n", "ipcc_send_rec"],
@@ -2611,9 +2618,11 @@ def test_a_container_that_does_not_exist_is_404(steady, method, path, body):
     assert (reply.status, reply.body["error"]) == (404, "VM 999 does not exist on node 'proxmox'")
 
 
-STATUS = {"vm_id": 104, "lxc_id": 104, "node": "proxmox", "name": "web-01", "status": "running", "cpu": 2, "memory": 2048, "memory_used": 500, "swap": 512, "swap_used": 0,
-          "disk": 8, "disk_read": 1048576, "disk_write": 2097152}
-STOPPED = {**STATUS, "vm_id": 106, "lxc_id": 106, "name": "db-01", "status": "stopped", "cpu_usage": 0, "memory_used": 0, "disk_used": None, "uptime": 0,
+STATUS = {"vm_id": 104, "lxc_id": 104, "node": "proxmox", "name": "web-01", "status": "running", "lock": None, "template": False, "tags": [],
+          "cpu": 2, "memory": 2048, "memory_used": 500, "memory_shared": 50, "swap": 512, "swap_used": 0,
+          "pressure": {"cpu": 2.38, "memory": 0.0, "io": 0.63}, "disk": 8, "disk_read": 1048576, "disk_write": 2097152}
+STOPPED = {**STATUS, "vm_id": 106, "lxc_id": 106, "name": "db-01", "status": "stopped", "cpu_usage": 0, "memory_used": 0, "memory_shared": 0, "pressure": None,
+           "disk_used": None, "uptime": 0,
            "network_in": 0, "network_out": 0, "disk_read": 0, "disk_write": 0}
 
 
@@ -2742,12 +2751,65 @@ def test_a_snapshot_without_a_time_that_can_be_has_none():
 def test_status_is_asked_of_pct_where_the_files_are_missing(asking, host):
     data = asking.get("/resource/vm/status?vm_id=104").body["data"]
     assert (data.pop("cpu_usage"), 3600 <= data.pop("uptime") < 3700) == (None, True)
-    assert data == {**STATUS, "disk_used": 1.2, "network_in": 12345, "network_out": 67890}
+    assert data == {**STATUS, "memory_shared": None, "disk_used": 1.2, "network_in": 12345, "network_out": 67890}
     assert asking.get("/resource/vm/status?vm_id=106").body["data"] == STOPPED
     host.faults(status={"stdout": "status: running\ncpus: 2\nnew-key: of some later version\n", "exit": 0})
     data = asking.get("/resource/vm/status?vm_id=106").body["data"]
-    assert data == {**dict.fromkeys(data), "vm_id": 106, "lxc_id": 106, "node": "proxmox", "status": "running", "cpu": 2}
+    assert data == {**dict.fromkeys(data), "vm_id": 106, "lxc_id": 106, "node": "proxmox", "status": "running", "cpu": 2,
+                    "template": False, "tags": []}
     assert set(call.split()[1] for call in host.calls()) == {"status"}
+
+
+STATUS_KEYS = [
+    "vm_id", "lxc_id", "node", "name", "status", "lock", "template", "tags", "cpu", "cpu_usage", "memory", "memory_used",
+    "memory_shared", "swap", "swap_used", "pressure", "disk", "disk_used", "uptime", "network_in", "network_out",
+    "disk_read", "disk_write"]
+
+
+@pytest.mark.parametrize("source", ["api", "asking"])
+def test_lock_template_and_tags_are_told_from_files_and_by_pct(request, host, source):
+    host.add(107, "golden", lock="backup", template=1, tags="web;prod", onboot=1)
+    data = request.getfixturevalue(source).get("/resource/vm/status?vm_id=107").body["data"]
+    assert list(data) == STATUS_KEYS
+    assert {key: data[key] for key in ("status", "lock", "template", "tags", "pressure", "memory_shared")} == {
+        "status": "stopped", "lock": "backup", "template": True, "tags": ["web", "prod"], "pressure": None, "memory_shared": 0}
+
+
+@pytest.mark.parametrize("values, marks", [
+    ({}, (None, False, [])), ({"lock": "", "template": "0", "tags": ""}, (None, False, [])),
+    ({"lock": "snapshot-delete", "template": "1", "tags": "a;b"}, ("snapshot-delete", True, ["a", "b"])),
+    ({"template": 1, "tags": "b,a c\td\0e"}, (None, True, ["b", "a", "c", "d", "e"])), ({"tags": " ;,x; "}, (None, False, ["x"])),
+])
+def test_lock_template_and_tags_are_read_as_proxmox_writes_them(values, marks):
+    assert module.marks(values) == marks
+
+
+@pytest.mark.parametrize("text, waited", [
+    ("some avg10=2.38 avg60=1.64 avg300=0.43 total=7508914\nfull avg10=1.93 avg60=1.23 avg300=0.31 total=6\n", (2.38, 7.508914)),
+    ("some avg10=0.00 avg60=0.00 avg300=0.00 total=0\n", (0, 0)),            # no line `full`, as before Linux 5.13
+    ("full avg10=1.93 avg60=1.23 avg300=0.31 total=6\n", (None, None)), ("some avg10=2.38 avg60=1.64\n", (None, None)),
+    ("some avg10=much avg60=1 avg300=1 total=5\n", (None, 5e-6)), ("", (None, None)), (None, (None, None))])
+def test_pressure_is_read(text, waited):
+    assert module.parse_pressure(text) == waited
+
+
+def test_what_the_kernel_does_not_measure_is_null_and_no_metric(api, host, monkeypatch):
+    for name in ("cpu", "memory"):
+        (host.cgroup / f"lxc/104/{name}.pressure").unlink()
+    data = api.get("/resource/vm/status?vm_id=104").body["data"]
+    assert data["pressure"] == {"cpu": None, "memory": None, "io": 0.63}
+    (host.cgroup / "lxc/104/io.pressure").unlink()
+    assert api.get("/resource/vm/status?vm_id=104").body["data"]["pressure"] is None
+    assert "_pressure_" not in api.get("/metrics").body
+    real = os.open
+
+    def refuse(path, *rest):
+        if str(path).endswith(".pressure"):         # so says a kernel that was started with psi=0
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return real(path, *rest)
+    monkeypatch.setattr(module.os, "open", refuse)
+    proxmox = module.Proxmox(None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
+    assert proxmox.status(104)["pressure"] is None
 
 
 def test_with_control_groups_of_version_1_pct_is_asked(api, host):
@@ -2764,8 +2826,7 @@ def test_traffic_is_told_from_inside_the_container():
             "veth104i0:  100    1    0    0    0     0          0         0     7000    1    0    0    0     0       0          0\n"
             "veth104i1: 1    1    0    0    0     0          0         0     2    1    0    0    0     0       0          0\n"
             "veth1040i0: 9    1    0    0    0     0          0         0     9    1    0    0    0     0       0          0\n")
-    assert module.parse_net_dev(text, 104) == (7002, 101)
-    assert module.parse_net_dev(text, 105) == (None, None)
+    assert module.parse_net_dev(text) == {104: (7002, 101), 1040: (9, 9)}
 
 
 def test_identical_reads_share_a_process_and_none_sees_the_past(asking, host):
@@ -4125,8 +4186,10 @@ def test_every_endpoint_works_on_each_node_of_a_cluster(lab, number):
     assert host.running(new) and host.snapshots(running) == []
     status = done(api.get(f"/resource/vm/status?vm_id={running}"), f"Retrieved status for VM {running}")
     assert 0 <= status.pop("cpu_usage") <= 100
-    assert {key: status[key] for key in ("vm_id", "node", "name", "status", "cpu", "memory", "memory_used", "disk")} == {
-        "vm_id": running, "node": name, "name": f"web-{number}", "status": "running", "cpu": 4, "memory": 4096, "memory_used": 500, "disk": 13}
+    assert {key: status[key] for key in ("vm_id", "node", "name", "status", "cpu", "memory", "memory_used", "disk", "pressure")} == {
+        "vm_id": running, "node": name, "name": f"web-{number}", "status": "running", "cpu": 4, "memory": 4096, "memory_used": 500, "disk": 13,
+        "pressure": {"cpu": 2.38, "memory": 0.0, "io": 0.63}}
+    assert status["memory_shared"] == (50 if number == 1 else None)
     done(api.delete("/clone/delete", {"vm_id": new}), f"Deleted VM {new}")
     assert not host.path(new).exists()
     config = done(api.get(f"/resource/lxc/config?lxc_id={running}"), f"Successfully retrieved configuration for VM {running}")
@@ -4163,6 +4226,7 @@ def test_the_whole_cluster_is_listed_from_files(lab):
             (104, "pve1", "web-1", "running"), (106, "pve1", "db-1", "stopped"), (204, "pve2", "web-2", "running"),
             (206, "pve2", "db-2", None), (304, "pve3", "web-3", None), (306, "pve3", "db-3", "stopped")]      # 304's news is old
         assert [row["uptime"] for row in rows][1:] == [0, 3600, None, None, 0]
+        assert [(row["lock"], row["template"], row["onboot"], row["tags"]) for row in rows] == [(None, False, False, [])] * 6
         limits = lab.api.get("/resource/vm/config?vm_id=204").body["data"]["limits"]
         assert (limits["cores"]["max"], limits["memory_mb"]["max"]) == (48, 131072)
         limits = lab.api.get("/resource/vm/config?vm_id=304").body["data"]["limits"]
@@ -4769,6 +4833,12 @@ def test_containers_are_measured_without_a_process(api, host):
     assert found == {
         'lxc_autoscale_container_info{container_id="104",name="web-01"}': 1, 'lxc_autoscale_container_info{container_id="107",name="batch"}': 1,
         'lxc_autoscale_container_up{container_id="104"}': 1, 'lxc_autoscale_container_up{container_id="107"}': 0,
+        'lxc_autoscale_container_locked{container_id="107",lock="backup"}': 1,
+        'lxc_autoscale_container_swap_usage_bytes{container_id="104"}': 0,
+        'lxc_autoscale_container_memory_shared_bytes{container_id="104"}': 52428800,
+        'lxc_autoscale_container_pressure_cpu_waiting_seconds_total{container_id="104"}': 1.25,
+        'lxc_autoscale_container_pressure_memory_waiting_seconds_total{container_id="104"}': 0,
+        'lxc_autoscale_container_pressure_io_waiting_seconds_total{container_id="104"}': 2.5,
         'lxc_autoscale_container_cpu_cores{container_id="104"}': 2,
         'lxc_autoscale_container_memory_mb{container_id="104"}': 2048, 'lxc_autoscale_container_memory_mb{container_id="107"}': 2048,
         'lxc_autoscale_container_memory_limit_bytes{container_id="104"}': 2**31, 'lxc_autoscale_container_memory_limit_bytes{container_id="107"}': 2**31,
@@ -4785,9 +4855,34 @@ def test_containers_are_measured_without_a_process(api, host):
     assert "lxc_autoscale_container_up" not in api.get("/metrics").body
 
 
+def test_a_template_is_no_stopped_container(api, host):
+    host.add(107, "golden", template=1)
+    _, values = parse_exposition(api.get("/metrics").body)
+    assert {name: value for name, value in values.items() if "container_up" in name or "_locked" in name} == {
+        'lxc_autoscale_container_up{container_id="104"}': 1, 'lxc_autoscale_container_up{container_id="106"}': 0}
+    assert values['lxc_autoscale_container_info{container_id="107",name="golden"}'] == 1
+
+
+def test_the_traffic_of_all_containers_is_read_once(host, monkeypatch):
+    read, real = Counter(), module.read_text
+    net_dev = "".join(f"veth{vm_id}i0: {vm_id} 1 0 0 0 0 0 0 {vm_id * 2} 1 0 0 0 0 0 0\n" for vm_id in (104, 106, 900))
+
+    def note(path):
+        read[os.path.basename(path)] += 1
+        return net_dev if path == "/proc/net/dev" else real(path)
+    monkeypatch.setattr(module, "read_text", note)
+    host.add(107, running=True)
+    gauges = module.Proxmox(None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True).gauges()
+    assert gauges["lxc_autoscale_container_network_receive_bytes_total"] == {("104",): 208, ("106",): 212}
+    assert gauges["lxc_autoscale_container_network_transmit_bytes_total"] == {("104",): 104, ("106",): 106}
+    assert (read["dev"], read["memory.stat"]) == (1, 2)         # of 104 and 107; 106 is stopped
+
+
 USED = {                                        # file of a cgroup: what stands on it in /metrics, and in the status
     "cpu.stat": (["cpu_seconds_total"], []), "memory.current": (["memory_usage_bytes"], ["memory_used"]),
-    "memory.stat": (["memory_usage_bytes"], ["memory_used"]), "memory.swap.current": ([], ["swap_used"]),
+    "memory.stat": (["memory_usage_bytes", "memory_shared_bytes"], ["memory_used", "memory_shared"]),
+    "memory.swap.current": (["swap_usage_bytes"], ["swap_used"]),
+    **{f"{name}.pressure": ([f"pressure_{name}_waiting_seconds_total"], [f"pressure_{name}"]) for name in ("cpu", "memory", "io")},
     "io.stat": (["disk_read_bytes_total", "disk_write_bytes_total"], ["disk_read", "disk_write"]),
     "memory.events": (["oom_kills_total"], []), "pids.current": (["pids"], []), "memory.max": ([], []), "cpu.max": ([], []),
     "ns/init.scope/cgroup.procs": ([], []),
@@ -4816,7 +4911,11 @@ def test_a_cgroup_file_that_is_missing_empty_cut_short_or_garbage_costs_its_own_
 
     def measured(vm_id):
         return {key: values.get(f'lxc_autoscale_container_{key}{{container_id="{vm_id}"}}') for families, _ in USED.values() for key in families}
-    intact, status = measured(104), api.get("/resource/vm/status?vm_id=104").body["data"]
+
+    def flat(data):
+        pressure = data.pop("pressure") or {}
+        return {**data, **{f"pressure_{name}": pressure.get(name) for name in ("cpu", "memory", "io")}}
+    intact, status = measured(104), flat(api.get("/resource/vm/status?vm_id=104").body["data"])
     assert None not in intact.values()
     for vm_id, (name, damaged) in damages.items():
         families, keys = USED[name]
@@ -4826,7 +4925,7 @@ def test_a_cgroup_file_that_is_missing_empty_cut_short_or_garbage_costs_its_own_
             assert found[key] in (nothing, intact[key]), (name, damaged, key)
         assert {**intact, **{key: found[key] for key in families}} == found, (name, damaged)
         assert reply.status == 200, (name, damaged)
-        data = reply.body["data"]
+        data = flat(reply.body["data"])
         for key in keys:
             assert data[key] in (nothing, status[key]), (name, damaged, key)
         free = [*keys, "vm_id", "lxc_id", "cpu_usage", "uptime", "disk_used"]           # the last two hang on some process of this host
@@ -4929,22 +5028,30 @@ def test_a_container_that_vanishes_during_a_scrape_is_left_out(api, host, monkey
 
 
 def test_containers_are_listed(api, host, launch):
-    host.add(107, None, cores=None)
+    host.add(107, None, cores=None, lock="backup", template=1, onboot=1, tags="web;prod")
     reply = api.get("/resource/vm/list")
     assert host.calls() == []
     assert reply.body == ok("Found 3 containers", [
-        {"vm_id": 104, "lxc_id": 104, "node": "proxmox", "name": "web-01", "status": "running", "cores": 2, "memory": 2048, "uptime": None},
-        {"vm_id": 106, "lxc_id": 106, "node": "proxmox", "name": "db-01", "status": "stopped", "cores": 2, "memory": 2048, "uptime": 0},
-        {"vm_id": 107, "lxc_id": 107, "node": "proxmox", "name": "ct107", "status": "stopped", "cores": None, "memory": 2048, "uptime": 0}])
+        {"vm_id": 104, "lxc_id": 104, "node": "proxmox", "name": "web-01", "status": "running", "cores": 2, "memory": 2048, "uptime": None,
+         "lock": None, "template": False, "onboot": False, "tags": []},
+        {"vm_id": 106, "lxc_id": 106, "node": "proxmox", "name": "db-01", "status": "stopped", "cores": 2, "memory": 2048, "uptime": 0,
+         "lock": None, "template": False, "onboot": False, "tags": []},
+        {"vm_id": 107, "lxc_id": 107, "node": "proxmox", "name": "ct107", "status": "stopped", "cores": None, "memory": 2048, "uptime": 0,
+         "lock": "backup", "template": True, "onboot": True, "tags": ["web", "prod"]}])
+    assert list(reply.body["data"][0]) == ["vm_id", "lxc_id", "node", "name", "status", "cores", "memory", "uptime",
+                                           "lock", "template", "onboot", "tags"]
     assert api.get("/resource/lxc/list").status == 200
     without = launch(proxmox={"pve_dir": str(host.root / "nowhere")})
     pvesh = host.root / "bin/pvesh"
-    rows = [{"vmid": "106", "name": "db-01", "status": "stopped", "cpus": 2, "maxmem": 2**31, "uptime": 0}, {"vmid": 104, "status": "running"}]
+    rows = [{"vmid": "106", "name": "db-01", "status": "stopped", "cpus": 2, "maxmem": 2**31, "uptime": 0, "lock": "mounted",
+             "template": 1, "tags": "a;b"}, {"vmid": 104, "status": "running"}]
     pvesh.write_text(f"#!/bin/sh\ncase $2 in /nodes/*/lxc) echo '{json.dumps(rows)}';; *) exit 1;; esac\n")
     own = socket.gethostname().split(".")[0]
     assert without.get("/resource/vm/list").body["data"] == [
-        {"vm_id": 104, "lxc_id": 104, "node": own, "name": "CT104", "status": "running", "cores": None, "memory": None, "uptime": None},
-        {"vm_id": 106, "lxc_id": 106, "node": own, "name": "db-01", "status": "stopped", "cores": 2, "memory": 2048, "uptime": 0}]
+        {"vm_id": 104, "lxc_id": 104, "node": own, "name": "CT104", "status": "running", "cores": None, "memory": None, "uptime": None,
+         "lock": None, "template": False, "onboot": None, "tags": []},
+        {"vm_id": 106, "lxc_id": 106, "node": own, "name": "db-01", "status": "stopped", "cores": 2, "memory": 2048, "uptime": 0,
+         "lock": "mounted", "template": True, "onboot": None, "tags": ["a", "b"]}]
 
 
 def test_a_snapshot_is_deleted(api, host):
