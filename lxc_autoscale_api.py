@@ -1078,6 +1078,21 @@ def size_in_gb(value):
     return in_unit(size_in_bytes(value), GIB)
 
 
+def mount_points(values):
+    """A container's {key: text} -> its mount points mp0 to mp255, by number.
+
+    Their first option may go without its name `volume` (PVE::LXC::Config, mp_desc). A folder
+    or device of the host, whose path begins with /, has no size.
+    """
+    keys = sorted((key for key in values if re.fullmatch(r"mp[0-9]{1,3}", key)), key=lambda key: int(key[2:]))
+    found = []
+    for key in keys:
+        volume = option(values[key], "volume") or re.match(r"[^,]*", values[key])[0]
+        size = None if volume.startswith("/") else size_in_gb(option(values[key], "size"))
+        found.append({"disk": key, "path": option(values[key], "mp"), "size_gb": size, "volume": volume})
+    return found
+
+
 # What a resize prints when the volume has grown and its file system has not. The configuration has
 # the new size by then, and pct ends with 0 (PVE::API2::LXC, resize_vm; RBDPlugin, map_volume).
 FILE_SYSTEM_STAYED = re.compile(
@@ -2129,6 +2144,7 @@ class Proxmox:
                 "memory_mb": {"min": MEMORY.low, "max": min(max_memory, memory)},
                 "disk_gb": {"min": size},
             },
+            "mountpoints": mount_points(values),
         }
 
     def capacity(self, node):

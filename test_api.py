@@ -2062,6 +2062,7 @@ READERS = [     # (what is read, by what, what may stand before the filling, fil
     ("pressure", module.parse_pressure, ["", "some avg10=", "some avg10=1 avg60=1 avg300=1 total=1"], [" total=", "1.", "some avg10=1 "], ["", "\n"]),
     ("marks", lambda text: module.marks({"tags": text}), ["", "a"], [";", "a;", " ,"], ["", "x"]),
     ("option", lambda text: module.option(text, "size"), ["", "x,size="], ["size=", ",size", ",size=,"], ["", "x"]),
+    ("mount point", lambda text: module.mount_points({"mp0": text}), ["", "a:b,mp="], ["mp=", ",mp", ",volume=,", ",size="], ["", "x"]),
     ("size", module.size_in_gb, ["", "1."], [], ["", "G"]),
     ("failure", lambda text: module.explain_failure(["pct", "set", "104"], failed(text)), ["", "400 Parameter verification failed.\n", "ipcc_send_rec"],
      [word for rules in (module.FAILURE_RULES, module.REASON_RULES) for pattern, *_ in rules
@@ -2849,11 +2850,25 @@ def test_config_tells_the_allotment_and_its_limits(api, host):
     memory = min(1048576, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20)
     limits = {"cores": {"min": 1, "max": min(128, os.cpu_count())}, "memory_mb": {"min": 64, "max": memory}, "disk_gb": {"min": 8}}
     assert reply.body == ok("Successfully retrieved configuration for VM 104", {
-        "vm_id": 104, "lxc_id": 104, "cores": 2, "memory_mb": 2048, "swap_mb": 512, "disk_gb": 8, "hostname": "web-01", "limits": limits})
+        "vm_id": 104, "lxc_id": 104, "cores": 2, "memory_mb": 2048, "swap_mb": 512, "disk_gb": 8, "hostname": "web-01", "limits": limits,
+        "mountpoints": []})
     assert host.calls() == []                               # the file says it all
     host.add(107, cores=None, rootfs="local-lvm:vm-107-disk-0,size=512M")
     data = api.get("/resource/vm/config?vm_id=107").body["data"]
     assert (data["cores"], data["disk_gb"]) == (None, 0.5)
+
+
+def test_mount_points_are_told_by_number(api, host):
+    host.add(107, mp10="local-lvm:vm-107-disk-2,mp=/srv/data,size=512M", mp2="/mnt/photos,mp=/photos,ro=1,size=0T",
+             mp0="backup=1,mp=/var/lib/db,size=1T,volume=local-zfs:subvol-107-disk-1", mp1="/dev/sdb1,mp=/raw",
+             unused0="local-lvm:vm-107-disk-9", mp3="local-lvm:vm-107-disk-3,mp=/x")
+    reply = api.get("/resource/vm/config?vm_id=107")
+    assert reply.body["data"]["mountpoints"] == [
+        {"disk": "mp0", "path": "/var/lib/db", "size_gb": 1024, "volume": "local-zfs:subvol-107-disk-1"},
+        {"disk": "mp1", "path": "/raw", "size_gb": None, "volume": "/dev/sdb1"},
+        {"disk": "mp2", "path": "/photos", "size_gb": None, "volume": "/mnt/photos"},
+        {"disk": "mp3", "path": "/x", "size_gb": None, "volume": "local-lvm:vm-107-disk-3"},
+        {"disk": "mp10", "path": "/srv/data", "size_gb": 0.5, "volume": "local-lvm:vm-107-disk-2"}]
 
 
 def test_without_files_the_same_is_asked_of_pct(host, launch):
