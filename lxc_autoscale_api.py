@@ -980,10 +980,10 @@ SNAPSHOT_LINE = re.compile(r"( *)`-> (\S+)\s+(?:(\d{4})-(\d\d)-(\d\d) (\d\d):(\d
 
 
 def parse_snapshots(document):
-    """`pct listsnapshot ID` -> [{"name", "timestamp", "description", "parent"}], oldest first.
+    """`pct listsnapshot ID` -> [{"name", "timestamp", "description", "parent", "state"}], oldest first.
 
-    The tree shows its levels by indentation, times in this host's zone, and one line of
-    each description (PVE::GuestHelpers, print_snapshot_tree).
+    The tree shows its levels by indentation, times in this host's zone, one line of each
+    description, and no states (PVE::GuestHelpers, print_snapshot_tree).
     """
     rows, ancestors = [], []
     for line in document.split("\n"):
@@ -995,21 +995,26 @@ def parse_snapshots(document):
         taken = time.mktime((*map(int, match.groups()[2:8]), 0, 0, -1)) if match[3] else None
         description = match[9].rstrip()
         rows.append((match[2], taken, None if description == "no-description" else description,
-                     ancestors[-1] if ancestors else None))
+                     ancestors[-1] if ancestors else None, None))
         ancestors.append(match[2])
     return in_order(rows)
 
 
 def snapshots_of(conf):
-    """A Conf -> the same list, with whole descriptions and exact times."""
+    """A Conf -> the same list, with whole descriptions, exact times and states.
+
+    A snapshot has a state while it is taken or deleted, and for ever if that was broken off
+    (PVE::AbstractConfig).
+    """
     return in_order((name, number(values.get("snaptime"), digits=11) or None,
-                     values.get("description"), values.get("parent"))
+                     values.get("description"), values.get("parent"), values.get("snapstate"))
                     for name, values in conf.snapshots.items())
 
 
 def in_order(rows):
     return [{"name": name, "timestamp": None if taken is None else utc(int(taken)), "description": description,
-             "parent": parent} for name, taken, description, parent in sorted(rows, key=lambda row: (row[1] or 0, row[0]))]
+             "parent": parent, "state": state or None}
+            for name, taken, description, parent, state in sorted(rows, key=lambda row: (row[1] or 0, row[0]))]
 
 
 NET_DEV = re.compile(r"^ *veth(\d{3,9})i\d+: *(\d{1,20})(?: +\d{1,20}){7} +(\d{1,20})", re.MULTILINE)

@@ -1517,8 +1517,8 @@ def test_a_configuration_file_is_read_with_its_pending_changes_and_snapshots():
     assert conf.values == {"arch": "amd64", "cores": "6", "hostname": "web-01", "memory": "4096", "parent": "second",
                            "rootfs": "local-lvm:vm-504-disk-0,size=8G", "description": "first line\nsecond: line"}
     assert module.snapshots_of(conf) == [
-        {"name": "backup_20241224", "timestamp": "2026-11-23T19:10:31Z", "description": None, "parent": None},
-        {"name": "second", "timestamp": "2026-11-23T19:12:51Z", "description": "line one\nline two", "parent": "backup_20241224"}]
+        {"name": "backup_20241224", "timestamp": "2026-11-23T19:10:31Z", "description": None, "parent": None, "state": None},
+        {"name": "second", "timestamp": "2026-11-23T19:12:51Z", "description": "line one\nline two", "parent": "backup_20241224", "state": None}]
 
 
 @pytest.mark.parametrize("zone, hours", [("UTC", 0), ("Europe/Berlin", -1), ("America/New_York", 5)])
@@ -1531,8 +1531,8 @@ def test_a_snapshot_tree_in_local_time_is_told_in_utc(zone, hours, monkeypatch):
         monkeypatch.undo()
         time.tzset()
     first, second = (module.utc(moment + hours * 3600) for moment in (1795461031, 1795461171))
-    assert found == [{"name": "backup_20241224", "timestamp": first, "description": None, "parent": None},
-                     {"name": "second", "timestamp": second, "description": "line one", "parent": "backup_20241224"}]
+    assert found == [{"name": "backup_20241224", "timestamp": first, "description": None, "parent": None, "state": None},
+                     {"name": "second", "timestamp": second, "description": "line one", "parent": "backup_20241224", "state": None}]
 
 
 def test_a_tree_with_branches_gives_each_snapshot_its_parent():
@@ -2548,13 +2548,21 @@ def test_snapshots_are_taken_listed_and_rolled_back(api, host):
     reply = api.get("/snapshot/list?vm_id=104")
     times = [row["timestamp"] for row in reply.body["data"]]
     assert reply.body == ok("Found 2 snapshots for VM 104", [
-        {"name": "backup_20241224", "timestamp": times[0], "description": None, "parent": None},
-        {"name": "second", "timestamp": times[1], "description": "line one\nline two: x", "parent": "backup_20241224"}])
+        {"name": "backup_20241224", "timestamp": times[0], "description": None, "parent": None, "state": None},
+        {"name": "second", "timestamp": times[1], "description": "line one\nline two: x", "parent": "backup_20241224", "state": None}])
     assert all(module.utc(before) <= moment <= module.utc(time.time()) for moment in times)
     api.post("/scale/cores", {"vm_id": 104, "cores": 8})
     reply = api.post("/snapshot/rollback", {"vm_id": 104, "snapshot_name": "backup_20241224"})
     assert (reply.status, reply.body) == (200, ok("Rolled back VM 104 to snapshot 'backup_20241224'"))
     assert host.conf(104)["cores"] == "2" and host.running(104)
+
+
+def test_an_incomplete_snapshot_has_its_state(api, host):
+    with open(host.path(104), "a") as file:
+        file.write("\n[whole]\nsnaptime: 1795461031\n\n[vzdump]\nsnaptime: 1795461032\nparent: whole\nsnapstate: prepare\n"
+                   "\n[gone]\nsnaptime: 1795461033\nsnapstate: delete\n")
+    assert [(row["name"], row["state"]) for row in api.get("/snapshot/list?vm_id=104").body["data"]] == [
+        ("whole", None), ("vzdump", "prepare"), ("gone", "delete")]
 
 
 def test_a_rolled_back_container_runs_again_only_if_it_ran(api, host):
