@@ -3255,8 +3255,174 @@ def show_openapi(api):
     return Answer(200, openapi())
 
 
+# What the endpoints answer, as JSON Schema
+
+def shown(kind, description, **more):
+    """A value: its JSON type, with ? where it may be null, and what it tells, with its unit."""
+    nullable = kind.endswith("?")
+    return {"type": [kind[:-1], "null"] if nullable else kind, "description": description, **more}
+
+
+def record(description, optional=(), /, **properties):
+    """A JSON object that has all of these properties, but for the optional ones."""
+    return {"type": "object", "description": description, "properties": properties,
+            "required": [name for name in properties if name not in optional]}
+
+
+def called(name):
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def list_of(name):
+    return {"type": "array", "items": called(name)}
+
+
+def success_with(data, optional=()):
+    """The whole body of a success with such `data`."""
+    return record("A success.", optional, status={"const": "success"}, data=data,
+                  message=shown("string", "What was done or found, in one sentence."))
+
+
+IDENTITY = {
+    "vm_id": shown("integer", "The container's id."),
+    "lxc_id": shown("integer", "The same as vm_id."),
+}
+PLACE = {
+    "node": shown("string", "The node that the container is on."),
+    "name": shown("string?", "Its hostname, or CT and its id."),
+    "status": shown("string?", "running or stopped; null where its node does not tell."),
+}
+MARKS = {
+    "lock": shown("string?", "Why Proxmox holds the container locked, such as backup; null if it does not."),
+    "template": shown("boolean", "Whether it is a template, which cannot be started."),
+    "tags": {"type": "array", "items": {"type": "string"}, "description": "Its tags."},
+}
+LIMITS = record(
+    "What makes sense on this node.",
+    cores=record("Cores.", min=shown("integer", "The fewest."), max=shown("integer", "The most.")),
+    memory_mb=record("Memory.", min=shown("integer", "The least, in MB."), max=shown("integer", "The most, in MB.")),
+    disk_gb=record("Root disk.", min=shown("number?", "Its size now, in GB: a disk cannot shrink.")))
+OUTCOMES = {                                # what a failed change has done
+    "nothing_done": "no changing command was begun, or Proxmox refused the first one",
+    "incomplete": "something was done, or may be left behind; details says what, and how to mend it",
+    "running": "it goes on in Proxmox",
+    "unknown": "its result could not be learned; ask before trying again",
+}
+FAILED = {
+    "status": {"const": "error"},
+    "error": shown("string", "What was wrong, in one sentence."),
+    "details": shown("string", "The end of what the command printed, and what was left behind."),
+}
+SCHEMAS = {
+    "Container": record(
+        "A container in the list.", **IDENTITY, **PLACE,
+        cores=shown("number?", "CPU cores allotted; null for no limit."),
+        memory=shown("number?", "Memory allotted, in MB."),
+        uptime=shown("integer?", "Seconds since its start; 0 if it does not run."),
+        **MARKS, onboot=shown("boolean?", "Whether it is started with its node.")),
+    "Pressure": record(
+        "Percentage of the last 10 s in which something in the container waited.",
+        cpu=shown("number?", "For a processor, in percent."),
+        memory=shown("number?", "For memory, in percent."),
+        io=shown("number?", "For a disk, in percent.")),
+    "ContainerStatus": record(
+        "A container's state and what it uses.", **IDENTITY, **PLACE, **MARKS,
+        cpu=shown("number?", "Processors allotted."),
+        cpu_usage=shown("number?", "Processor time used, in percent of the allotment."),
+        memory=shown("number?", "Memory allotted, in MB."),
+        memory_used=shown("number?", "Memory used, in MB, without the page cache and what lies in a tmpfs."),
+        memory_shared=shown("number?", "Memory in tmpfs and shared memory, in MB, which the limit counts, too."),
+        swap=shown("number?", "Swap allotted, in MB."), swap_used=shown("number?", "Swap used, in MB."),
+        pressure={"oneOf": [called("Pressure"), {"type": "null"}],
+                  "description": "What it waited for; null where the kernel does not tell."},
+        disk=shown("number?", "Size of the root disk, in GB."),
+        disk_used=shown("number?", "Used on the root disk, in GB."),
+        uptime=shown("integer?", "Seconds since its start; 0 if it does not run."),
+        network_in=shown("integer?", "Bytes received."), network_out=shown("integer?", "Bytes sent."),
+        disk_read=shown("integer?", "Bytes read."), disk_write=shown("integer?", "Bytes written.")),
+    "MountPoint": record(
+        "A disk beside the root disk.",
+        disk=shown("string", "Its name, such as mp0."),
+        path=shown("string?", "Where it is mounted in the container."),
+        size_gb=shown("number?", "Its size, in GB; null for a folder or device of the host."),
+        volume=shown("string", "The volume, or the path on the host.")),
+    "ContainerConfig": record(
+        "What is allotted to a container, and the limits for scaling it.", **IDENTITY,
+        cores=shown("integer?", "CPU cores; null for no limit."),
+        memory_mb=shown("integer?", "Memory, in MB."), swap_mb=shown("integer?", "Swap, in MB."),
+        disk_gb=shown("number?", "Size of the root disk, in GB."),
+        hostname=shown("string?", "Its hostname, if it has one."),
+        limits=LIMITS, mountpoints=list_of("MountPoint")),
+    "Snapshot": record(
+        "A snapshot of a container.",
+        name=shown("string", "Its name."), timestamp=shown("string?", "When it was taken, in UTC.", format="date-time"),
+        description=shown("string?", "Its description."), parent=shown("string?", "The snapshot before it."),
+        state=shown("string?", "prepare or delete of one that is incomplete.")),
+    "NodeStatus": record(
+        "A node's load, memory and disk.", node=shown("string", "Its name."),
+        cpu_usage=shown("number?", "Processor time used, in percent."),
+        cpu_count=shown("integer?", "Its processors."),
+        load_average=shown("array?", "Over 1, 5 and 15 minutes.", items={"type": "number"}),
+        memory_usage=shown("number?", "Memory used, in percent."),
+        memory_total=shown("number?", "Memory, in MB."), memory_used=shown("number?", "Memory used, in MB."),
+        swap_total=shown("number?", "Swap, in MB."), swap_used=shown("number?", "Swap used, in MB."),
+        disk_total=shown("number?", "Root disk, in GB."), disk_used=shown("number?", "Used on it, in GB."),
+        uptime=shown("integer?", "Seconds since its start."), version=shown("string?", "Its Proxmox VE.")),
+    "ClusterNode": record(
+        "A node of the cluster.", name=shown("string?", "Its name."), online=shown("boolean", "Whether it is online."),
+        local=shown("boolean", "Whether it is this one."), address=shown("string?", "Its IP address.")),
+    "ClusterStatus": record(
+        "The cluster's nodes and quorum.", cluster=shown("string?", "Its name; null for a single host."),
+        quorate=shown("boolean", "Whether it has a quorum."), nodes=list_of("ClusterNode")),
+    "Endpoint": record(
+        "An endpoint.", endpoint=shown("string", "Its path."),
+        methods={"type": "array", "items": {"type": "string"}, "description": "Its methods."},
+        description=shown("string", "What it does.")),
+    "Health": record(
+        "Whether the daemon can do its work.", status={"type": "string", "enum": ["healthy", "unhealthy"]},
+        timestamp=shown("string", "When this was said, in UTC.", format="date-time"),
+        checks=record("What was tried.", lxc_commands=record(
+            "pct.", ok=shown("boolean", "Whether it works."), detail=shown("string", "What it said.")))),
+    "Changed": record(
+        "What there is to say of a change that succeeded.", ("warnings",),
+        warnings={"type": "array", "items": {"type": "string"},
+                  "description": "What pct printed on stderr though it succeeded, or what was left behind."}),
+    "Cloned": record(
+        "What became of a clone.", ("warnings",), vm_id=shown("integer", "The clone's id."),
+        started=shown("boolean", "Whether it was started."),
+        warnings={"type": "array", "items": {"type": "string"}, "description": "What there is to say."}),
+    "Accepted": record(
+        "A change that will be begun, and may be asked for in /operations.", status={"const": "accepted"},
+        message=shown("string", "What was accepted."), operation=shown("string", "Its id in /operations.")),
+    "Operation": record(
+        "A change, and what became of it.", id=shown("string", "Its id."), endpoint=shown("string", "Its path."),
+        parameters={"type": "object", "description": "What was asked for."},
+        client=shown("string", "The address that asked for it, and the fingerprint of its key."),
+        state={"type": "string", "enum": ["waiting", "running", "done", "failed"], "description": "How far it is."},
+        outcome=shown("string?", "What was done, if it failed or still runs.", enum=[*OUTCOMES, None]),
+        requested=shown("string", "When it was asked for, in UTC.", format="date-time"),
+        began=shown("string?", "When it began, in UTC.", format="date-time"),
+        ended=shown("string?", "When it ended, in UTC.", format="date-time"),
+        status=shown("integer?", "The HTTP status of its answer."), error=shown("string?", "What was wrong."),
+        warnings={"type": "array", "items": {"type": "string"}, "description": "What there is to say."}),
+    "Error": record("An error.", ("details",), **FAILED),
+    "ChangeError": record(
+        "An error of a change.", ("details", "operation"), **FAILED,
+        outcome={"type": "string", "enum": list(OUTCOMES),
+                 "description": "; ".join(f"{name}: {meaning}" for name, meaning in OUTCOMES.items())},
+        operation=shown("string", "With the outcome running: its id in /operations.")),
+    "RateLimited": record(
+        "Too many requests.", status={"const": "error"}, error={"const": "Rate limit exceeded"},
+        retry_after_seconds=shown("integer", "Seconds after which to try again."),
+        limit=shown("integer", "Requests that are taken in a window."),
+        window_seconds=shown("integer", "Length of the window, in seconds.")),
+}
+CHANGED = success_with(called("Changed"), ("data",))
+
+
 class Route(namedtuple("Route", "method path handler parameters summary changes limit scaling key limited also shared "
-                      "monitored", defaults=[(), "change_timeout_seconds", (), True, True, "", None, False])):
+                      "monitored answer",
+                      defaults=[(), "change_timeout_seconds", (), True, True, "", None, False, CHANGED])):
     """One endpoint.
 
     `changes` names the parameters whose containers it changes, `limit` the setting of its
@@ -3264,7 +3430,8 @@ class Route(namedtuple("Route", "method path handler parameters summary changes 
     a key is needed and the rate is limited, `also` is its other path, and shared(api), if given,
     tells whether an answer costs much now, so that all who ask at the same time share one.
     `monitored` says that its query means nothing, for monitors add things to the addresses
-    they ask.
+    they ask, and `answer` is the JSON Schema of what it answers with 200, or None if that is
+    plain text.
     """
 
 
@@ -3275,11 +3442,13 @@ def always(api):
 LONG_LIMIT = "long_change_timeout_seconds"
 ROUTES = (
     Route("GET", "/health/check", check_health, (), "Whether Proxmox's commands work.", key=False,
-          shared=lambda api: api.host.must_probe(), monitored=True),
+          shared=lambda api: api.host.must_probe(), monitored=True, answer=called("Health")),
     Route("GET", "/metrics", show_metrics, (), "Metrics for Prometheus.", key=False, limited=False,
-          shared=always, monitored=True),
-    Route("GET", "/routes", list_routes, (), "This list."),
-    Route("GET", "/openapi.json", show_openapi, (), "This API's description in OpenAPI 3.1."),
+          shared=always, monitored=True, answer=None),
+    Route("GET", "/routes", list_routes, (), "This list.",
+          answer=record("The endpoints.", status={"const": "success"}, routes=list_of("Endpoint"))),
+    Route("GET", "/openapi.json", show_openapi, (), "This API's description in OpenAPI 3.1.",
+          answer={"type": "object", "description": "An OpenAPI document."}),
     Route("POST", "/scale/cores", set_cores, (VM_ID, CORES), "Set a container's number of CPU cores.",
           changes=("vm_id",), scaling=("cpu", "set")),
     Route("POST", "/scale/ram", set_memory, (VM_ID, MEMORY), "Set a container's memory, in MB.",
@@ -3289,14 +3458,15 @@ ROUTES = (
           changes=("vm_id",), scaling=("storage", "increase")),
     Route("POST", "/snapshot/create", create_snapshot, (VM_ID, SNAPSHOT_NAME, DESCRIPTION), "Take a snapshot of a container.",
           changes=("vm_id",), limit=LONG_LIMIT),
-    Route("GET", "/snapshot/list", list_snapshots, (VM_ID,), "List a container's snapshots, oldest first."),
+    Route("GET", "/snapshot/list", list_snapshots, (VM_ID,), "List a container's snapshots, oldest first.",
+          answer=success_with(list_of("Snapshot"))),
     Route("DELETE", "/snapshot/delete", delete_snapshot, (VM_ID, SNAPSHOT_NAME), "Delete a snapshot of a container.",
           changes=("vm_id",), limit=LONG_LIMIT),
     Route("POST", "/snapshot/rollback", roll_back, (VM_ID, SNAPSHOT_NAME), "Roll a container back to a snapshot.",
           changes=("vm_id",), limit=LONG_LIMIT),
     Route("POST", "/clone/create", create_clone, (VM_ID, NEW_VM_ID, NEW_VM_NAME, START, IP, STORAGE, FULL),
           "Clone a container, running or not.",
-          changes=("vm_id", "new_vm_id"), limit=LONG_LIMIT),
+          changes=("vm_id", "new_vm_id"), limit=LONG_LIMIT, answer=success_with(called("Cloned"))),
     Route("DELETE", "/clone/delete", delete_clone, (VM_ID,), "Destroy a container, running or not.",
           changes=("vm_id",), limit=LONG_LIMIT),
     Route("POST", "/power/start", start_container, (VM_ID,), "Start a container.", changes=("vm_id",)),
@@ -3304,15 +3474,18 @@ ROUTES = (
     Route("POST", "/power/shutdown", shut_down_container, (VM_ID, TIMEOUT), "Let a container shut itself down.",
           changes=("vm_id",)),
     Route("POST", "/power/reboot", reboot_container, (VM_ID, TIMEOUT), "Let a container reboot itself.", changes=("vm_id",)),
-    Route("GET", "/operations", list_operations, (OPERATION, ANY_VM_ID), "The last changes, newest first."),
+    Route("GET", "/operations", list_operations, (OPERATION, ANY_VM_ID), "The last changes, newest first.",
+          answer=success_with(list_of("Operation"))),
     Route("GET", "/resource/vm/list", list_containers, (), "All containers, in a cluster of all nodes.",
-          also="/resource/lxc/list", shared=always),
+          also="/resource/lxc/list", shared=always, answer=success_with(list_of("Container"))),
     Route("GET", "/resource/vm/status", show_status, (VM_ID,), "A container's state and what it uses.",
-          also="/resource/lxc/status", shared=always),
+          also="/resource/lxc/status", shared=always, answer=success_with(called("ContainerStatus"))),
     Route("GET", "/resource/vm/config", show_config, (VM_ID,), "A container's allotment, and the limits for scaling it.",
-          also="/resource/lxc/config"),
-    Route("GET", "/resource/node/status", show_node, (NODE_NAME,), "A node's load, memory and disk.", shared=always),
-    Route("GET", "/resource/cluster/status", show_cluster, (), "The cluster's nodes and quorum.", shared=always),
+          also="/resource/lxc/config", answer=success_with(called("ContainerConfig"))),
+    Route("GET", "/resource/node/status", show_node, (NODE_NAME,), "A node's load, memory and disk.", shared=always,
+          answer=success_with(called("NodeStatus"))),
+    Route("GET", "/resource/cluster/status", show_cluster, (), "The cluster's nodes and quorum.", shared=always,
+          answer=success_with(called("ClusterStatus"))),
 )
 PATHS = {path: route for route in ROUTES for path in (route.path, route.also) if path}
 CHANGING = ("POST", "DELETE")
@@ -3338,6 +3511,22 @@ STATUSES = {                                # every answer but success, and what
 }
 
 
+HEADERS = {                                 # of answers: the type and meaning
+    "X-RateLimit-Limit": shown("integer", "Requests that are taken in a window; absent for local clients."),
+    "X-RateLimit-Remaining": shown("integer", "How many more would be; absent for local clients."),
+    "X-RateLimit-Reset": shown("integer", "Epoch seconds at which the oldest counted request leaves the window; "
+                                          "absent for local clients."),
+    "Retry-After": shown("integer", "Seconds after which to try again."),
+    "WWW-Authenticate": shown("string", "How a key is asked for."),
+    "Allow": shown("string", "The methods that are taken here."),
+    "Location": ("string", "Where the change may be asked for: a path of /operations."),
+    "Preference-Applied": ("string", "The preference that was followed: respond-async."),
+}
+RATE_HEADERS = tuple(name for name in HEADERS if name.startswith("X-RateLimit-"))
+STATUS_HEADERS = {401: ("WWW-Authenticate",), 405: ("Allow",), 429: ("Retry-After",), 503: ("Retry-After",)}
+PLAIN_ERRORS = {401: "Error", 429: "RateLimited"}       # what is the same for reads and changes
+
+
 def openapi():
     """ROUTES -> the API's description."""
     return {
@@ -3347,37 +3536,49 @@ def openapi():
         "components": {
             "securitySchemes": {"header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
                                 "query": {"type": "apiKey", "in": "query", "name": "api_key"}},
-            "schemas": {
-                "Success": {"type": "object", "required": ["status", "message"], "properties": {
-                    "status": {"const": "success"}, "message": {"type": "string"}, "data": {"type": ["object", "array"]}}},
-                "Error": {"type": "object", "required": ["status", "error"], "properties": {
-                    "status": {"const": "error"}, "error": {"type": "string"}, "details": {"type": "string"}}},
-            },
-            "responses": {str(status): {"description": text, "content": {"application/json": {
-                "schema": {"$ref": "#/components/schemas/Error"}}}} for status, text in STATUSES.items()},
+            "schemas": SCHEMAS,
+            "headers": {name: {"description": schema["description"], "schema": {"type": schema["type"]}}
+                        for name, schema in HEADERS.items()},
+            "responses": {f"{kind}{status}": describe_error(status, PLAIN_ERRORS.get(status, kind))
+                          for kind in ("Error", "ChangeError") for status in STATUSES},
         },
     }
 
 
+def describe_headers(names):
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def describe_error(status, schema):
+    return {"description": STATUSES[status], "headers": describe_headers((*RATE_HEADERS, *STATUS_HEADERS.get(status, ()))),
+            "content": {"application/json": {"schema": called(schema)}}}
+
+
 def describe_route(path, route):
-    good = {"application/json": {"schema": {"$ref": "#/components/schemas/Success"}}}
-    if route.handler in (check_health, list_routes, show_openapi):
-        good = {"application/json": {"schema": {"type": "object"}}}
-    if route.handler is show_metrics:
-        good = {"text/plain": {"schema": {"type": "string"}}}
+    kind = "application/json" if route.answer else "text/plain"
+    good = {kind: {"schema": route.answer or {"type": "string"}}}
+    headers = describe_headers(RATE_HEADERS if route.limited else ())
+    error = "ChangeError" if route.changes else "Error"
     described = {
         "operationId": path.strip("/").replace("/", "_").replace(".", "_"), "summary": route.summary,
         "security": [{"header": []}, {"query": []}] if route.key else [],
-        "responses": {"200": {"description": "Done.", "content": good},
-                      **{str(status): {"$ref": f"#/components/responses/{status}"} for status in STATUSES}},
+        "responses": {"200": {"description": "Done.", "headers": headers, "content": good},
+                      **{str(status): {"$ref": f"#/components/responses/{error}{status}"} for status in STATUSES}},
     }
     if route.handler is check_health:
-        described["responses"]["503"] = {"description": "Proxmox's commands do not work.", "content": good}
+        described["responses"]["503"] = {"description": "Proxmox's commands do not work.", "content": good,
+                                         "headers": describe_headers((*RATE_HEADERS, "Retry-After"))}
     if route.method == "GET":
         described["parameters"] = [
-            {"name": each.name, "in": "query", "required": True, "description": describe_parameter(each),
+            {"name": each.name, "in": "query", "required": each.default is REQUIRED, "description": describe_parameter(each),
              "schema": each.schema()} for each in route.parameters]
     else:
+        accepted = {"application/json": {"schema": called("Accepted")}}
+        described["responses"]["202"] = {
+            "description": "Accepted, for the client does not want to wait.", "content": accepted,
+            "headers": {**headers, **describe_headers(("Location", "Preference-Applied"))}}
+        described["parameters"] = [{"name": "Prefer", "in": "header", "required": False, "schema": {"type": "string"},
+                                    "description": "respond-async: do not wait for the change's end (RFC 7240)."}]
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": {
             "type": "object", "additionalProperties": False,
             "required": [each.name for each in route.parameters if each.default is REQUIRED],

@@ -5125,6 +5125,114 @@ def test_the_description_has_every_route_parameter_and_code(steady):
     assert document["paths"]["/health/check"]["get"]["security"] == []
 
 
+JSON_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "number": (int, float), "integer": int, "null": type(None)}
+
+
+def violations(value, schema, document, where="$"):
+    """What in a JSON value is not as its schema says (type, const, enum, properties, required, items, oneOf, $ref)."""
+    if "$ref" in schema:
+        schema = functools.reduce(dict.__getitem__, schema["$ref"].split("/")[1:], document)
+    if "oneOf" in schema:
+        fitting = [each for each in schema["oneOf"] if not violations(value, each, document)]
+        return [] if len(fitting) == 1 else [f"{where} fits {len(fitting)} of its schemas: {value!r}"]
+    kinds = schema.get("type", list(JSON_TYPES))
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if not any(isinstance(value, JSON_TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool)) for kind in kinds):
+        return [f"{where} is no {kinds}: {value!r}"]
+    if value not in schema.get("enum", [value]) or value != schema.get("const", value):
+        return [f"{where} may not be {value!r}"]
+    found = []
+    if isinstance(value, dict):
+        properties = schema.get("properties", {})
+        found += [f"{where}.{name} is missing" for name in schema.get("required", []) if name not in value]
+        found += [f"{where}.{name} is not described" for name in value if properties and name not in properties]
+        for name in set(value) & set(properties):
+            found += violations(value[name], properties[name], document, f"{where}.{name}")
+    for number, item in enumerate(value if isinstance(value, list) else []):
+        found += violations(item, schema.get("items", {}), document, f"{where}[{number}]")
+    return found
+
+
+def described(document, method, path, reply):
+    """What of a reply is not as the description says: its status, body, and headers."""
+    row = document["paths"][path][method.lower()]["responses"].get(str(reply.status))
+    if row is None:
+        return [f"{reply.status} is not described"]
+    if "$ref" in row:
+        row = functools.reduce(dict.__getitem__, row["$ref"].split("/")[1:], document)
+    (kind, content), = row["content"].items()
+    known = {"Connection", "Content-Length", "Content-Type", "Date", "Server", "Cache-Control", "X-Content-Type-Options", *row["headers"]}
+    found = [f"{name} is not described" for name in reply.headers if name not in known]
+    if reply.headers["Content-Type"].partition(";")[0] != kind:
+        found.append(reply.headers["Content-Type"])
+    return found + violations(reply.body, content["schema"], document)
+
+
+@pytest.mark.parametrize("value, schema, count", [
+    ({"a": 1, "b": None}, module.record("", a=module.shown("integer", ""), b=module.shown("string?", "")), 0),
+    ({"a": True, "b": 5}, module.record("", a=module.shown("integer", ""), b=module.shown("string?", "")), 2),
+    ({"a": 1.5, "c": 5}, module.record("", a=module.shown("integer", ""), b=module.shown("string?", "")), 3),
+    ([{"cpu": 1, "memory": 2, "io": None}, {"cpu": 1}], module.list_of("Pressure"), 2),
+    ("success", {"const": "error"}, 1), ("lost", {"type": "string", "enum": ["unknown"]}, 1),
+    (None, {"oneOf": [module.called("Pressure"), {"type": "null"}]}, 0), (5, {"oneOf": [module.called("Pressure"), {"type": "null"}]}, 1),
+])
+def test_the_validator_sees_what_does_not_fit(value, schema, count):
+    assert len(violations(value, schema, module.openapi())) == count
+
+
+def test_every_answer_is_as_the_description_says(launch, host):
+    """Of each GET route, from files and by asking pct; of each change that works, and of errors."""
+    host.add(107, "golden", lock="backup", template=1, tags="a;b", cores=None, mp0="/mnt/photos,mp=/photos")
+    subprocess.run([host.root / "bin/pct", "snapshot", "104", "first"], check=True)
+    api = launch()
+    document = api.get("/openapi.json").body
+    pct = launch(proxmox={"pve_dir": str(host.root / "nowhere"), "cgroup_dir": "/nowhere"})
+    parameters = {"vm_id": (104, 106, 107, 999), "node_name": ("proxmox", "nosuch")}
+    seen = Counter()
+    for path, route in module.PATHS.items():
+        if route.method != "GET":
+            continue
+        name = route.parameters[0].name if route.parameters else None
+        for query in [f"?{name}={value}" for value in parameters[name]] + ["?x=1"] if name else [""]:
+            for daemon in (api, pct):
+                reply = daemon.get(path + query)
+                assert described(document, "GET", path, reply) == [], (path, query)
+                seen[path] += reply.status == 200
+    assert set(seen) == {path for path, route in module.PATHS.items() if route.method == "GET"} and min(seen.values()) > 0
+    host.faults(**{command: {"stderr": "a warning\n"} for command in ("set", "resize", "destroy")})
+    for method, path, body, message in CHANGES:
+        reply = api.request(method, path, {"vm_id": 104, **body})
+        assert (reply.status, described(document, method, path, reply)) == (200, []), (path, reply)
+    for body, status in (({"vm_id": 999, "cores": 4}, 404), ({"vm_id": 104}, 400), ({"vm_id": 107, "cores": 4}, 409)):
+        reply = api.post("/scale/cores", body)
+        assert (reply.status, described(document, "POST", "/scale/cores", reply)) == (status, []), reply
+
+
+def test_a_limited_answer_is_as_the_description_says(launch):
+    api, via = launch(rate_limiting={"max_requests_per_minute": 2}), {"X-Forwarded-For": "198.51.100.7"}
+    document = module.openapi()
+    replies = [api.post("/scale/cores", {"vm_id": 104, "cores": 4}, headers=via), api.get("/routes", headers=via, key="wrong"),
+               api.get("/routes", headers=via)]
+    assert [reply.status for reply in replies] == [200, 401, 429]
+    assert [described(document, method, path, reply) for reply, method, path in zip(
+        replies, ("POST", "GET", "GET"), ("/scale/cores", "/routes", "/routes"))] == [[], [], []]
+    limited = document["components"]["responses"]["Error429"]
+    assert set(limited["headers"]) == {"Retry-After", "X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset"}
+    assert limited["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/RateLimited"}
+    assert set(replies[2].body) == set(document["components"]["schemas"]["RateLimited"]["required"])
+
+
+def test_errors_of_changes_are_described_with_their_outcome(steady):
+    document = steady.get("/openapi.json").body
+    schemas, routes = document["components"]["schemas"], {path: row for path, row in document["paths"].items()}
+    assert schemas["ChangeError"]["properties"]["outcome"]["enum"] == ["nothing_done", "incomplete", "running", "unknown"]
+    assert "outcome" not in schemas["Error"]["properties"]
+    for path, route in module.PATHS.items():
+        row = routes[path][route.method.lower()]["responses"]["500"]
+        assert row == {"$ref": f"#/components/responses/{'Error' if route.method == 'GET' else 'ChangeError'}500"}
+    assert document["components"]["responses"]["ChangeError401"] == document["components"]["responses"]["Error401"]
+
+
 def test_the_description_is_valid_openapi(steady):
     validator = pytest.importorskip("openapi_spec_validator")
     validator.validate(steady.get("/openapi.json").body)
