@@ -980,7 +980,7 @@ SNAPSHOT_LINE = re.compile(r"( *)`-> (\S+)\s+(?:(\d{4})-(\d\d)-(\d\d) (\d\d):(\d
 
 
 def parse_snapshots(document):
-    """`pct listsnapshot ID` -> [{"name", "timestamp", "description", "parent", "state"}], oldest first.
+    """`pct listsnapshot ID` -> its snapshots, each a dict as in_order makes it, oldest first.
 
     The tree shows its levels by indentation, times in this host's zone, one line of each
     description, and no states (PVE::GuestHelpers, print_snapshot_tree).
@@ -1014,10 +1014,12 @@ def snapshots_of(conf):
 def in_order(rows):
     return [{"name": name, "timestamp": None if taken is None else utc(int(taken)), "description": description,
              "parent": parent, "state": state or None}
-            for name, taken, description, parent, state in sorted(rows, key=lambda row: (row[1] or 0, row[0]))]
+            for name, taken, description, parent, state
+            in sorted(rows, key=lambda row: (row[1] or 0, row[0]))]
 
 
-NET_DEV = re.compile(r"^ *veth(\d{3,9})i\d+: *(\d{1,20})(?: +\d{1,20}){7} +(\d{1,20})", re.MULTILINE)
+NET_DEV = re.compile(
+    r"^ *veth(\d{3,9})i\d+: *(\d{1,20})(?: +\d{1,20}){7} +(\d{1,20})", re.MULTILINE)
 
 
 def parse_net_dev(document):
@@ -1036,10 +1038,10 @@ PRESSURE = re.compile(r"some avg10=(\S{1,9}) avg60=\S{1,9} avg300=\S{1,9} total=
 
 
 def parse_pressure(text):
-    """A cgroup's cpu.pressure, memory.pressure or io.pressure -> what something waited there, or Nones.
+    """A cgroup's cpu.pressure or the like -> (percent of the last 10 s, seconds), or Nones.
 
-    That is (percent of the last 10 s, seconds in all); the kernel counts the latter in
-    microseconds (its Documentation/accounting/psi.rst).
+    Something in the cgroup waited for so long. The kernel counts microseconds (its
+    Documentation/accounting/psi.rst).
     """
     match = PRESSURE.match(text or "")
     return (decimal(match[1]), int(match[2]) / 1e6) if match else (None, None)
@@ -1089,13 +1091,14 @@ def mount_points(values):
     Their first option may go without its name `volume` (PVE::LXC::Config, mp_desc). A folder
     or device of the host, whose path begins with /, has no size.
     """
-    keys = sorted((key for key in values if re.fullmatch(r"mp[0-9]{1,3}", key)), key=lambda key: int(key[2:]))
-    found = []
-    for key in keys:
-        volume = option(values[key], "volume") or re.match(r"[^,]*", values[key])[0]
-        size = None if volume.startswith("/") else size_in_gb(option(values[key], "size"))
-        found.append({"disk": key, "path": option(values[key], "mp"), "size_gb": size, "volume": volume})
-    return found
+    numbers = sorted(int(key[2:]) for key in values if re.fullmatch(r"mp[0-9]{1,3}", key))
+    return [mount_point(f"mp{number}", values[f"mp{number}"]) for number in numbers]
+
+
+def mount_point(disk, value):
+    volume = option(value, "volume") or re.match(r"[^,]*", value)[0]
+    size = None if volume.startswith("/") else size_in_gb(option(value, "size"))
+    return {"disk": disk, "path": option(value, "mp"), "size_gb": size, "volume": volume}
 
 
 # What a resize prints when the volume has grown and its file system has not. The configuration has
@@ -1876,7 +1879,8 @@ CONTAINER_USAGE = (                         # metric, key of Proxmox.usage
 ONE_NUMBER = r"\A(\S+)\n"                  # with its line's end, for half a number is none
 
 
-# ENODEV is said of a cgroup that has just gone, EOPNOTSUPP of a pressure that the kernel does not measure.
+# ENODEV is said of a cgroup that has just gone, EOPNOTSUPP of a pressure file where the kernel
+# measures none: the file is there even then (systemd, is_pressure_supported).
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ESRCH, errno.ENODEV, errno.EOPNOTSUPP)
 
 
@@ -1975,8 +1979,8 @@ def busy_meter(clock):
 def listed_container(vm_id, node, name, status, cores, memory, uptime, onboot, marked):
     lock, template, tags = marked
     return {"vm_id": vm_id, "lxc_id": vm_id, "node": node, "name": name, "status": status, "cores": cores,
-            "memory": memory, "uptime": uptime, "lock": lock, "template": template, "onboot": onboot,
-            "tags": tags}
+            "memory": memory, "uptime": uptime,
+            "lock": lock, "template": template, "onboot": onboot, "tags": tags}
 
 
 class Proxmox:
@@ -2179,7 +2183,7 @@ class Proxmox:
             "lock": lock, "template": template, "tags": tags,
             "cpu": get("cpus"), "cpu_usage": 0 if stopped else busy(get("cpus")),
             "memory": in_unit(get("maxmem"), MIB), "memory_used": in_unit(get("mem"), MIB),
-            "memory_shared": 0 if stopped else in_unit(get("shared"), MIB),     # of which pct tells nothing
+            "memory_shared": 0 if stopped else in_unit(get("shared"), MIB),     # pct does not tell
             "swap": in_unit(get("maxswap"), MIB), "swap_used": in_unit(get("swap"), MIB),
             "pressure": None if set(pressure.values()) == {None} else pressure,
             "disk": in_unit(get("maxdisk"), GIB),
@@ -2189,7 +2193,10 @@ class Proxmox:
         }
 
     def read_status(self, vm_id):
-        """The keys of `pct status --verbose`, and `shared`, without a process; None where the files are not there."""
+        """The keys of `pct status --verbose`, and `shared`, without a process.
+
+        None where the files are not there.
+        """
         document = read_text(self.conf_path(vm_id))
         up, usage = self.up(vm_id), self.usage(vm_id)
         if document is None or not self.has_cgroups() or (up and usage is None):
@@ -2233,7 +2240,7 @@ class Proxmox:
         return None if used is None else (used / 1e6, time.monotonic())
 
     def usage(self, vm_id):
-        """What the cgroup (v2) of a running container says, in bytes and seconds; None where it does not run.
+        """What the cgroup (v2) of a running container says, in bytes and seconds, or None.
 
         `pressure` has for each of PRESSURES what parse_pressure reads.
         """
@@ -2252,7 +2259,8 @@ class Proxmox:
             "disk_read": find_sum("rbytes", disk), "disk_write": find_sum("wbytes", disk),
             "oom_kills": find_number(r"^oom_kill (\S+)\n", events),
             "pids": find_number(ONE_NUMBER, pids),
-            "pressure": {name: parse_pressure(read_text(f"{folder}{name}.pressure")) for name in PRESSURES},
+            "pressure": {name: parse_pressure(read_text(f"{folder}{name}.pressure"))
+                         for name in PRESSURES},
         }
 
     def init_pid(self, vm_id):
@@ -2288,7 +2296,8 @@ class Proxmox:
         found = []
         if not complete:
             found = [listed_container(int(row["vmid"]), own, str(row.get("name") or f"CT{row['vmid']}"), row.get("status"),
-                                      decimal(str(row.get("cpus"))), in_unit(row.get("maxmem"), MIB), row.get("uptime"),
+                                      decimal(str(row.get("cpus"))),
+                                      in_unit(row.get("maxmem"), MIB), row.get("uptime"),
                                       None, marks(row))
                      for row in self.ask_json(None, f"/nodes/{own}/lxc")]
         return sorted(found + rows, key=lambda row: row["vm_id"])
@@ -2305,8 +2314,9 @@ class Proxmox:
             for vm_id, (_, values, _) in self.confs(node).items():
                 status, uptime = self.state(node, vm_id, news)
                 cores, memory, _ = allotted(values)
-                found.append(listed_container(vm_id, node.name if node else own, container_name(vm_id, values), status,
-                                              cores, memory, uptime, values.get("onboot") == "1", marks(values)))
+                found.append(listed_container(
+                    vm_id, node.name if node else own, container_name(vm_id, values), status,
+                    cores, memory, uptime, values.get("onboot") == "1", marks(values)))
         return found, complete
 
     def state(self, node, vm_id, news):
@@ -2922,9 +2932,10 @@ FAMILIES = {
     "lxc_autoscale_scaling_failures_total": Family(
         "counter", ("container_id", "resource", "reason"), "Scaling actions failed."),
     "lxc_autoscale_container_info": Family("gauge", ("container_id", "name"), "A container and its hostname; always 1."),
-    "lxc_autoscale_container_up": Family("gauge", ONE, "Whether the container runs; absent for a template, which cannot."),
+    "lxc_autoscale_container_up": Family(
+        "gauge", ONE, "Whether the container runs; absent for a template, which cannot."),
     "lxc_autoscale_container_locked": Family(
-        "gauge", ("container_id", "lock"), "1 while Proxmox holds the container locked, and for what."),
+        "gauge", ("container_id", "lock"), "1 while Proxmox holds the container locked."),
     "lxc_autoscale_container_cpu_cores": Family("gauge", ONE, "CPU cores allotted; absent where there is no limit."),
     "lxc_autoscale_container_memory_mb": Family("gauge", ONE, "Memory allotted, in MB."),
     "lxc_autoscale_container_memory_limit_bytes": Family("gauge", ONE, "Memory allotted."),
@@ -2936,10 +2947,11 @@ FAMILIES = {
     "lxc_autoscale_container_pids": Family("gauge", ONE, "Processes and threads."),
     "lxc_autoscale_container_network_receive_bytes_total": Family(
         "counter", ONE, "Bytes that the container has received."),
-    "lxc_autoscale_container_network_transmit_bytes_total": Family("counter", ONE, "Bytes that the container has sent."),
+    "lxc_autoscale_container_network_transmit_bytes_total": Family(
+        "counter", ONE, "Bytes that the container has sent."),
     "lxc_autoscale_container_swap_usage_bytes": Family("gauge", ONE, "Swap used."),
     "lxc_autoscale_container_memory_shared_bytes": Family(
-        "gauge", ONE, "Memory in tmpfs and shared memory, which the usage does not count and the limit does."),
+        "gauge", ONE, "Memory in tmpfs and shared memory, which only the limit counts."),
     **{f"lxc_autoscale_container_pressure_{name}_waiting_seconds_total": Family(
         "counter", ONE, f"Time in which some process waited for {what}.")
        for name, what in (("cpu", "a processor"), ("memory", "memory"), ("io", "a disk"))},
@@ -3034,7 +3046,7 @@ def braces(labels):
 
 @lru_cache(maxsize=4096)
 def label_pairs(names, values):
-    """Labels as they stand in braces; they are kept, for most families of a container have the same."""
+    """Labels as they stand in braces; kept, for most families of a container have the same."""
     return ",".join(f'{name}="{escape_label(text)}"' for name, text in zip(names, values))
 
 
@@ -3293,18 +3305,19 @@ PLACE = {
     "status": shown("string?", "running or stopped; null where its node does not tell."),
 }
 MARKS = {
-    "lock": shown("string?", "Why Proxmox holds the container locked, such as backup; null if it does not."),
+    "lock": shown("string?", "Why Proxmox holds it locked, such as backup; null if it does not."),
     "template": shown("boolean", "Whether it is a template, which cannot be started."),
     "tags": {"type": "array", "items": {"type": "string"}, "description": "Its tags."},
 }
 LIMITS = record(
     "What makes sense on this node.",
     cores=record("Cores.", min=shown("integer", "The fewest."), max=shown("integer", "The most.")),
-    memory_mb=record("Memory.", min=shown("integer", "The least, in MB."), max=shown("integer", "The most, in MB.")),
-    disk_gb=record("Root disk.", min=shown("number?", "Its size now, in GB: a disk cannot shrink.")))
+    memory_mb=record("Memory.", min=shown("integer", "The least, in MB."),
+    max=shown("integer", "The most, in MB.")),
+    disk_gb=record("Root disk.", min=shown("number?", "Its size, in GB: it cannot shrink.")))
 OUTCOMES = {                                # what a failed change has done
     "nothing_done": "no changing command was begun, or Proxmox refused the first one",
-    "incomplete": "something was done, or may be left behind; details says what, and how to mend it",
+    "incomplete": "something was done, or may be left behind; details says how to mend it",
     "running": "it goes on in Proxmox",
     "unknown": "its result could not be learned; ask before trying again",
 }
@@ -3330,15 +3343,17 @@ SCHEMAS = {
         cpu=shown("number?", "Processors allotted."),
         cpu_usage=shown("number?", "Processor time used, in percent of the allotment."),
         memory=shown("number?", "Memory allotted, in MB."),
-        memory_used=shown("number?", "Memory used, in MB, without the page cache and what lies in a tmpfs."),
-        memory_shared=shown("number?", "Memory in tmpfs and shared memory, in MB, which the limit counts, too."),
-        swap=shown("number?", "Swap allotted, in MB."), swap_used=shown("number?", "Swap used, in MB."),
+        memory_used=shown("number?", "Memory used, in MB, without page cache and tmpfs."),
+        memory_shared=shown("number?", "Memory in tmpfs and shared memory, in MB."),
+        swap=shown("number?", "Swap allotted, in MB."),
+        swap_used=shown("number?", "Swap used, in MB."),
         pressure={"oneOf": [called("Pressure"), {"type": "null"}],
                   "description": "What it waited for; null where the kernel does not tell."},
         disk=shown("number?", "Size of the root disk, in GB."),
         disk_used=shown("number?", "Used on the root disk, in GB."),
         uptime=shown("integer?", "Seconds since its start; 0 if it does not run."),
-        network_in=shown("integer?", "Bytes received."), network_out=shown("integer?", "Bytes sent."),
+        network_in=shown("integer?", "Bytes received."),
+        network_out=shown("integer?", "Bytes sent."),
         disk_read=shown("integer?", "Bytes read."), disk_write=shown("integer?", "Bytes written.")),
     "MountPoint": record(
         "A disk beside the root disk.",
@@ -3355,8 +3370,10 @@ SCHEMAS = {
         limits=LIMITS, mountpoints=list_of("MountPoint")),
     "Snapshot": record(
         "A snapshot of a container.",
-        name=shown("string", "Its name."), timestamp=shown("string?", "When it was taken, in UTC.", format="date-time"),
-        description=shown("string?", "Its description."), parent=shown("string?", "The snapshot before it."),
+        name=shown("string", "Its name."),
+        timestamp=shown("string?", "When it was taken, in UTC.", format="date-time"),
+        description=shown("string?", "Its description."),
+        parent=shown("string?", "The snapshot before it."),
         state=shown("string?", "prepare or delete of one that is incomplete.")),
     "NodeStatus": record(
         "A node's load, memory and disk.", node=shown("string", "Its name."),
@@ -3364,25 +3381,35 @@ SCHEMAS = {
         cpu_count=shown("integer?", "Its processors."),
         load_average=shown("array?", "Over 1, 5 and 15 minutes.", items={"type": "number"}),
         memory_usage=shown("number?", "Memory used, in percent."),
-        memory_total=shown("number?", "Memory, in MB."), memory_used=shown("number?", "Memory used, in MB."),
-        swap_total=shown("number?", "Swap, in MB."), swap_used=shown("number?", "Swap used, in MB."),
-        disk_total=shown("number?", "Root disk, in GB."), disk_used=shown("number?", "Used on it, in GB."),
-        uptime=shown("integer?", "Seconds since its start."), version=shown("string?", "Its Proxmox VE.")),
+        memory_total=shown("number?", "Memory, in MB."),
+        memory_used=shown("number?", "Memory used, in MB."),
+        swap_total=shown("number?", "Swap, in MB."),
+        swap_used=shown("number?", "Swap used, in MB."),
+        disk_total=shown("number?", "Root disk, in GB."),
+        disk_used=shown("number?", "Used on it, in GB."),
+        uptime=shown("integer?", "Seconds since its start."),
+        version=shown("string?", "Its Proxmox VE.")),
     "ClusterNode": record(
-        "A node of the cluster.", name=shown("string?", "Its name."), online=shown("boolean", "Whether it is online."),
-        local=shown("boolean", "Whether it is this one."), address=shown("string?", "Its IP address.")),
+        "A node of the cluster.",
+        name=shown("string?", "Its name."),
+        online=shown("boolean", "Whether it is online."),
+        local=shown("boolean", "Whether it is this one."),
+        address=shown("string?", "Its IP address.")),
     "ClusterStatus": record(
-        "The cluster's nodes and quorum.", cluster=shown("string?", "Its name; null for a single host."),
+        "The cluster's nodes and quorum.",
+        cluster=shown("string?", "Its name; null for a single host."),
         quorate=shown("boolean", "Whether it has a quorum."), nodes=list_of("ClusterNode")),
     "Endpoint": record(
         "An endpoint.", endpoint=shown("string", "Its path."),
         methods={"type": "array", "items": {"type": "string"}, "description": "Its methods."},
         description=shown("string", "What it does.")),
     "Health": record(
-        "Whether the daemon can do its work.", status={"type": "string", "enum": ["healthy", "unhealthy"]},
+        "Whether the daemon can do its work.",
+        status={"type": "string", "enum": ["healthy", "unhealthy"]},
         timestamp=shown("string", "When this was said, in UTC.", format="date-time"),
         checks=record("What was tried.", lxc_commands=record(
-            "pct.", ok=shown("boolean", "Whether it works."), detail=shown("string", "What it said.")))),
+            "pct.", ok=shown("boolean", "Whether it works."),
+            detail=shown("string", "What it said.")))),
     "Changed": record(
         "What there is to say of a change that succeeded.", ("warnings",),
         warnings={"type": "array", "items": {"type": "string"},
@@ -3409,7 +3436,7 @@ SCHEMAS = {
     "ChangeError": record(
         "An error of a change.", ("details", "operation"), **FAILED,
         outcome={"type": "string", "enum": list(OUTCOMES),
-                 "description": "; ".join(f"{name}: {meaning}" for name, meaning in OUTCOMES.items())},
+                 "description": "; ".join(map(": ".join, OUTCOMES.items()))},
         operation=shown("string", "With the outcome running: its id in /operations.")),
     "RateLimited": record(
         "Too many requests.", status={"const": "error"}, error={"const": "Rate limit exceeded"},
@@ -3458,8 +3485,8 @@ ROUTES = (
           changes=("vm_id",), scaling=("storage", "increase")),
     Route("POST", "/snapshot/create", create_snapshot, (VM_ID, SNAPSHOT_NAME, DESCRIPTION), "Take a snapshot of a container.",
           changes=("vm_id",), limit=LONG_LIMIT),
-    Route("GET", "/snapshot/list", list_snapshots, (VM_ID,), "List a container's snapshots, oldest first.",
-          answer=success_with(list_of("Snapshot"))),
+    Route("GET", "/snapshot/list", list_snapshots, (VM_ID,),
+          "List a container's snapshots, oldest first.", answer=success_with(list_of("Snapshot"))),
     Route("DELETE", "/snapshot/delete", delete_snapshot, (VM_ID, SNAPSHOT_NAME), "Delete a snapshot of a container.",
           changes=("vm_id",), limit=LONG_LIMIT),
     Route("POST", "/snapshot/rollback", roll_back, (VM_ID, SNAPSHOT_NAME), "Roll a container back to a snapshot.",
@@ -3522,8 +3549,10 @@ HEADERS = {                                 # of answers: the type and meaning
     "Location": ("string", "Where the change may be asked for: a path of /operations."),
     "Preference-Applied": ("string", "The preference that was followed: respond-async."),
 }
-RATE_HEADERS = tuple(name for name in HEADERS if name.startswith("X-RateLimit-"))
-STATUS_HEADERS = {401: ("WWW-Authenticate",), 405: ("Allow",), 429: ("Retry-After",), 503: ("Retry-After",)}
+# Local clients do not get these.
+RATE_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
+STATUS_HEADERS = {
+    401: ["WWW-Authenticate"], 405: ["Allow"], 429: ["Retry-After"], 503: ["Retry-After"]}
 PLAIN_ERRORS = {401: "Error", 429: "RateLimited"}       # what is the same for reads and changes
 
 
@@ -3537,8 +3566,8 @@ def openapi():
             "securitySchemes": {"header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
                                 "query": {"type": "apiKey", "in": "query", "name": "api_key"}},
             "schemas": SCHEMAS,
-            "headers": {name: {"description": schema["description"], "schema": {"type": schema["type"]}}
-                        for name, schema in HEADERS.items()},
+            "headers": {name: {"description": meaning, "schema": {"type": kind}}
+                        for name, (kind, meaning) in HEADERS.items()},
             "responses": {f"{kind}{status}": describe_error(status, PLAIN_ERRORS.get(status, kind))
                           for kind in ("Error", "ChangeError") for status in STATUSES},
         },
@@ -3550,7 +3579,8 @@ def describe_headers(names):
 
 
 def describe_error(status, schema):
-    return {"description": STATUSES[status], "headers": describe_headers((*RATE_HEADERS, *STATUS_HEADERS.get(status, ()))),
+    headers = describe_headers([*RATE_HEADERS, *STATUS_HEADERS.get(status, ())])
+    return {"description": STATUSES[status], "headers": headers,
             "content": {"application/json": {"schema": called(schema)}}}
 
 
@@ -3563,11 +3593,13 @@ def describe_route(path, route):
         "operationId": path.strip("/").replace("/", "_").replace(".", "_"), "summary": route.summary,
         "security": [{"header": []}, {"query": []}] if route.key else [],
         "responses": {"200": {"description": "Done.", "headers": headers, "content": good},
-                      **{str(status): {"$ref": f"#/components/responses/{error}{status}"} for status in STATUSES}},
+                      **{str(status): {"$ref": f"#/components/responses/{error}{status}"}
+                         for status in STATUSES}},
     }
     if route.handler is check_health:
-        described["responses"]["503"] = {"description": "Proxmox's commands do not work.", "content": good,
-                                         "headers": describe_headers((*RATE_HEADERS, "Retry-After"))}
+        described["responses"]["503"] = {
+            "description": "Proxmox's commands do not work.", "content": good,
+            "headers": describe_headers([*RATE_HEADERS, "Retry-After"])}
     if route.method == "GET":
         described["parameters"] = [
             {"name": each.name, "in": "query", "required": each.default is REQUIRED, "description": describe_parameter(each),
