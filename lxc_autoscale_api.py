@@ -165,7 +165,8 @@ class Gone(Exception):
 class Client:
     """Who is at the other end of a connection.
 
-    `address` is whom it speaks for, `local` whether that is this host itself. `waited_for`
+    `address` is whom it speaks for, `local` whether that is this host itself, `key` the
+    fingerprint of the key that its request came with, if one was asked for. `waited_for`
     tells since when the daemon waits for it, to send a request or to take an answer (None:
     the daemon works for it), `asking` since when a request of it is being answered, if one
     is, `changing` whether that is a change that has begun. `left` is done once it has gone,
@@ -173,8 +174,13 @@ class Client:
     """
 
     def __init__(self, sock, address):
-        self.sock, self.address, self.local = sock, address, False
+        self.sock, self.address, self.local, self.key = sock, address, False, None
         self.waited_for, self.asking, self.changing, self.left = time.monotonic(), None, False, Future()
+
+    @property
+    def who(self):
+        """Whom the log names for a change."""
+        return f"{self.address} with key {self.key}" if self.key else self.address
 
     def wait(self, *futures, seconds=None):
         """Wait until one of some Futures is done, for so many seconds if given; Gone if the client leaves before."""
@@ -448,6 +454,12 @@ def api_keys(value):
     return [api_key(each) for each in listed(value)]
 
 
+def metrics_access(value):
+    if value not in ("open", "key"):
+        raise ValueError("must be open or key")
+    return value
+
+
 def container_ids(value):
     if not all(type(each) is int and 100 <= each <= 999999 for each in listed(value)):
         raise ValueError("must be a list of container ids, such as [100, 101]")
@@ -471,6 +483,8 @@ SETTINGS = {                                # section -> key -> (default, check)
         "enabled": (True, boolean),
         "api_key": ("", api_key),
         "api_keys": ([], api_keys),
+        "read_only_keys": ([], api_keys),
+        "metrics": ("open", metrics_access),
     },
     "rate_limiting": {
         "enabled": (True, boolean),
@@ -504,8 +518,9 @@ SETTINGS = {                                # section -> key -> (default, check)
 def load_config(document, credential=None):
     """A configuration's text -> a namespace of sections, or ConfigError with all that is wrong.
 
-    Beside the settings it has `keys`, all API keys that are in force; `credential` is the
-    one that counts if the text has none.
+    Beside the settings it has `keys`, the API keys that are in force, and `read_only_keys`,
+    those that may only read; `credential` is the key that counts if the text has none of the
+    former.
     """
     tree, where = load_yaml(document)
     tree = {} if tree is None else tree
@@ -518,7 +533,7 @@ def load_config(document, credential=None):
         setattr(config, section, values)
         faults += wrong
     try:
-        config.keys = keys_in_force(config.authentication, credential, where)
+        config.keys, config.read_only_keys = keys_in_force(config.authentication, credential, where)
     except ConfigError as error:
         faults.append(error)
     if faults:
@@ -555,12 +570,12 @@ def unknown_keys(given, known, where, path):
 
 
 def keys_in_force(login, credential, where):
-    """The `authentication` section -> the API keys that are valid, or ConfigError.
+    """The `authentication` section -> (the API keys that are valid, those that may only read), or ConfigError.
 
     Of a section in which something is wrong already (None) nothing more is said.
     """
-    if None in (login.enabled, login.api_key, login.api_keys):
-        return []
+    if None in (login.enabled, login.api_key, login.api_keys, login.read_only_keys):
+        return [], []
     keys = [key for key in [login.api_key, *login.api_keys] if key]
     if credential and not keys:
         try:
@@ -571,7 +586,11 @@ def keys_in_force(login, credential, where):
         line = where.get(("authentication", "api_key")) or where.get(("authentication",)) or 1
         raise ConfigError(line, "authentication.api_key is missing; "
                                 "set one, such as from: openssl rand -hex 32")
-    return keys
+    readers = [key for key in login.read_only_keys if key]
+    if set(readers) & set(keys):
+        raise ConfigError(where["authentication", "read_only_keys"], "authentication.read_only_keys holds a key that "
+                          "is also one that may change containers")
+    return keys, readers
 
 
 def read_config(path):
@@ -3528,7 +3547,8 @@ def allowed_methods(route):
 
 STATUSES = {                                # every answer but success, and what it means
     400: "A parameter is missing, unknown or invalid, or Proxmox refuses it.", 401: "The key is missing or wrong.",
-    403: "The configuration forbids changing this container.", 404: "No such container, snapshot or node.",
+    403: "The configuration forbids changing this container, or the key may only read.",
+    404: "No such container, snapshot or node.",
     405: "Wrong method.", 408: "The request did not arrive in time.", 409: "The container's state does not allow it.",
     411: "The request has no Content-Length.", 413: "The body is too large.", 414: "The request line is too long.",
     415: "The body is not plain JSON in UTF-8.", 417: "An expectation that is not met here.",
@@ -3643,7 +3663,7 @@ class Api:
         if bounds != self.bounds:
             self.limiter = RateLimiter(*bounds) if bounds else None
         self.config, self.bounds = config, bounds
-        self.digests = [digest(key.encode()) for key in config.keys]
+        self.known = [(digest(key.encode()), key in config.keys) for key in config.keys + config.read_only_keys]
 
     def answer(self, request):
         """-> the Answer, or None if the client has left before there was one."""
@@ -3669,7 +3689,7 @@ class Api:
         self.metrics.observe("lxc_autoscale_api_request_duration_seconds", seconds, method, endpoint)
 
     def dispatch(self, request, route, headers):
-        if not route or route.limited:
+        if not route or route.limited or self.needs_key(route):     # or keys could be guessed without end
             self.limit(request, headers)
         query = self.authenticate(request, route)
         if not route:
@@ -3712,8 +3732,14 @@ class Api:
             raise Problem(429, "Rate limit exceeded", {"Retry-After": str(seconds)}, retry_after_seconds=seconds,
                           limit=limiter.limit, window_seconds=limiter.window)
 
+    def needs_key(self, route):
+        login = self.config.authentication
+        if route and route.handler is show_metrics:
+            return login.enabled and login.metrics == "key"
+        return login.enabled and (not route or route.key)
+
     def authenticate(self, request, route):
-        """-> the query's pairs without the key (or the ValueError that it cannot be read with), or Problem 401."""
+        """-> the query's pairs without the key (or the ValueError that it cannot be read with); Problem 401 or 403."""
         try:
             pairs = parse_query(request.query) if request.query else []
         except ValueError as error:
@@ -3721,16 +3747,21 @@ class Api:
             pairs, query = [], ValueError("not percent-encoded UTF-8" if undecodable else str(error))
         else:
             query = [pair for pair in pairs if pair[0] != "api_key"]
-        if not self.config.authentication.enabled or (route and not route.key):
+        request.client.key = None
+        if not self.needs_key(route):
             return query
         given = request.headers.get("x-api-key")
         if given is None:
             keys = [value for name, value in pairs if name == "api_key"]
             given = keys[0] if len(keys) == 1 else ""
         given = digest(given.encode("utf-8", "surrogateescape"))
-        if not any([hmac.compare_digest(given, known) for known in self.digests]):      # a list: all are compared
+        found = [may_change for known, may_change in self.known if hmac.compare_digest(given, known)]
+        if not found:                       # all were compared
             self.metrics.add("lxc_autoscale_api_auth_failures_total")
             raise Problem(401, "Missing or invalid API key", {"WWW-Authenticate": 'ApiKey realm="lxc_autoscale_api"'})
+        request.client.key = fingerprint(given)
+        if request.method in ("POST", "DELETE") and not found[0]:
+            raise Problem(403, "This key may only read")
         return query
 
     def guard(self, route, values):
@@ -3751,7 +3782,7 @@ class Api:
     def change(self, request, route, values):
         """Run a handler that changes containers, in their turn."""
         self.guard(route, values)
-        change = Change(route, values, request.client.address, self.host)
+        change = Change(route, values, request.client.who, self.host)
         self.changes.take(change)
         if prefers_async(request):
             return Answer(202, {"status": "accepted", "message": f"{change.title} was accepted", "operation": change.id},
@@ -3778,6 +3809,11 @@ def prefers_async(request):
 def digest(key):
     """Keys are compared by their digests, so that neither their length nor their bytes tell in time."""
     return hashlib.sha256(key).digest()
+
+
+def fingerprint(key_digest):
+    """By what logs name a key: it tells keys apart, and nobody finds a key of 16 characters from it."""
+    return key_digest.hex()[:8]
 
 
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")       # what clients call UTF-8 or a part of it
@@ -4506,6 +4542,16 @@ class Signals:
         return self.stop or next((each for each in came if each != signal.SIGHUP), signal.SIGHUP)
 
 
+def list_keys(config):
+    """A line for each key: the setting that it stands in, its fingerprint, and whether it may only read."""
+    login = config.authentication
+    settings = {login.api_key: "authentication.api_key", **dict.fromkeys(login.api_keys, "authentication.api_keys")}
+    for key in config.keys:
+        yield f"{settings.get(key, 'credential api_key')}: key {fingerprint(digest(key.encode()))}"
+    for key in config.read_only_keys:
+        yield f"authentication.read_only_keys: key {fingerprint(digest(key.encode()))}, may only read"
+
+
 def notify(state):
     """Tell systemd, if it started us, as sd_notify(3) does; an address with @ is an abstract one."""
     path = os.environ.get("NOTIFY_SOCKET", "")
@@ -4537,7 +4583,7 @@ def reload(server, path):
             complain(f"not reloaded, the old settings stay: {told}")
             log.error("not reloaded, the old settings stay: %s", told)
     else:
-        point_logs(config.logging, config.keys)
+        point_logs(config.logging, config.keys + config.read_only_keys)
         server.api.configure(config)
         log.info("reloaded %s", path)
         if (config.server, config.proxmox) != (old.server, old.proxmox):
@@ -4598,9 +4644,9 @@ def main():
         complain(error.text)
         return EX_CONFIG
     if arguments.check_config:
-        print(f"{arguments.config}: ok")
+        print(f"{arguments.config}: ok", *list_keys(config), sep="\n")
         return 0
-    point_logs(config.logging, config.keys)
+    point_logs(config.logging, config.keys + config.read_only_keys)
     signals = Signals()
     try:
         server = build(config)

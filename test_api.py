@@ -6,6 +6,7 @@
 """
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import py_compile
@@ -1260,6 +1261,13 @@ GOOD_KEY = 'authentication:\n  api_key: "0123456789abcdef"\n'
     ('authentication:\n  api_key: "short-key"\n', 2, "at least 16 visible ASCII characters"),
     ("authentication:\n  api_key: 12345678901234567\n", 2, "must be text"),
     ('authentication:\n  api_keys: ["0123456789abcdef", "short"]\n', 2, "at least 16 visible ASCII characters"),
+    (GOOD_KEY + "  read_only_keys: [short]\n", 3, "authentication.read_only_keys must be at least 16 visible ASCII characters"),
+    (GOOD_KEY + "  read_only_keys: [your-secret-api-key]\n", 3, "still the sample value"),
+    (GOOD_KEY + '  read_only_keys: ["another-key-9876543210", "0123456789abcdef"]\n', 3,
+     "authentication.read_only_keys holds a key that is also one that may change containers"),
+    ("authentication:\n  read_only_keys: [another-key-9876543210]\n", 1, "authentication.api_key is missing"),
+    (GOOD_KEY + "  metrics: closed\n", 3, "authentication.metrics must be open or key"),
+    (GOOD_KEY + "  metrics: true\n", 3, "authentication.metrics must be open or key"),
     (GOOD_KEY + "server:\n  port: 0\n", 4, "server.port must be an integer between 1 and 65535"),
     (GOOD_KEY + "server:\n  port: 65536\n", 4, "server.port must be"),
     (GOOD_KEY + 'server:\n  port: "5000"\n', 4, "server.port must be"),
@@ -1337,10 +1345,21 @@ def test_a_good_configuration_passes_and_a_bad_or_missing_one_stops_the_start(tm
     assert check_config(tmp_path, bad) == (78, said)
     started = subprocess.run([sys.executable, MODULE, "--config", tmp_path / "api.yaml"], capture_output=True, text=True)
     assert (started.returncode, started.stdout, started.stderr) == (78, "", said)
-    assert check_config(tmp_path, GOOD_KEY) == (0, f"{tmp_path}/api.yaml: ok\n")
+    assert check_config(tmp_path, GOOD_KEY) == (0, f"{tmp_path}/api.yaml: ok\nauthentication.api_key: key 9f9f5111\n")
     assert check_config(tmp_path, "authentication:\n  enabled: false\nserver:\n") == (0, f"{tmp_path}/api.yaml: ok\n")
     done = subprocess.run([sys.executable, MODULE, "--config", tmp_path / "none.yaml"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (78, f"{tmp_path}/none.yaml: cannot be read: No such file or directory\n")
+
+
+def test_the_check_tells_each_key_by_its_fingerprint_and_none_as_it_is(tmp_path, monkeypatch):
+    keys = [f"{name}-key-0123456789" for name in ("first", "second", "third", "reading")]
+    prints = [subprocess.run(["sha256sum"], input=key, capture_output=True, text=True).stdout[:8] for key in keys]
+    told = (0, f"{tmp_path}/api.yaml: ok\nauthentication.api_key: key {prints[0]}\nauthentication.api_keys: key {prints[1]}\n"
+               f"authentication.api_keys: key {prints[2]}\nauthentication.read_only_keys: key {prints[3]}, may only read\n")
+    assert check_config(tmp_path, "authentication:\n  api_key: {}\n  api_keys: [{}, {}]\n  read_only_keys: [{}]\n".format(*keys)) == told
+    (tmp_path / "api_key").write_text(keys[0])
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert check_config(tmp_path, "server:\n") == (0, f"{tmp_path}/api.yaml: ok\ncredential api_key: key {prints[0]}\n")
 
 
 def test_the_shipped_configuration_has_every_setting_with_its_default():
@@ -3050,14 +3069,48 @@ def test_several_keys_are_valid_at_once_and_none_is_needed_if_switched_off(launc
     assert launch(authentication={"enabled": False, "api_key": None}).get("/routes", key=None).status == 200
 
 
+READING_KEY = "reading-key-0123456789"
+
+
+def test_a_key_that_may_only_read_reads_everything_and_changes_nothing(launch, host):
+    api = launch(authentication={"read_only_keys": [READING_KEY]}, rate_limiting={"enabled": False})
+    valid = {"vm_id": 104, "cores": 4, "memory": 4096, "disk_size": 1, "snapshot_name": "x", "new_vm_id": 105, "new_vm_name": "y", "node_name": "proxmox"}
+    for path, route in module.PATHS.items():
+        values = {each.name: valid[each.name] for each in route.parameters if each.name in valid}
+        if route.method == "GET":
+            query = "?" + "&".join(f"{name}={value}" for name, value in values.items()) if values else ""
+            for method in ("GET", "HEAD"):
+                assert api.request(method, path + query, key=READING_KEY).status == 200, path
+        for key_in in ({"key": READING_KEY}, {"key": None, "path": f"{path}?api_key={READING_KEY}"}):
+            for method in ("POST", "DELETE") if route.key else ():
+                reply = api.request(method, **{"path": path, "body": values, **key_in})
+                assert (reply.status, reply.body["error"]) == (403, "This key may only read"), path
+        assert api.request("OPTIONS", path, key=READING_KEY).status == 204
+    assert api.post("/nowhere", {}, key=READING_KEY).status == 403 and api.get("/nowhere", key=READING_KEY).status == 404
+    assert [call for call in host.calls() if not call.startswith(("pct list", "pct config", "pct status", "pct listsnapshot", "pvesh get"))] == []
+    assert api.post("/scale/cores", {"vm_id": 104, "cores": 4}).status == 200
+
+
+def test_metrics_ask_for_a_key_if_they_are_told_to(launch, host):
+    api = launch(authentication={"read_only_keys": [READING_KEY], "metrics": "key"}, rate_limiting={"max_requests_per_minute": 7})
+    for path in ("/metrics", "/metrics?api_key=x", "/metrics?_=1"):
+        reply = api.get(path, key=None)
+        assert (reply.status, reply.body, reply.headers["WWW-Authenticate"]) == (401, error("Missing or invalid API key"), 'ApiKey realm="lxc_autoscale_api"')
+    assert [api.get("/metrics", key=key).status for key in (KEY, READING_KEY, "x")] == [200, 200, 401]
+    assert api.get(f"/metrics?api_key={READING_KEY}", key=None).status == 200
+    assert api.get("/health/check", key=None).status == 200
+    guesses = [api.get("/metrics", key="x", headers={"X-Forwarded-For": "198.51.100.7"}).status for _ in range(9)]
+    assert guesses == [401] * 7 + [429] * 2
+
+
 def test_time_does_not_tell_how_much_of_a_key_is_right():
     """All keys are compared, as digests of one length, whatever was sent."""
-    config = module.load_config(f'authentication:\n  api_key: "{KEY}"\n  api_keys: ["second-key-0123456789"]\n')
+    config = module.load_config(f'authentication:\n  api_key: "{KEY}"\n  read_only_keys: ["second-key-0123456789"]\n')
     api, compared = module.Api(config, None, None, module.Metrics()), []
     real, module.hmac.compare_digest = module.hmac.compare_digest, lambda a, b: compared.append((len(a), len(b))) or real(a, b)
     try:
         for key in (KEY, KEY[:-1] + "x", "x", "second-key-0123456789"):
-            request = module.Request("GET", "/routes", "", {"x-api-key": key}, None, None, None)
+            request = module.Request("GET", "/routes", "", {"x-api-key": key}, None, None, module.Client(None, "-"))
             with contextlib.suppress(module.Problem):
                 api.authenticate(request, None)
     finally:
@@ -3101,11 +3154,20 @@ def test_nothing_a_client_or_pct_says_forges_a_line_or_an_escape(api, host):
     assert r"\x1b[31mred\x1b[0m\r\nforged line" in api.log("error")
 
 
+FINGERPRINT = hashlib.sha256(KEY.encode()).hexdigest()[:8]
+
+
+def test_without_a_key_the_log_names_the_address_alone(launch):
+    api = launch(authentication={"enabled": False})
+    api.post("/scale/cores", {"vm_id": 104, "cores": 4})
+    assert "POST /scale/cores vm_id=104 cores=4 by 127.0.0.1: done" in api.log()
+
+
 def test_logs_say_who_did_what(api, host):
     api.post("/scale/cores", {"vm_id": 104, "cores": 4}, headers={"X-Forwarded-For": "198.51.100.7"})
     main = api.log()
     assert re.search(r"Z INFO ran pct set 104 --cores 4: exit 0 in \d+\.\d{3} s\n", main)
-    assert re.search(r"Z INFO change POST /scale/cores vm_id=104 cores=4 by 198\.51\.100\.7: done, after \d+\.\d s\n", main)
+    assert re.search(rf"Z INFO change POST /scale/cores vm_id=104 cores=4 by 198\.51\.100\.7 with key {FINGERPRINT}: done, after \d+\.\d s\n", main)
     assert f"Z INFO lxc_autoscale_api {module.VERSION} listens on 127.0.0.1 port {api.port}\n" in main
     assert re.search(r"Z 198\.51\.100\.7 POST /scale/cores 200 \d+ \d+\.\d ms\n", wait_until(lambda: api.log("access")))
     api.stop()
@@ -3552,7 +3614,7 @@ def test_clients_that_leave_cost_one_line_and_end_nothing(launch, host):
         sock.sendall(framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, f"Content-Length: {len(body)}", body=body))
         wait_until(host.calls)
     wait_until(lambda: host.conf(104)["cores"] == "5")
-    wait_until(lambda: "POST /scale/cores vm_id=104 cores=5 by 127.0.0.1: done" in api.log())
+    wait_until(lambda: f"POST /scale/cores vm_id=104 cores=5 by 127.0.0.1 with key {FINGERPRINT}: done" in api.log())
     lines = len((api.log("access") + api.log("error")).splitlines())
     with api.connect() as sock:                     # in the middle of a body, which is being waited for
         sock.sendall(framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, "Content-Length: 50", "Expect: 100-continue"))
@@ -3813,7 +3875,7 @@ def test_a_change_that_takes_too_long_goes_on_reserved_and_logged(launch, host):
     assert api.post("/snapshot/create", {"vm_id": 106, "snapshot_name": "s1"}).status == 200      # another container is free
     host.go()
     wait_until(lambda: host.conf(104)["cores"] == "5")
-    wait_until(lambda: api.log().count("vm_id=104 cores=5 by 127.0.0.1: done, after") == 1)
+    wait_until(lambda: api.log().count(f"vm_id=104 cores=5 by 127.0.0.1 with key {FINGERPRINT}: done, after") == 1)
     assert 'scaling_actions_total{container_id="104",resource="cpu",action="set"} 1' in api.get("/metrics").body
     host.faults()
     assert api.post("/scale/ram", {"vm_id": 104, "memory": 512}).status == 200
