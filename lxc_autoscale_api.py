@@ -226,12 +226,14 @@ def in_unit(value, unit):
 class ConfigError(Exception):
     """What is wrong in a configuration file, and in which line (0: in the file as a whole).
 
-    `others` are further ConfigErrors of the same file.
+    `others` are further ConfigErrors of the same file. `code` is the exit status of a start
+    that it stops: another than EX_CONFIG, which systemd takes as final, if it may pass by
+    itself.
     """
 
-    def __init__(self, line, text, others=()):
+    def __init__(self, line, text, others=(), code=EX_CONFIG):
         super().__init__(text)
-        self.line, self.text, self.others = line, text, others
+        self.line, self.text, self.others, self.code = line, text, others, code
 
 
 # A scalar, and one in a list in brackets, whose plain form ends at the marks of such a list.
@@ -420,6 +422,10 @@ def absolute_path(value):
     return value
 
 
+def path_or_none(value):
+    return absolute_path(value) if value != "" else ""
+
+
 def address(value):
     try:
         return str(ipaddress.ip_address(text(value)))
@@ -476,6 +482,8 @@ SETTINGS = {                                # section -> key -> (default, check)
     "server": {
         "host": ("0.0.0.0", address),
         "port": (5000, whole(1, 65535)),
+        "tls_certificate": ("", path_or_none),
+        "tls_key": ("", path_or_none),
         "trusted_proxies": (["127.0.0.1", "::1"], networks),
         "max_connections": (256, whole(1, 10000)),
     },
@@ -518,15 +526,15 @@ SETTINGS = {                                # section -> key -> (default, check)
 def load_config(document, credential=None):
     """A configuration's text -> a namespace of sections, or ConfigError with all that is wrong.
 
-    Beside the settings it has `keys`, the API keys that are in force, and `read_only_keys`,
-    those that may only read; `credential` is the key that counts if the text has none of the
-    former.
+    Beside the settings it has `keys`, the API keys that are in force, `read_only_keys`, those
+    that may only read, and `where`, {(section, key): line}; `credential` is the key that counts
+    if the text has none that may change containers.
     """
     tree, where = load_yaml(document)
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ConfigError(1, "expected sections: " + ", ".join(SETTINGS))
-    config = SimpleNamespace()
+    config = SimpleNamespace(where=where, tls=None, tls_ends=None)
     faults = unknown_keys(tree, SETTINGS, where, ())
     for section in SETTINGS:
         values, wrong = read_section(section, tree.get(section), where)
@@ -536,6 +544,9 @@ def load_config(document, credential=None):
         config.keys, config.read_only_keys = keys_in_force(config.authentication, credential, where)
     except ConfigError as error:
         faults.append(error)
+    if bool(config.server.tls_certificate) != bool(config.server.tls_key):
+        given, missing = ("certificate", "key") if config.server.tls_certificate else ("key", "certificate")
+        faults.append(ConfigError(where["server", f"tls_{given}"], f"server.tls_{given} needs server.tls_{missing} beside it"))
     if faults:
         first, *others = sorted(faults, key=lambda fault: fault.line)
         raise ConfigError(first.line, first.text, others)
@@ -598,7 +609,9 @@ def read_config(path):
     try:
         with open(path, "rb") as file:
             raw = file.read()
-        return load_config(raw.decode("utf-8"), read_credential())
+        config = load_config(raw.decode("utf-8"), read_credential())
+        config.tls, config.tls_ends = read_tls(config)
+        return config
     except OSError as error:
         raise ConfigError(0, f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -606,7 +619,7 @@ def read_config(path):
         raise ConfigError(line, f"{path}:{line}: this is not UTF-8") from None
     except ConfigError as error:
         told = [f"{path}:{each.line}: {each.text}" for each in (error, *error.others)]
-        raise ConfigError(error.line, "\n".join(told)) from None
+        raise ConfigError(error.line, "\n".join(told), code=error.code) from None
 
 
 def read_credential():
@@ -1583,6 +1596,141 @@ class Files:
 
 def hanging():
     return busy("Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster", SLOT_SECONDS)
+
+
+# TLS
+
+def read_tls(config):
+    """Settings -> (the SSLContext of connections to come, when its certificate ends), both None without TLS.
+
+    Of the files that are named, one that cannot be used is a ConfigError. They may lie under
+    /etc/pve, and nobody waits for that without end; if it hangs or is not mounted, as it may
+    be while a host starts, that passes, and systemd tries the start again.
+    """
+    if not config.server.tls_certificate:
+        return None, None
+    try:
+        return Files(Workers()).read(load_tls, config)
+    except Problem as problem:
+        raise ConfigError(config.where["server", "tls_certificate"], f"server.tls_certificate: {problem.error}", 1) from None
+
+
+def load_tls(config):
+    global ssl
+    import ssl                              # it costs time and memory at each start, and few need it
+    certificate, key = config.server.tls_certificate, config.server.tls_key
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")      # for TLS 1.2: with forward secrecy and authenticated
+    for setting, rule, load, arguments in (
+            ("tls_certificate", "must hold a certificate in PEM", unverified().load_verify_locations, (certificate,)),
+            ("tls_key", "must hold the key of that certificate, in PEM and without a passphrase",
+             context.load_cert_chain, (certificate, key, no_passphrase))):
+        path = getattr(config.server, setting)
+        try:
+            load(*arguments)
+        except (ssl.SSLError, ValueError) as error:
+            why = getattr(error, "reason", None)
+            raise bad_file(config, setting, f"{path} {rule}" + (f" (OpenSSL says {why})" if why else "")) from None
+        except OSError as error:
+            raise bad_file(config, setting, f"{path} cannot be read: {error.strerror}") from None
+    with open(certificate, encoding="latin-1") as file:
+        return context, end_of_certificate(file.read())
+
+
+def no_passphrase():
+    """Called by OpenSSL, which would ask the terminal otherwise."""
+    raise ValueError
+
+
+def bad_file(config, setting, text):
+    """The ConfigError for a file that cannot be used; where /etc/pve is not mounted, the file may yet appear."""
+    folder = config.proxmox.pve_dir
+    absent = getattr(config.server, setting).startswith(folder + "/") and not os.path.lexists(f"{folder}/lxc")
+    return ConfigError(config.where["server", setting], f"server.{setting} {text}", 1 if absent else EX_CONFIG)
+
+
+def unverified():
+    """The context of a client that need not know whom it talks to."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+PEM_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+VALIDITY = re.compile(                      # two times in DER (RFC 5280 section 4.1.2.5); the second is captured
+    rb"\x30.(?:\x17\x0d\d{12}|\x18\x0f\d{14})Z(?:\x17\x0d|\x18\x0f)(\d{12}(?:\d\d)?)Z", re.DOTALL)
+
+
+def end_of_certificate(pem):
+    """The first certificate of a PEM file -> until when it is valid, as YYYYMMDDHHMMSS in UTC, or None."""
+    first = PEM_CERTIFICATE.search(pem)
+    found = first and VALIDITY.search(ssl.PEM_cert_to_DER_cert(first[0]))
+    if not found:
+        return None
+    end = found[1].decode()
+    return end if len(end) == 14 else ("19" if end >= "50" else "20") + end
+
+
+class Tls:
+    """A connection that speaks TLS, with a socket's recv and send.
+
+    The socket stays as it is, with the kernel's deadlines: Python's own SSLSocket would try
+    again for ever after one of them (_ssl.c, as for a blocking socket). The handshake is part
+    of what is read first, and so of the first request's time.
+    """
+
+    def __init__(self, sock, context):
+        self.sock, self.incoming, self.outgoing = sock, ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
+        self.begun = self.plain = False
+        self.unsent, self.taken = b"", 0
+
+    def recv(self, size):
+        """As a socket's, but None if what has come makes no whole record yet."""
+        data = self.decrypted(size)
+        if data is not None:
+            return data
+        received = self.sock.recv(size)
+        if not received:
+            return b""
+        if not self.begun and received[0] != 0x16:          # a handshake (RFC 8446 section 5.1)
+            self.plain = True
+            raise Problem(400, "This port speaks TLS: ask for https:// instead of http://")
+        self.begun = True
+        self.incoming.write(received)
+        return self.decrypted(size)
+
+    def decrypted(self, size):
+        try:
+            return self.tls.read(size)
+        except ssl.SSLWantReadError:
+            return None
+        finally:                            # a step of the handshake, or why it failed
+            if self.outgoing.pending:
+                self.sock.sendall(self.outgoing.read())
+
+    def send(self, data):
+        """As a socket's; it takes nothing (0) until all of what it took before has gone out."""
+        if self.plain:
+            return self.sock.send(data)
+        if not self.unsent:
+            self.taken = self.tls.write(memoryview(data)[:LARGE])
+            self.unsent = self.outgoing.read()
+        self.unsent = self.unsent[self.sock.send(self.unsent):]
+        return 0 if self.unsent else self.taken
+
+    def end(self):
+        """Tell the client that nothing more comes, and wait for nothing."""
+        if self.plain or self.unsent:
+            return
+        try:
+            self.tls.unwrap()
+        except OSError:                     # its own farewell has not come, and need not
+            pass
+        if self.outgoing.pending:
+            self.sock.send(self.outgoing.read(), socket.MSG_DONTWAIT)
 
 
 class Result(namedtuple("Result", "exit stdout stderr overflow")):
@@ -3938,6 +4086,7 @@ class Handler(BaseHTTPRequestHandler):
         address = self.client_address[0]
         self.peer = str(plain_address(address)) if ":" in address else address
         self.client = self.server.clients.get(self.request) or Client(self.request, self.peer)
+        self.channel = Tls(self.request, self.server.tls) if self.server.tls else self.request
         self.buffer, self.unread, self.continues, self.linger = bytearray(), 0, False, False
         self.patience, self.fresh, self.minor, self.method = None, True, 1, None
         self.deadline = time.monotonic() + REQUEST_SECONDS
@@ -4016,12 +4165,16 @@ class Handler(BaseHTTPRequestHandler):
             raise late
         self.wait_at_most(seconds)
         try:
-            data = self.request.recv(65536)
+            self.take(self.channel.recv(65536))
         except BlockingIOError:
             raise late from None
-        if not data:
+
+    def take(self, data):
+        """Add what has come to the buffer: nothing yet (None), or Gone at the end (no bytes)."""
+        if data:
+            self.buffer += data
+        elif data is not None:
             raise Gone
-        self.buffer += data
 
     def wait_at_most(self, seconds):
         """Let recv give up with BlockingIOError after so long."""
@@ -4056,12 +4209,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Gone
         self.wait_at_most(seconds)
         try:
-            data = self.request.recv(65536)
+            self.take(self.channel.recv(65536))
         except BlockingIOError:
             raise Gone from None
-        if not data:
-            raise Gone
-        self.buffer += data
 
     def read_body(self):
         before, self.client.waited_for = self.client.waited_for, time.monotonic()
@@ -4124,18 +4274,20 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, data):
         """Send all; OSError if the client takes no byte for REQUEST_SECONDS, or not all in twice that."""
         deadline = time.monotonic() + REQUEST_SECONDS
-        sent = self.request.send(data)
+        sent = self.channel.send(data)
         while sent < len(data):
             if time.monotonic() > deadline:
                 raise TimeoutError
-            sent += self.request.send(memoryview(data)[sent:])
+            sent += self.channel.send(memoryview(data)[sent:])
 
     def finish(self):
         """Let the answer arrive: closing with bytes unread resets the connection and may destroy it."""
-        if not self.linger:
-            return
         deadline = time.monotonic() + LINGER_SECONDS
         try:
+            if self.channel is not self.request:
+                self.channel.end()
+            if not self.linger:
+                return
             self.request.shutdown(socket.SHUT_WR)
             self.wait_at_most(LINGER_SECONDS)
             while time.monotonic() < deadline and self.request.recv(65536):
@@ -4151,7 +4303,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, config, api):
         server = config.server
-        self.api, self.places = api, server.max_connections
+        self.api, self.places, self.tls = api, server.max_connections, config.tls
         api.in_progress = lambda: sum(client.asking is not None for client in list(self.clients.values()))
         self.address_family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
         self.changed = threading.Condition()
@@ -4258,11 +4410,15 @@ class Server(ThreadingHTTPServer):
                     self.dismiss(waiting[number])
 
     def turn_away(self, request):
-        """Tell one too many, without a thread; it is closed when it had time to read."""
+        """Tell one too many, without a thread; it is closed when it had time to read.
+
+        With TLS it is closed without a word, for that would need a handshake.
+        """
         self.api.metrics.add("lxc_autoscale_api_connections_refused_total")
         try:
             request.setblocking(False)
-            request.send(TOO_MANY)
+            if not self.tls:
+                request.send(TOO_MANY)
             request.shutdown(socket.SHUT_WR)
         except OSError:
             pass
@@ -4315,8 +4471,9 @@ class Server(ThreadingHTTPServer):
                 sock.bind((host, 0))
                 self.own_address = sock.getsockname()[:2]   # it is let in even if all places are taken
                 sock.connect((host, port))
-                sock.sendall(b"OPTIONS /health/check HTTP/1.0\r\n\r\n")
-                return sock.recv(12) in (b"HTTP/1.1 204", b"HTTP/1.1 429")      # from a thread of its own
+                with unverified().wrap_socket(sock) if self.tls else sock as stream:
+                    stream.sendall(b"OPTIONS /health/check HTTP/1.0\r\n\r\n")
+                    return stream.recv(12) in (b"HTTP/1.1 204", b"HTTP/1.1 429")    # from a thread of its own
         except OSError:
             return False
 
@@ -4573,7 +4730,7 @@ def watchdog_seconds():
 
 
 def reload(server, path):
-    """Take over keys, rate limits, container rules and logs from the file; a bad one changes nothing."""
+    """Take over keys, certificate, rate limits, container rules and logs from the file; a bad one changes nothing."""
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
     old = server.api.config
     try:
@@ -4585,10 +4742,23 @@ def reload(server, path):
     else:
         point_logs(config.logging, config.keys + config.read_only_keys)
         server.api.configure(config)
+        server.tls = config.tls
         log.info("reloaded %s", path)
-        if (config.server, config.proxmox) != (old.server, old.proxmox):
+        warn_of_certificate(config)
+        if fixed_settings(config) != fixed_settings(old):
             log.warning("changed settings under server: or proxmox: may need a restart to count")
     notify("READY=1")
+
+
+def fixed_settings(config):
+    """What a reload does not take over."""
+    return {**vars(config.server), "tls_certificate": None, "tls_key": None}, config.proxmox
+
+
+def warn_of_certificate(config):
+    if config.tls_ends and config.tls_ends < time.strftime("%Y%m%d%H%M%S", time.gmtime()):
+        log.warning("server.tls_certificate %s has expired (%s, in UTC); clients will refuse it", config.server.tls_certificate,
+                    config.tls_ends)
 
 
 def warn_of_forgotten_snapshots(host):
@@ -4642,11 +4812,12 @@ def main():
         config = read_config(arguments.config)
     except ConfigError as error:
         complain(error.text)
-        return EX_CONFIG
+        return error.code
     if arguments.check_config:
         print(f"{arguments.config}: ok", *list_keys(config), sep="\n")
         return 0
     point_logs(config.logging, config.keys + config.read_only_keys)
+    warn_of_certificate(config)
     signals = Signals()
     try:
         server = build(config)
