@@ -2,6 +2,7 @@
 # Install lxc_autoscale_api on a Proxmox VE host, upgrade it, or remove it.
 #
 #   ./install.sh                install or upgrade, and start the service
+#   ./install.sh --tls          the same; a new configuration names this node's own certificate
 #   ./install.sh --uninstall    remove it; configuration and logs stay
 #   ./install.sh --purge        remove it with configuration and logs
 #
@@ -10,7 +11,7 @@
 # new one does not become healthy; so it is if an upgrade was cut off and is run again.
 #
 # DESTDIR=/some/folder installs below that folder, without root and without systemd
-# (SYSTEMCTL names a systemctl to call all the same).
+# (SYSTEMCTL names a systemctl to call all the same, and PVE_DIR another /etc/pve).
 set -eu
 umask 022
 
@@ -28,6 +29,13 @@ CREDENTIAL=$UNIT.d/credential.conf
 LOGROTATE=/etc/logrotate.d/$NAME
 RUN_DIR=/run/$NAME
 KEPT=/var/lib/$NAME.old
+# This node's certificate and the CA of the cluster that signed it (pve-cluster's
+# PVE::Cluster::Setup). It names 127.0.0.1, ::1, localhost, the node and its address.
+PVE_DIR=${PVE_DIR:-/etc/pve}
+TLS_CERTIFICATE=$PVE_DIR/local/pve-ssl.pem
+TLS_KEY=$PVE_DIR/local/pve-ssl.key
+TLS_CA=$PVE_DIR/pve-root-ca.pem
+TLS=""
 FILES="$MODULE $UNIT $CREDENTIAL $LOGROTATE"
 LOG_DIR=/var/log
 LOGS="$LOG_DIR/autoscaleapi.log $LOG_DIR/autoscaleapi_access.log $LOG_DIR/autoscaleapi_error.log"
@@ -51,6 +59,7 @@ require_host() {
         [ "$(id -u)" -eq 0 ] || missing="$missing root-rights"
         command -v pct >/dev/null 2>&1 || missing="$missing pct-(this-must-be-a-Proxmox-VE-host)"
         command -v "$SYSTEMCTL" >/dev/null 2>&1 || missing="$missing systemctl"
+        [ -z "$TLS" ] || [ -r "$TLS_CERTIFICATE" ] || missing="$missing $TLS_CERTIFICATE"
     fi
     [ -z "$missing" ] || fail "nothing was changed; missing:$missing"
 }
@@ -133,7 +142,8 @@ install_config() {
         return
     fi
     say "kept $DESTDIR$CONFIG"
-    # Only settings and comments are compared: the key always differs.
+    say_tls
+    # Only settings and comments are compared: what is set here always differs.
     if same_but_key "$DESTDIR$CONFIG" "$HERE/$NAME.yaml"; then
         rm -f "$DESTDIR$CONFIG.new"
     else
@@ -142,14 +152,27 @@ install_config() {
     fi
 }
 
-# The key comes near no command line, where every user of the host could read it.
+# with_new_key: the sample with a key, and with --tls the certificate. The key comes near no
+# command line, where every user of the host could read it.
 with_new_key() {
     "$PYTHON" -c 'import secrets, sys
-sys.stdout.write(sys.stdin.read().replace("your-secret-api-key", secrets.token_hex(32)))'
+text = sys.stdin.read().replace("your-secret-api-key", secrets.token_hex(32))
+for setting, path in zip(("tls_certificate", "tls_key"), sys.argv[1:]):
+    text = text.replace(f"{setting}: \"\"", f"{setting}: \"{path}\"")
+sys.stdout.write(text)' ${TLS:+"$TLS_CERTIFICATE" "$TLS_KEY"}
+}
+
+# say_tls: what a configuration that is kept needs for --tls.
+say_tls() {
+    { [ -n "$TLS" ] && ! grep -Eq '^ +tls_certificate: *[^ "#]|^ +tls_certificate: *"[^"]' "$DESTDIR$CONFIG"; } || return 0
+    say "for TLS, set these in it under server:, and run: systemctl reload $NAME"
+    say "  tls_certificate: \"$TLS_CERTIFICATE\""
+    say "  tls_key: \"$TLS_KEY\""
 }
 
 same_but_key() {
-    [ "$(sed 's/^\( *api_key:\).*/\1/' "$1")" = "$(sed 's/^\( *api_key:\).*/\1/' "$2")" ]
+    set_here='s/^( *(api_key|tls_certificate|tls_key):).*/\1/'
+    [ "$(sed -E "$set_here" "$1")" = "$(sed -E "$set_here" "$2")" ]
 }
 
 # rotated_by LOG: the file by which logrotate rotates a log already, other than ours.
@@ -262,22 +285,27 @@ restart_service() {
     "$SYSTEMCTL" restart $NAME.service
 }
 
-# health: the URL and the answer of /health/check, as the configuration says where.
+# health: the URL, with what curl needs for it, and the answer of /health/check, as the
+# configuration says where. Nobody else can answer on an address of this host.
 health() {
-    with_credential "$PYTHON" - "$DESTDIR$MODULE" "$DESTDIR$CONFIG" <<'END'
+    with_credential "$PYTHON" - "$DESTDIR$MODULE" "$DESTDIR$CONFIG" "$TLS_CERTIFICATE" "$TLS_CA" <<'END'
 import runpy, sys, urllib.error, urllib.request
 daemon = runpy.run_path(sys.argv[1])
-server = daemon["read_config"](sys.argv[2]).server
+config = daemon["read_config"](sys.argv[2])
+server = config.server
 host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
-url = f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"
+scheme = "https" if config.tls else "http"
+url = f"{scheme}://[{host}]:{server.port}" if ":" in host else f"{scheme}://{host}:{server.port}"
 try:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    handlers = [urllib.request.HTTPSHandler(context=daemon["unverified"]())] if config.tls else []
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), *handlers)
     answer = opener.open(url + "/health/check", timeout=20)
 except urllib.error.HTTPError as error:
     answer = error
 except OSError:
     sys.exit(1)
-print(url)
+trust = "--cacert " + sys.argv[4] if server.tls_certificate == sys.argv[3] else "-k"
+print(f"{trust} {url}" if config.tls else url)
 sys.exit(0 if answer.status == 200 else 1)
 END
 }
@@ -345,7 +373,8 @@ purge_logs() {
 
 main() {
     case "${1:-}" in
-    "")
+    "" | --tls)
+        TLS=${1:-}
         require_host
         refuse_old_config
         check_config
@@ -366,7 +395,7 @@ main() {
         purge
         ;;
     *)
-        fail "unknown option '$1'; known: --uninstall, --purge"
+        fail "unknown option '$1'; known: --tls, --uninstall, --purge"
         ;;
     esac
 }

@@ -34,6 +34,7 @@ import select
 import shlex
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -1616,8 +1617,6 @@ def read_tls(config):
 
 
 def load_tls(config):
-    global ssl
-    import ssl                              # it costs time and memory at each start, and few need it
     certificate, key = config.server.tls_certificate, config.server.tls_key
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2

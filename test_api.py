@@ -861,6 +861,46 @@ VSydMKfRIab7L9MS9ts9dwljdmahRANCAAThDqzAl3LtsO4uFBZmZAjxQkS4tcCt
 uaWAphINBHvKoUCMZYDGdLUvsGfZYPKyD/KX2q7vHRj04ubIE6XLTOxt
 -----END PRIVATE KEY-----
 """
+# Another one for the same key, one that ended with 2020, another key, and the key with a passphrase.
+RENEWED = """\
+-----BEGIN CERTIFICATE-----
+MIIBizCCATKgAwIBAgIUXLtghP4DLqo9Zlwd4o0N3GvV7ukwCgYIKoZIzj0EAwIw
+EjEQMA4GA1UEAwwHcmVuZXdlZDAgFw0yNjExMjUwMzE3NTJaGA8yMTI2MTEwMTAz
+MTc1MlowEjEQMA4GA1UEAwwHcmVuZXdlZDBZMBMGByqGSM49AgEGCCqGSM49AwEH
+A0IABOEOrMCXcu2w7i4UFmZkCPFCRLi1wK25pYCmEg0Ee8qhQIxlgMZ0tS+wZ9lg
+8rIP8pfaru8dGPTi5sgTpctM7G2jZDBiMB0GA1UdDgQWBBRYmfRlyeG5GdQTQ+Pp
+tzyR5mULbTAfBgNVHSMEGDAWgBRYmfRlyeG5GdQTQ+PptzyR5mULbTAPBgNVHRMB
+Af8EBTADAQH/MA8GA1UdEQQIMAaHBH8AAAEwCgYIKoZIzj0EAwIDRwAwRAIgR1bz
+/bor/sDZLCBZGU1rxyd0mtAt6OTqQmdxxGygCDgCIEZyVH0N3iifuRSeqfbQnaHE
+ijLCzsxysIvPCRZaChXO
+-----END CERTIFICATE-----
+"""
+EXPIRED = """\
+-----BEGIN CERTIFICATE-----
+MIIBDzCBtgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwHhcN
+MjAwMTAxMDAwMDAwWhcNMjEwMTAxMDAwMDAwWjAUMRIwEAYDVQQDDAlsb2NhbGhv
+c3QwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAAThDqzAl3LtsO4uFBZmZAjxQkS4
+tcCtuaWAphINBHvKoUCMZYDGdLUvsGfZYPKyD/KX2q7vHRj04ubIE6XLTOxtMAoG
+CCqGSM49BAMCA0gAMEUCIHL/61XFBCyDqqcub/XWc7b500uYRTMIZSYU+rs5VnpL
+AiEA+u1dP2pDaTE8ylq2M+1igb5tc/JecjkoMMxfiyfyP3w=
+-----END CERTIFICATE-----
+"""
+OTHER_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgtyK4FDKImz+6n4BY
+jBII9gHT4neTT8lDkhfXKilWR52hRANCAATkN9RGDbkDD9WGGXujxHEc0hXWe0hP
+kmIqKNvJbv8d33Vnh7g1e3Pb/rVra5eseZtV0DeLkCwuqfeKqY2QoJfQ
+-----END PRIVATE KEY-----
+"""
+LOCKED_KEY = """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAgppKAz8uLDqgICCAAw
+DAYIKoZIhvcNAgkFADAdBglghkgBZQMEAQIEEGunWPqIrSKecFb8tMVcvwwEgZCH
+uODlvHrLfMhIll/K9bBWBoHAg6ajQYQ2wbCEUqAkUzrQOG64id/5DA9SDWE6rZA6
+kUhf7aWjgqXg5yLdu008UGIdm8HJQYuGM8ZyMNzOpNM4Hvvv17aH4/uy7HLc1Pua
+BFG5tF39kk4dNF22ZyU9RYnFsQTXSNCRLgIrBNuP+111xOq2uAa63nRFMlQo+lI=
+-----END ENCRYPTED PRIVATE KEY-----
+"""
 Reply = namedtuple("Reply", "status body headers")
 
 
@@ -1333,6 +1373,10 @@ GOOD_KEY = 'authentication:\n  api_key: "0123456789abcdef"\n'
     (GOOD_KEY + "server:\n  port: 5000.0\n", 4, "server.port must be"),
     (GOOD_KEY + "server:\n  port:\n", 4, "server.port must be"),
     (GOOD_KEY + "server:\n  host: nowhere\n", 4, "server.host must be an IP address"),
+    (GOOD_KEY + "server:\n  tls_certificate: /x.pem\n", 4, "server.tls_certificate needs server.tls_key beside it"),
+    (GOOD_KEY + 'server:\n  tls_certificate: ""\n  tls_key: /x.key\n', 5, "server.tls_key needs server.tls_certificate beside it"),
+    (GOOD_KEY + "server:\n  tls_certificate: x.pem\n", 4, "server.tls_certificate must be an absolute path"),
+    (GOOD_KEY + "server:\n  tls_key: false\n", 4, "server.tls_key must be text"),
     (GOOD_KEY + "server:\n  prot: 5000\n", 4, "unknown key 'server.prot'; known here: host, port"),
     (GOOD_KEY + "sever:\n  port: 5000\n", 3, "unknown key 'sever'"),
     (GOOD_KEY + "server: 5000\n", 3, "server must hold"),
@@ -1399,7 +1443,7 @@ def test_all_that_is_wrong_with_keys_and_values_is_told_in_one_run(tmp_path):
 
 def test_a_good_configuration_passes_and_a_bad_or_missing_one_stops_the_start(tmp_path):
     bad = GOOD_KEY + "server:\n  prot: 5000\n"
-    said = f"{tmp_path}/api.yaml:4: unknown key 'server.prot'; known here: host, port, trusted_proxies, max_connections\n"
+    said = f"{tmp_path}/api.yaml:4: unknown key 'server.prot'; known here: host, port, tls_certificate, tls_key, trusted_proxies, max_connections\n"
     assert check_config(tmp_path, bad) == (78, said)
     started = subprocess.run([sys.executable, MODULE, "--config", tmp_path / "api.yaml"], capture_output=True, text=True)
     assert (started.returncode, started.stdout, started.stderr) == (78, "", said)
@@ -1407,6 +1451,56 @@ def test_a_good_configuration_passes_and_a_bad_or_missing_one_stops_the_start(tm
     assert check_config(tmp_path, "authentication:\n  enabled: false\nserver:\n") == (0, f"{tmp_path}/api.yaml: ok\n")
     done = subprocess.run([sys.executable, MODULE, "--config", tmp_path / "none.yaml"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (78, f"{tmp_path}/none.yaml: cannot be read: No such file or directory\n")
+
+
+@pytest.mark.parametrize("certificate, key, line, says", [
+    (CERTIFICATE, OTHER_KEY, 5, "server.tls_key {key} must hold the key of that certificate, in PEM and without a passphrase (OpenSSL says"),
+    (CERTIFICATE, LOCKED_KEY, 5, "server.tls_key {key} must hold the key of that certificate, in PEM and without a passphrase"),
+    (CERTIFICATE, CERTIFICATE, 5, "server.tls_key {key} must hold the key"), (CERTIFICATE, "", 5, "server.tls_key {key} must hold the key"),
+    (CERTIFICATE, None, 5, "server.tls_key {key} cannot be read: No such file or directory"),
+    (None, CERTIFICATES_KEY, 4, "server.tls_certificate {certificate} cannot be read: No such file or directory"),
+    ("", CERTIFICATES_KEY, 4, "server.tls_certificate {certificate} must hold a certificate in PEM"),
+    (CERTIFICATES_KEY, CERTIFICATES_KEY, 4, "server.tls_certificate {certificate} must hold a certificate in PEM"),
+    (CERTIFICATE[:300] + CERTIFICATE[400:], CERTIFICATES_KEY, 4, "server.tls_certificate {certificate} must hold a certificate in PEM"),
+])
+def test_a_certificate_or_key_that_cannot_be_used_stops_the_start_with_its_line(tmp_path, certificate, key, line, says):
+    files = tls_files(tmp_path, certificate or "", key or "")
+    for path, text in zip(files.values(), (certificate, key)):
+        if text is None:
+            Path(path).unlink()
+    document = GOOD_KEY + "server:\n  tls_certificate: {}\n  tls_key: {}\n".format(*files.values())
+    (tmp_path / "api.yaml").write_text(document)
+    with pytest.raises(module.ConfigError) as refusal:
+        module.read_config(tmp_path / "api.yaml")
+    said = refusal.value.text
+    assert said.startswith(f"{tmp_path}/api.yaml:{line}: " + says.format(certificate=files["tls_certificate"], key=files["tls_key"]))
+    assert refusal.value.code == 78
+
+
+def test_a_key_with_a_passphrase_asks_nobody_and_the_check_says_what_is_wrong(tmp_path):
+    files = tls_files(tmp_path, key=LOCKED_KEY)
+    terminal, inside = os.openpty()
+    (tmp_path / "api.yaml").write_text(GOOD_KEY + "server:\n  tls_certificate: {}\n  tls_key: {}\n".format(*files.values()))
+    done = subprocess.run([sys.executable, MODULE, "--config", tmp_path / "api.yaml", "--check-config"], stdin=inside, stdout=inside, stderr=inside,
+                          start_new_session=True, timeout=20)
+    assert (done.returncode, os.read(terminal, 1000).decode()) == (
+        78, f"{tmp_path}/api.yaml:5: server.tls_key {tmp_path}/tls.key must hold the key of that certificate, in PEM and without a passphrase\r\n")
+    os.close(terminal)
+    os.close(inside)
+
+
+def test_a_certificate_that_hangs_or_is_not_mounted_yet_stops_the_start_in_time_and_not_for_good(host, tmp_path):
+    files = tls_files(tmp_path)
+    Path(files["tls_certificate"]).unlink()
+    os.mkfifo(files["tls_certificate"])             # opening it hangs, as a FUSE file system may
+    for constants, sections, says in (
+            ({"FILE_SECONDS": 0.2}, {"server": files}, f"server.tls_certificate: {HANGING}"),
+            ({}, {"server": {name: f"{host.root}/unmounted/{name}" for name in files}, "proxmox": {"pve_dir": f"{host.root}/unmounted"}},
+             f"server.tls_certificate {host.root}/unmounted/tls_certificate cannot be read: No such file or directory")):
+        (host.root / "unmounted").mkdir(exist_ok=True)
+        done = start_daemon(host, config_text(host, free_port(), KEY, **sections), constants, stderr=subprocess.PIPE, text=True)
+        said = done.communicate(timeout=10)[1]
+        assert (done.returncode, said) == (1, f"{host.root}/api.yaml:4: {says}\n")     # another than 78, which is final
 
 
 def test_the_check_tells_each_key_by_its_fingerprint_and_none_as_it_is(tmp_path, monkeypatch):
@@ -3710,6 +3804,171 @@ def test_clients_that_leave_cost_one_line_and_end_nothing(launch, host):
     assert api.get("/routes").status == 200
 
 
+# TLS
+
+def client_context(daemon, **attributes):
+    """A client's context that trusts the daemon; without attributes as Python makes it."""
+    context = ssl.create_default_context(cafile=daemon.host.root / "tls.pem")
+    for name, value in attributes.items():
+        setattr(context, name, value)
+    return context
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
+def test_tls_1_2_and_1_3_are_spoken_and_nothing_older_nor_without_forward_secrecy(steady_tls):
+    for version, name in ((ssl.TLSVersion.TLSv1_2, "TLSv1.2"), (ssl.TLSVersion.TLSv1_3, "TLSv1.3")):
+        with client_context(steady_tls, minimum_version=version, maximum_version=version).wrap_socket(steady_tls.connect_plainly(), server_hostname="127.0.0.1") as sock:
+            assert sock.version() == name and sock.compression() is None
+            sock.sendall(HEALTH)
+            assert read_answer(sock).status == 200
+    old = client_context(steady_tls, minimum_version=ssl.TLSVersion.TLSv1, maximum_version=ssl.TLSVersion.TLSv1_1)
+    old.set_ciphers("ALL:@SECLEVEL=0")
+    weak = client_context(steady_tls, maximum_version=ssl.TLSVersion.TLSv1_2)
+    weak.set_ciphers("ECDHE-ECDSA-AES128-SHA256:AES128-GCM-SHA256:DHE-RSA-AES128-GCM-SHA256")
+    for context, alert in ((old, "PROTOCOL_VERSION"), (weak, "HANDSHAKE_FAILURE")):
+        with steady_tls.connect_plainly() as sock, pytest.raises(ssl.SSLError, match=alert):
+            context.wrap_socket(sock, server_hostname="127.0.0.1")
+
+
+def test_renegotiation_and_compression_are_off(tmp_path):
+    config = module.load_config(GOOD_KEY + "server:\n  tls_certificate: {}\n  tls_key: {}\n".format(*tls_files(tmp_path).values()))
+    off = ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    assert module.read_tls(config)[0].options & off == off
+
+
+def test_plain_http_on_a_tls_port_is_told_so(steady_tls):
+    for data in (HEALTH, framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, "Content-Length: 27", body='{"vm_id": 104, "cores": 4}\n'), b"\x00", b"\r\n"):
+        with steady_tls.connect_plainly() as sock:
+            sock.sendall(data)
+            assert statuses(read_all(sock)) == ([400], error("This port speaks TLS: ask for https:// instead of http://"))
+
+
+def test_what_is_no_tls_within_tls_ends_its_connection_and_nothing_else(steady_tls):
+    hello = b"\x16\x03\x01\x00\x05hello"
+    for before, data in ((False, hello), (False, b"\x16"), (False, b"\x16\x03\x01\xff\xff" + b"x" * 70000), (True, b"\x17\x03\x03\x00\x20" + b"x" * 32), (True, HEALTH), (True, hello)):
+        plain = steady_tls.connect_plainly()
+        with socket.socket(fileno=os.dup(plain.fileno())) as raw:
+            raw.settimeout(10)
+            sock = steady_tls.tls.wrap_socket(plain, server_hostname="127.0.0.1") if before else plain
+            with contextlib.suppress(ConnectionError):
+                raw.sendall(data)
+                raw.shutdown(socket.SHUT_WR)
+                assert b"HTTP/1.1" not in read_all(raw)
+            sock.close()
+    assert steady_tls.get("/routes").status == 200 and "Traceback" not in steady_tls.log("error") + steady_tls.said()
+
+
+def test_a_connection_ends_as_tls_wants_it_so_that_nobody_takes_it_for_cut_off(steady_tls):
+    for data in (framed("GET /routes HTTP/1.1", "Host: x", LOGIN, "Connection: close"), b"x\r\n\r\n"):
+        with steady_tls.tls.wrap_socket(steady_tls.connect_plainly(), server_hostname="127.0.0.1", suppress_ragged_eofs=False) as sock:
+            sock.sendall(data)
+            assert read_all(sock).startswith(b"HTTP/1.1 ")
+
+
+def test_a_handshake_is_part_of_the_first_request_s_time(launch):
+    api = launch(tls=True, constants={"REQUEST_SECONDS": 1})
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = api.tls.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+    with api.connect_plainly(5) as sock:
+        started = time.monotonic()
+        with pytest.raises(ssl.SSLWantReadError):
+            tls.do_handshake()
+        for byte in outgoing.read():                # half a second long
+            sock.sendall(bytes([byte]))
+            time.sleep(0.001)
+        while True:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                tls.do_handshake()
+                break
+            incoming.write(sock.recv(65536))
+        tls.write(b"GET /routes")
+        sock.sendall(outgoing.read())
+        while True:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                answer = tls.read(65536)
+                break
+            incoming.write(sock.recv(65536))
+        assert statuses(answer) == ([408], error("The request did not arrive within 1 s"))
+        assert 0.8 < time.monotonic() - started < 1.4
+
+
+def test_500_handshakes_that_never_end_delay_nobody_and_are_gone_in_time(launch):
+    api = launch(tls=True, server={"max_connections": 600}, constants={"REQUEST_SECONDS": 1.3, "LINGER_SECONDS": 0.3})
+    outgoing = ssl.MemoryBIO()
+    with pytest.raises(ssl.SSLWantReadError):
+        api.tls.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="127.0.0.1").do_handshake()
+    hello = outgoing.read()
+    slow, begun, times = [], time.monotonic(), []
+    for number in range(500):
+        slow.append(api.connect_plainly())
+        slow[-1].sendall((b"", hello[:1], hello[:-1], hello)[number % 4])      # and the last waits for its answer
+    while time.monotonic() - begun < 1.2:
+        for sock in slow[1::4]:
+            with contextlib.suppress(OSError):
+                sock.send(hello[1:2])
+        started = time.monotonic()
+        assert api.get("/health/check").status == 200
+        times.append(time.monotonic() - started)
+    assert sorted(times)[len(times) // 2] < 0.1
+    wait_until(lambda: threads(api) < 5 and descriptors(api) < 20, 5)
+    for sock in slow:
+        sock.close()
+
+
+def test_one_connection_too_many_is_closed_before_tls_begins(launch):
+    api = launch(tls=True, server={"max_connections": 2}, constants={"YIELD_SECONDS": 60})
+    held = [api.connect() for _ in range(2)]
+    before = threads(api)
+    with api.connect_plainly() as sock:
+        assert sock.recv(10) == b""
+    assert threads(api) == before
+    held.pop().close()
+    wait_until(lambda: is_healthy(api))
+    assert "lxc_autoscale_api_connections_refused_total 1\n" in api.get("/metrics").body
+    held.pop().close()
+
+
+def certificate_of(api):
+    """The certificate that a new connection is shown."""
+    with module.unverified().wrap_socket(api.connect_plainly()) as sock:
+        return ssl.DER_cert_to_PEM_cert(sock.getpeercert(binary_form=True)).replace("\n", "")
+
+
+def test_a_reload_takes_a_renewed_certificate_and_closes_nothing(launch, host):
+    api = launch(tls=True)
+    with api.connect() as sock:
+        for certificate, taken in ((RENEWED, RENEWED), ("nonsense", RENEWED), (EXPIRED, EXPIRED)):
+            tls_files(host.root, certificate)
+            api.process.send_signal(signal.SIGHUP)
+            if taken is certificate:
+                wait_until(lambda: certificate_of(api) == taken.replace("\n", ""))
+            else:
+                said = f"not reloaded, the old settings stay: {host.root}/api.yaml:4: server.tls_certificate {host.root}/tls.pem must hold a certificate in PEM"
+                wait_until(lambda: said in api.log("error") and said in api.said())
+                assert certificate_of(api) == taken.replace("\n", "")
+            sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
+            assert read_answer(sock).status == 200
+    wait_until(lambda: f"WARNING server.tls_certificate {host.root}/tls.pem has expired (20210101000000, in UTC); clients will refuse it\n" in api.log("error"))
+    assert "may need a restart" not in api.log()
+
+
+def test_a_certificate_that_hangs_at_a_reload_delays_nobody(launch, host):
+    api = launch(tls=True, constants={"FILE_SECONDS": 0.3})
+    (host.root / "tls.pem").unlink()
+    os.mkfifo(host.root / "tls.pem")
+    api.process.send_signal(signal.SIGHUP)
+    started = time.monotonic()
+    assert api.get("/routes").status == 200 and time.monotonic() - started < 0.25
+    wait_until(lambda: f"not reloaded, the old settings stay: {host.root}/api.yaml:4: server.tls_certificate: {HANGING}" in api.log("error"))
+    assert api.get("/routes").status == 200
+    assert api.stop() == 0
+
+
+@pytest.mark.parametrize("pem, end", [(CERTIFICATE, "21261101031243"), (EXPIRED, "20210101000000"), ("text before\n" + EXPIRED + CERTIFICATE, "20210101000000"), ("", None)])
+def test_the_end_of_a_certificate_is_read_from_it(pem, end):
+    assert module.end_of_certificate(pem) == end
+
+
 # Proxmox fails
 
 def commands_alive(host):
@@ -5569,9 +5828,9 @@ def installed(tmp_path, host):
     config.parent.mkdir(parents=True)
     config.write_text(config_text(host, port, KEY))
 
-    def run(source=HERE, *arguments, tries=25):
+    def run(source=HERE, *arguments, tries=25, pve_dir="/etc/pve"):
         return subprocess.run([str(source / "install.sh"), *arguments], capture_output=True, text=True,
-                              env={**os.environ, "DESTDIR": str(folder), "SYSTEMCTL": str(systemctl), "HEALTH_TRIES": str(tries)})
+                              env={**os.environ, "DESTDIR": str(folder), "SYSTEMCTL": str(systemctl), "HEALTH_TRIES": str(tries), "PVE_DIR": str(pve_dir)})
     yield folder, run, port
     subprocess.run([str(systemctl), "disable"], env={**os.environ, "DESTDIR": str(folder)})
     wait_until(lambda: not answers(port))
@@ -5610,6 +5869,53 @@ def test_an_upgrade_of_a_running_daemon_keeps_its_settings(installed, tmp_path):
     assert (tmp_path / "systemctl.log").read_text().splitlines() == ["daemon-reload", "enable --quiet lxc_autoscale_api.service",
                                                                      "restart lxc_autoscale_api.service"] * 2
     assert not list(folder.rglob("*.old"))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_with_tls_the_health_is_asked_for_and_the_printed_line_works(installed, host, own, tmp_path):
+    """Of the node's own certificate it names the CA, which is itself here."""
+    folder, install, port = installed
+    pve = tmp_path / "pve"
+    (pve / "local").mkdir(parents=True)
+    (pve / "pve-root-ca.pem").write_text(CERTIFICATE)
+    files = tls_files(pve)
+    if own:
+        files = {name: str(Path(path).rename(pve / "local" / path.replace("/tls.", "/pve-ssl.").rpartition("/")[2])) for name, path in files.items()}
+    (folder / CONFIG_PATH).write_text(config_text(host, port, KEY, server=files))
+    done = install(pve_dir=pve)
+    trust = f"--cacert {pve}/pve-root-ca.pem" if own else "-k"
+    line = f'curl -s -H "X-API-Key: $KEY" {trust} https://127.0.0.1:{port}/routes'
+    assert done.returncode == 0 and f"  {line}\n" in done.stdout, done.stdout + done.stderr
+    if shutil.which("curl"):
+        asked = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env={**os.environ, "KEY": KEY})
+        assert json.loads(asked.stdout)["status"] == "success"
+
+
+def test_a_new_configuration_has_the_node_s_own_certificate_if_asked_for(tmp_path):
+    (tmp_path / "pve/local").mkdir(parents=True)
+    first = install(tmp_path, "--tls")
+    tree, _ = module.load_yaml((tmp_path / CONFIG_PATH).read_text())
+    files = {"tls_certificate": "/etc/pve/local/pve-ssl.pem", "tls_key": "/etc/pve/local/pve-ssl.key"}
+    sample, _ = module.load_yaml((HERE / "lxc_autoscale_api.yaml").read_text())
+    assert first.returncode == 0 and tree["server"] == {**sample["server"], **files}
+    assert len(tree["authentication"]["api_key"]) == 64 and "for TLS" not in first.stdout
+    for path in tls_files(tmp_path).values():
+        Path(path).rename(tmp_path / "pve/local" / Path(path).name.replace("tls.", "pve-ssl."))
+    config = tmp_path / CONFIG_PATH
+    config.write_text(config.read_text().replace(': "/etc/pve/local', f': "{tmp_path}/pve/local'))
+    again = install(tmp_path, "--tls")
+    assert again.returncode == 0 and "for TLS" not in again.stdout and not (tmp_path / (CONFIG_PATH + ".new")).exists()
+
+
+def test_to_a_configuration_that_is_kept_tls_is_not_added_but_said(tmp_path):
+    install(tmp_path)
+    before = (tmp_path / CONFIG_PATH).read_text()
+    done = install(tmp_path, "--tls")
+    assert done.returncode == 0 and (tmp_path / CONFIG_PATH).read_text() == before
+    assert """for TLS, set these in it under server:, and run: systemctl reload lxc_autoscale_api
+  tls_certificate: "/etc/pve/local/pve-ssl.pem"
+  tls_key: "/etc/pve/local/pve-ssl.key"
+""" in done.stdout
 
 
 def test_an_upgrade_that_does_not_become_healthy_is_taken_back(installed, tmp_path):
@@ -5950,7 +6256,7 @@ def test_an_installation_without_what_it_needs_changes_nothing(tmp_path):
     done = subprocess.run([source / "install.sh"], capture_output=True, text=True, env={"PATH": str(tools)})
     assert (done.returncode, done.stderr) == (1, "install.sh: nothing was changed; missing: Python-3.9-or-later-as-/nowhere/python3"
                                                  f"{'' if os.getuid() == 0 else ' root-rights'} pct-(this-must-be-a-Proxmox-VE-host) systemctl\n")
-    assert install(tmp_path, "--what").stderr == "install.sh: unknown option '--what'; known: --uninstall, --purge\n"
+    assert install(tmp_path, "--what").stderr == "install.sh: unknown option '--what'; known: --tls, --uninstall, --purge\n"
     assert not (tmp_path / "usr").exists()
 
 
