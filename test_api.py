@@ -823,7 +823,6 @@ if __name__ == "__main__":
 import concurrent.futures  # noqa: E402  (the simulated host above needs Python alone)
 import ctypes  # noqa: E402
 import errno  # noqa: E402
-import hashlib  # noqa: E402
 import http.client  # noqa: E402
 import itertools  # noqa: E402
 import random  # noqa: E402
