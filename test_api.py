@@ -3849,10 +3849,10 @@ def test_what_is_no_tls_within_tls_ends_its_connection_and_nothing_else(steady_t
         with socket.socket(fileno=os.dup(plain.fileno())) as raw:
             raw.settimeout(10)
             sock = steady_tls.tls.wrap_socket(plain, server_hostname="127.0.0.1") if before else plain
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(OSError):      # the daemon may have closed it already
                 raw.sendall(data)
                 raw.shutdown(socket.SHUT_WR)
-                assert b"HTTP/1.1" not in read_all(raw)
+            assert b"HTTP/1.1" not in read_all(raw)
             sock.close()
     assert steady_tls.get("/routes").status == 200 and "Traceback" not in steady_tls.log("error") + steady_tls.said()
 
