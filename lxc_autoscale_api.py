@@ -4,7 +4,7 @@
 How a request travels:
 
     socket -> Server      a bounded number of connections, a thread each
-           -> Handler     bytes to a strictly framed Request, within a deadline
+           -> Handler     bytes, or what Tls makes of them, to a strictly framed Request, within a deadline
            -> Api         rate limit, key, row of ROUTES, parameters to values
            -> Changes     a change only: its containers' turn, a thread of its own, a Change
            -> a handler   a few lines an endpoint: the steps of a Change, or what is asked of Proxmox
@@ -605,13 +605,16 @@ def keys_in_force(login, credential, where):
     return keys, readers
 
 
-def read_config(path):
-    """A configuration file -> its settings; an error's text names file and line of each fault."""
+def read_config(path, files=None):
+    """A configuration file -> its settings; an error's text names file and line of each fault.
+
+    `files` reads what is named there and may hang.
+    """
     try:
         with open(path, "rb") as file:
             raw = file.read()
         config = load_config(raw.decode("utf-8"), read_credential())
-        config.tls, config.tls_ends = read_tls(config)
+        config.tls, config.tls_ends = read_tls(config, files or Files(Workers()))
         return config
     except OSError as error:
         raise ConfigError(0, f"{path}: cannot be read: {error.strerror}") from None
@@ -1601,7 +1604,7 @@ def hanging():
 
 # TLS
 
-def read_tls(config):
+def read_tls(config, files):
     """Settings -> (the SSLContext of connections to come, when its certificate ends), both None without TLS.
 
     Of the files that are named, one that cannot be used is a ConfigError. They may lie under
@@ -1611,12 +1614,13 @@ def read_tls(config):
     if not config.server.tls_certificate:
         return None, None
     try:
-        return Files(Workers()).read(load_tls, config)
+        return files.read(load_tls, config)
     except Problem as problem:
         raise ConfigError(config.where["server", "tls_certificate"], f"server.tls_certificate: {problem.error}", 1) from None
 
 
 def load_tls(config):
+    """Settings -> (SSLContext, when its certificate ends), or ConfigError; it waits for the files."""
     certificate, key = config.server.tls_certificate, config.server.tls_key
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -4733,7 +4737,7 @@ def reload(server, path):
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
     old = server.api.config
     try:
-        config = read_config(path)
+        config = read_config(path, server.api.host.files)
     except ConfigError as error:
         for told in error.text.split("\n"):
             complain(f"not reloaded, the old settings stay: {told}")

@@ -3832,7 +3832,7 @@ def test_tls_1_2_and_1_3_are_spoken_and_nothing_older_nor_without_forward_secrec
 def test_renegotiation_and_compression_are_off(tmp_path):
     config = module.load_config(GOOD_KEY + "server:\n  tls_certificate: {}\n  tls_key: {}\n".format(*tls_files(tmp_path).values()))
     off = ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
-    assert module.read_tls(config)[0].options & off == off
+    assert module.load_tls(config)[0].options & off == off
 
 
 def test_plain_http_on_a_tls_port_is_told_so(steady_tls):
