@@ -3240,6 +3240,9 @@ def test_a_key_that_may_only_read_reads_everything_and_changes_nothing(launch, h
     assert api.post("/nowhere", {}, key=READING_KEY).status == 403 and api.get("/nowhere", key=READING_KEY).status == 404
     assert [call for call in host.calls() if not call.startswith(("pct list", "pct config", "pct status", "pct listsnapshot", "pvesh get"))] == []
     assert api.post("/scale/cores", {"vm_id": 104, "cores": 4}).status == 200
+    host.faults(set={"exit": 255, "stderr": f"said {READING_KEY}"})
+    assert api.post("/scale/cores", {"vm_id": 104, "cores": 5}).status == 500
+    assert "said [API key]" in api.log("error") and READING_KEY not in api.log() + api.log("error") + api.log("access")
 
 
 def test_metrics_ask_for_a_key_if_they_are_told_to(launch, host):
@@ -3889,6 +3892,34 @@ def test_a_handshake_is_part_of_the_first_request_s_time(launch):
             incoming.write(sock.recv(65536))
         assert statuses(answer) == ([408], error("The request did not arrive within 1 s"))
         assert 0.8 < time.monotonic() - started < 1.4
+    with api.connect_plainly(0.02) as sock:         # bytes of a handshake without end
+        started, received = time.monotonic(), None
+        while received is None and time.monotonic() - started < 3:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(b"\x16\x03\x01\x40\x00" if time.monotonic() - started < 0.02 else b"\x00")
+            with contextlib.suppress(socket.timeout, ConnectionError):
+                received = sock.recv(1000)
+        assert not received and 0.8 < time.monotonic() - started < 1.4
+
+
+def test_what_the_network_takes_in_pieces_arrives_whole(tmp_path):
+    """A send may take a part only; no byte of a record may be lost or sent twice."""
+    config = module.load_config(GOOD_KEY + "server:\n  tls_certificate: {}\n  tls_key: {}\n".format(*tls_files(tmp_path).values()))
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    sock = module.SimpleNamespace(recv=to_server.read, sendall=to_client.write, send=lambda data, *_: to_client.write(data[:7000]))
+    server, client = module.Tls(sock, module.load_tls(config)[0]), module.unverified().wrap_bio(to_client, to_server)
+    for _ in range(2):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            client.do_handshake()
+        if to_server.pending:
+            server.recv(65536)
+    data, sent, received = random.Random(1).randbytes(300000), 0, b""
+    while sent < len(data):
+        sent += server.send(memoryview(data)[sent:])
+    with contextlib.suppress(ssl.SSLWantReadError):
+        while True:
+            received += client.read(65536)
+    assert received == data
 
 
 def test_500_handshakes_that_never_end_delay_nobody_and_are_gone_in_time(launch):
