@@ -4,7 +4,7 @@
 How a request travels:
 
     socket -> Server      a bounded number of connections, a thread each
-           -> Handler     bytes, or what Tls makes of them, to a strictly framed Request, within a deadline
+           -> Handler     bytes, perhaps through Tls, to a strictly framed Request, in time
            -> Api         rate limit, key, row of ROUTES, parameters to values
            -> Changes     a change only: its containers' turn, a thread of its own, a Change
            -> a handler   a few lines an endpoint: the steps of a Change, or what is asked of Proxmox
@@ -1605,7 +1605,7 @@ def hanging():
 # TLS
 
 def read_tls(config, files):
-    """Settings -> (the SSLContext of connections to come, when its certificate ends), both None without TLS.
+    """Settings -> (the SSLContext of connections to come, when its certificate ends), or Nones.
 
     Of the files that are named, one that cannot be used is a ConfigError. They may lie under
     /etc/pve, and nobody waits for that without end; if it hangs or is not mounted, as it may
@@ -1616,7 +1616,8 @@ def read_tls(config, files):
     try:
         return files.read(load_tls, config)
     except Problem as problem:
-        raise ConfigError(config.where["server", "tls_certificate"], f"server.tls_certificate: {problem.error}", 1) from None
+        line = config.where["server", "tls_certificate"]
+        raise ConfigError(line, f"server.tls_certificate: {problem.error}", 1) from None
 
 
 def load_tls(config):
@@ -1624,10 +1625,11 @@ def load_tls(config):
     certificate, key = config.server.tls_certificate, config.server.tls_key
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")      # for TLS 1.2: with forward secrecy and authenticated
+    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")      # of TLS 1.2: with forward secrecy
     for setting, rule, load, arguments in (
-            ("tls_certificate", "must hold a certificate in PEM", unverified().load_verify_locations, (certificate,)),
+            ("tls_certificate", "must hold a certificate in PEM",
+             unverified().load_verify_locations, (certificate,)),
             ("tls_key", "must hold the key of that certificate, in PEM and without a passphrase",
              context.load_cert_chain, (certificate, key, no_passphrase))):
         path = getattr(config.server, setting)
@@ -1635,7 +1637,8 @@ def load_tls(config):
             load(*arguments)
         except (ssl.SSLError, ValueError) as error:
             why = getattr(error, "reason", None)
-            raise bad_file(config, setting, f"{path} {rule}" + (f" (OpenSSL says {why})" if why else "")) from None
+            text = f"{path} {rule}" + (f" (OpenSSL says {why})" if why else "")
+            raise bad_file(config, setting, text) from None
         except OSError as error:
             raise bad_file(config, setting, f"{path} cannot be read: {error.strerror}") from None
     with open(certificate, encoding="latin-1") as file:
@@ -1648,10 +1651,11 @@ def no_passphrase():
 
 
 def bad_file(config, setting, text):
-    """The ConfigError for a file that cannot be used; where /etc/pve is not mounted, the file may yet appear."""
+    """The ConfigError for a file that cannot be used; in an unmounted /etc/pve it may yet appear."""
     folder = config.proxmox.pve_dir
-    absent = getattr(config.server, setting).startswith(folder + "/") and not os.path.lexists(f"{folder}/lxc")
-    return ConfigError(config.where["server", setting], f"server.{setting} {text}", 1 if absent else EX_CONFIG)
+    below = getattr(config.server, setting).startswith(folder + "/")
+    code = 1 if below and not os.path.lexists(f"{folder}/lxc") else EX_CONFIG
+    return ConfigError(config.where["server", setting], f"server.{setting} {text}", code)
 
 
 def unverified():
@@ -1662,12 +1666,12 @@ def unverified():
 
 
 PEM_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
-VALIDITY = re.compile(                      # two times in DER (RFC 5280 section 4.1.2.5); the second is captured
+VALIDITY = re.compile(                      # two times in DER (RFC 5280 section 4.1.2.5)
     rb"\x30.(?:\x17\x0d\d{12}|\x18\x0f\d{14})Z(?:\x17\x0d|\x18\x0f)(\d{12}(?:\d\d)?)Z", re.DOTALL)
 
 
 def end_of_certificate(pem):
-    """The first certificate of a PEM file -> until when it is valid, as YYYYMMDDHHMMSS in UTC, or None."""
+    """The first certificate in PEM -> until when it is valid, as YYYYMMDDHHMMSS in UTC, or None."""
     first = PEM_CERTIFICATE.search(pem)
     found = first and VALIDITY.search(ssl.PEM_cert_to_DER_cert(first[0]))
     if not found:
@@ -3814,7 +3818,8 @@ class Api:
         if bounds != self.bounds:
             self.limiter = RateLimiter(*bounds) if bounds else None
         self.config, self.bounds = config, bounds
-        self.known = [(digest(key.encode()), key in config.keys) for key in config.keys + config.read_only_keys]
+        self.known = [(digest(key.encode()), key in config.keys)        # and whether it may change
+                      for key in config.keys + config.read_only_keys]
 
     def answer(self, request):
         """-> the Answer, or None if the client has left before there was one."""
@@ -3840,7 +3845,7 @@ class Api:
         self.metrics.observe("lxc_autoscale_api_request_duration_seconds", seconds, method, endpoint)
 
     def dispatch(self, request, route, headers):
-        if not route or route.limited or self.needs_key(route):     # or keys could be guessed without end
+        if not route or route.limited or self.needs_key(route):     # nobody guesses keys without end
             self.limit(request, headers)
         query = self.authenticate(request, route)
         if not route:
@@ -3963,7 +3968,7 @@ def digest(key):
 
 
 def fingerprint(key_digest):
-    """By what logs name a key: it tells keys apart, and nobody finds a key of 16 characters from it."""
+    """What logs name a key by."""
     return key_digest.hex()[:8]
 
 
@@ -4733,7 +4738,7 @@ def watchdog_seconds():
 
 
 def reload(server, path):
-    """Take over keys, certificate, rate limits, container rules and logs from the file; a bad one changes nothing."""
+    """Take over keys, certificate, limits, container rules and logs; a bad file changes nothing."""
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
     old = server.api.config
     try:
@@ -4760,8 +4765,8 @@ def fixed_settings(config):
 
 def warn_of_certificate(config):
     if config.tls_ends and config.tls_ends < time.strftime("%Y%m%d%H%M%S", time.gmtime()):
-        log.warning("server.tls_certificate %s has expired (%s, in UTC); clients will refuse it", config.server.tls_certificate,
-                    config.tls_ends)
+        log.warning("server.tls_certificate %s has expired (%s, in UTC); clients will refuse it",
+                    config.server.tls_certificate, config.tls_ends)
 
 
 def warn_of_forgotten_snapshots(host):
