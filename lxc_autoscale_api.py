@@ -2915,7 +2915,7 @@ class Changes:
         asked, who = time.monotonic(), f"{change.title}, since {utc(int(time.time()))}"
         self.host.ready(change.vm_id, asked)            # or it would wait behind one that waits for a dead node
         with ExitStack() as held:
-            for vm_id in sorted(change.containers):     # in one order, so that no two wait for each other
+            for vm_id in sorted({*change.containers}):  # in one order, so that no two wait for each other
                 held.enter_context(self.turns.turn(vm_id, asked + TURN_SECONDS - time.monotonic(), who))
             node = self.host.ready(change.vm_id, asked)
             slot = held.enter_context(ExitStack())

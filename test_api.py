@@ -1272,6 +1272,11 @@ def error(text, **fields):
     return {"status": "error", "error": text, **fields}
 
 
+def refused(text, **fields):
+    """The error of a POST or DELETE that has done nothing."""
+    return error(text, outcome="nothing_done", **fields)
+
+
 # Configuration
 
 SCALARS = """
@@ -1571,7 +1576,7 @@ def test_bounds_are_named_in_the_refusal(steady, path, name, low, high):
     given = {parameter: 64 for route, parameter, _, _ in BOUNDS if route == path}
     for value in (low - 1, high + 1, "x", 1.5, None, True):
         reply = steady.post(path, {**given, "vm_id": 104, name: value})
-        assert (reply.status, reply.body) == (400, error(f"Invalid {name}: must be an integer between {low} and {high}"))
+        assert (reply.status, reply.body) == (400, refused(f"Invalid {name}: must be an integer between {low} and {high}"))
 
 
 @pytest.mark.parametrize("body, says", [
@@ -1596,7 +1601,7 @@ def test_bounds_are_named_in_the_refusal(steady, path, name, low, high):
 ])
 def test_a_bad_body_is_refused_by_its_rule(steady, body, says):
     reply = steady.post("/scale/cores", body, headers={"Content-Type": "application/json"})
-    assert (reply.status, reply.body) == (400, error(says))
+    assert (reply.status, reply.body) == (400, refused(says))
 
 
 @pytest.mark.parametrize("query, says", [
@@ -1649,16 +1654,16 @@ def test_what_is_json_but_not_as_it_must_be_sent_is_refused_with_its_own_sentenc
             ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, "No Content-Encoding is taken: send the JSON object as it is"),
             ({"Content-Type": "application/json", "Content-Encoding": "identity, br"}, "No Content-Encoding is taken: send the JSON object as it is")):
         reply = steady.post("/scale/cores", body, headers=headers)
-        assert (reply.status, reply.body) == (415, error(says))
+        assert (reply.status, reply.body) == (415, refused(says))
         assert reply.headers.get("Accept-Encoding") == ("identity" if "Content-Encoding" in headers else None)
-    assert steady.post("/scale/cores", body, headers={"Content-Type": "application/json", "Content-Encoding": "Identity"}).body == error(
+    assert steady.post("/scale/cores", body, headers={"Content-Type": "application/json", "Content-Encoding": "Identity"}).body == refused(
         "Invalid cores: must be an integer between 1 and 128")
 
 
 def test_a_byte_order_mark_before_the_body_is_ignored(steady):
     headers = {"Content-Type": "application/json"}
-    assert steady.post("/scale/cores", b'\xef\xbb\xbf{"vm_id": 104, "cores": 0}', headers=headers).body == error("Invalid cores: must be an integer between 1 and 128")
-    not_json = error('Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}')
+    assert steady.post("/scale/cores", b'\xef\xbb\xbf{"vm_id": 104, "cores": 0}', headers=headers).body == refused("Invalid cores: must be an integer between 1 and 128")
+    not_json = refused('Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}')
     for body in (b"\xef\xbb\xbf\xef\xbb\xbf{}", b"\xef\xbb\xbf", '{"vm_id": 104}'.encode("utf-16"), '{"vm_id": 104}'.encode("utf-32")):
         assert steady.post("/scale/cores", body, headers=headers).body == not_json
 
@@ -2309,15 +2314,21 @@ def test_what_ran_on_another_node_comes_back_as_it_was(script, tmp_path):
 
 # Waiting, limiting, counting
 
-def test_an_operation_is_either_refused_or_begun():
-    begun, refused = (module.Operation("x", "y", 104, lambda problem: None) for _ in range(2))
-    assert begun.begin()
-    begun.refuse(module.busy("too late", 1))
-    assert not begun.outcome.done()
-    refused.refuse(module.busy("in time", 1))
-    assert not refused.begin()
-    with pytest.raises(module.Problem, match="in time"):
-        refused.outcome.result(0)
+def change_of(path, **values):
+    return module.Change(module.PATHS[path], values, "127.0.0.1", None)
+
+
+def test_a_change_is_either_cancelled_or_begun():
+    changes = module.Changes(None, None, lambda change: None)
+    begun, refused_one = (change_of("/scale/cores", vm_id=104, cores=4) for _ in range(2))
+    assert begun.future.set_running_or_notify_cancel()
+    changes.cancel(begun, module.busy("too late", 1))
+    assert not begun.started.done() and begun.problem is None and begun.future.running()
+    changes.cancel(refused_one, module.busy("in time", 1))
+    assert not refused_one.future.set_running_or_notify_cancel()
+    assert refused_one.started.done() and refused_one.problem.error == "in time"
+    assert {key: refused_one.row()[key] for key in ("state", "outcome", "began", "status", "error")} == {
+        "state": "failed", "outcome": "nothing_done", "began": None, "status": 503, "error": "in time"}
 
 
 def test_a_gate_lets_in_as_many_as_it_is_wide_and_the_others_in_order():
@@ -2598,9 +2609,9 @@ def test_all_spellings_work_and_may_come_together(api, host):
         assert api.get(path).body["data"]["cores"] == 3
     assert api.get("/resource/lxc/status?lxc_id=104").body["data"]["name"] == "web-01"
     reply = api.post("/clone/create", {"lxc_id": 106, "new_lxc_id": 105, "new_lxc_name": "test_clone"})
-    assert reply.body == ok("Cloned VM 106 to new VM 105 (test_clone)")
+    assert reply.body == ok("Cloned VM 106 to new VM 105 (test_clone)", {"vm_id": 105, "started": True})
     reply = api.post("/clone/create", {"container_id": 106, "new_lxc_id": 108, "new_lxc_name": "c", "hostname": "c"})
-    assert reply.body == ok("Cloned VM 106 to new VM 108 (c)")
+    assert reply.body == ok("Cloned VM 106 to new VM 108 (c)", {"vm_id": 108, "started": True})
 
 
 def test_storage_grows_by_what_was_asked(api, host):
@@ -2613,11 +2624,11 @@ def test_storage_grows_by_what_was_asked(api, host):
 def test_a_resize_that_fails_with_exit_status_0_is_a_failure(api, host):
     host.add(107, rootfs="local-lvm:vm-107-disk-0,size=16380G")
     reply = api.post("/scale/storage/increase", {"vm_id": 107, "disk_size": 16384})
-    assert (reply.status, reply.body["error"]) == (500, "The volume of VM 107 has grown to 32764G, but its file system has not followed")
+    assert (reply.status, reply.body["error"]) == (500, "The rootfs of VM 107 has grown to 32764G, but its file system has not followed")
     assert "Failed to update the container's filesystem" in reply.body["details"]
     host.faults(resize={"work_fails": "error resizing volume '/dev/pve/vm-104-disk-0':   Error during parsing of command line."})
     reply = api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 5})
-    assert (reply.status, reply.body) == (500, error("The disk of VM 104 was not grown as asked; its size is now 8G",
+    assert (reply.status, reply.body) == (500, error("The rootfs of VM 104 was not grown as asked; its size is now 8G", outcome="incomplete",
                                                      details="error resizing volume '/dev/pve/vm-104-disk-0':   Error during parsing of command line."))
     host.faults(resize={"exit": 0, "stdout": "nothing happened\n"})
     assert api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 5}).status == 500
@@ -2631,24 +2642,25 @@ NOISE = [                                       # what pct prints on stderr at e
     "vm 104 - unable to parse config: lxc.cgroup.devices.allow = c 10:200 rwm", "  /dev/sr0: open failed: No medium found",
     "Task finished with 1 warning(s)!",
 ]
-CHANGES = [                                     # method, path, body, message: in this order each of them works
-    ("POST", "/scale/cores", {"cores": 4}, "CPU cores set to 4 for VM 104"),
-    ("POST", "/scale/ram", {"memory": 4096}, "Memory set to 4096 MB for VM 104"),
-    ("POST", "/scale/storage/increase", {"disk_size": 5}, "Storage increased by 5 GB for VM 104"),
-    ("POST", "/snapshot/create", {"snapshot_name": "s1"}, "Snapshot 's1' created for VM 104"),
-    ("POST", "/snapshot/rollback", {"snapshot_name": "s1"}, "Rolled back VM 104 to snapshot 's1'"),
-    ("DELETE", "/snapshot/delete", {"snapshot_name": "s1"}, "Snapshot 's1' of VM 104 deleted"),
-    ("POST", "/clone/create", {"new_vm_id": 105, "new_vm_name": "x", "start": True}, "Cloned VM 104 to new VM 105 (x)"),
-    ("DELETE", "/clone/delete", {}, "Deleted VM 104"),
+CHANGES = [                                     # method, path, body, message, data: in this order each of them works
+    ("POST", "/scale/cores", {"cores": 4}, "CPU cores set to 4 for VM 104", {}),
+    ("POST", "/scale/ram", {"memory": 4096}, "Memory set to 4096 MB for VM 104", {}),
+    ("POST", "/scale/storage/increase", {"disk_size": 5}, "Storage increased by 5 GB for VM 104", {}),
+    ("POST", "/snapshot/create", {"snapshot_name": "s1"}, "Snapshot 's1' created for VM 104", {}),
+    ("POST", "/snapshot/rollback", {"snapshot_name": "s1"}, "Rolled back VM 104 to snapshot 's1'", {}),
+    ("DELETE", "/snapshot/delete", {"snapshot_name": "s1"}, "Snapshot 's1' of VM 104 deleted", {}),
+    ("POST", "/clone/create", {"new_vm_id": 105, "new_vm_name": "x", "start": True}, "Cloned VM 104 to new VM 105 (x)",
+     {"vm_id": 105, "started": True}),
+    ("DELETE", "/clone/delete", {}, "Deleted VM 104", {}),
 ]
 
 
 def test_a_change_that_succeeded_has_what_pct_said_on_stderr_as_warnings(api, host):
     commands = ("set", "resize", "snapshot", "rollback", "delsnapshot", "clone", "start", "destroy", "status")
     host.faults(**{command: {"stderr": "\n".join([*NOISE, ""])} for command in commands})
-    for method, path, body, message in CHANGES:
+    for method, path, body, message, data in CHANGES:
         reply = api.request(method, path, {"vm_id": 104, **body})
-        assert (reply.status, reply.body) == (200, ok(message, {"warnings": [line.strip() for line in NOISE]}))
+        assert (reply.status, reply.body) == (200, ok(message, {**data, "warnings": [line.strip() for line in NOISE]}))
     assert host.running(105) and host.snapshots(105) == [] and not host.path(104).exists()
     assert (host.conf(105)["rootfs"], host.conf(105)["cores"]) == ("local-lvm:vm-105-disk-0,size=13G", "4")
     assert api.log("error") == ""
@@ -2674,7 +2686,7 @@ def test_a_volume_that_has_grown_alone_is_a_failure_wherever_pct_says_so(api, ho
     host.faults(resize={stream: "\n".join([*NOISE, said, ""])})
     reply = api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 5})
     assert (reply.status, reply.body["error"]) == (
-        500, "The volume of VM 104 has grown to 13G, but its file system has not followed")
+        500, "The rootfs of VM 104 has grown to 13G, but its file system has not followed")
     assert said in reply.body["details"] and host.conf(104)["rootfs"].endswith("size=13G")
 
 
@@ -2682,7 +2694,7 @@ def test_a_resize_that_failed_stays_one_among_what_pct_always_says(api, host):
     why = "error resizing volume '/dev/pve/vm-104-disk-0':   Error during parsing of command line."
     host.faults(resize={"work_fails": why, "stderr": "\n".join([*NOISE, ""])})
     reply = api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 5})
-    assert (reply.status, reply.body) == (500, error("The disk of VM 104 was not grown as asked; its size is now 8G",
+    assert (reply.status, reply.body) == (500, error("The rootfs of VM 104 was not grown as asked; its size is now 8G", outcome="incomplete",
                                                      details="\n".join([*NOISE, why])))
 
 
@@ -2698,16 +2710,20 @@ def test_a_resize_that_failed_stays_one_among_what_pct_always_says(api, host):
 ])
 def test_a_resize_succeeded_if_the_configured_size_rose_by_what_was_asked(before, after, status, monkeypatch):
     sizes = [module.Conf({"rootfs": rootfs}, {}, {}) for rootfs in (before, after)]
-    proxmox = module.Proxmox(None, None, "/nowhere", "/nowhere", False)
-    monkeypatch.setattr(proxmox, "fresh_conf", lambda vm_id: sizes.pop(0))
-    monkeypatch.setattr(proxmox, "change", lambda vm_id, *argv: module.Result(0, "", NOISE[0], False))
+    change = module.Change(module.PATHS["/scale/storage/increase"], {"vm_id": 104}, "127.0.0.1", None)
+    monkeypatch.setattr(change, "conf", lambda: sizes.pop(0))
+    commands = module.SimpleNamespace(change=lambda node, argv: module.Result(0, "", NOISE[0], False))
+    change.host = module.SimpleNamespace(commands=commands)
     if status == 200:
-        assert proxmox.grow(104, 5) == [NOISE[0]]
+        assert module.grow_storage(change, 104, 5, "rootfs", None) == "Storage increased by 5 GB for VM 104"
+        assert change.warnings == [NOISE[0]]
     else:
         size = module.option(after, "size") or "unknown"
         with pytest.raises(module.Problem) as caught:
-            proxmox.grow(104, 5)
-        assert (caught.value.status, caught.value.error) == (500, f"The disk of VM 104 was not grown as asked; its size is now {size}")
+            module.grow_storage(change, 104, 5, "rootfs", None)
+        assert (caught.value.status, caught.value.error) == (
+            500, f"The rootfs of VM 104 was not grown as asked; its size is now {size}")
+    assert sizes == [] and change.steps == [["pct", "resize", "104", "rootfs", "+5G"]]
 
 
 def test_snapshots_are_taken_listed_and_rolled_back(api, host):
@@ -2757,8 +2773,8 @@ def test_snapshot_names_that_pct_refuses_are_a_clear_400(api, name, says):
 @pytest.mark.parametrize("source", [104, 106])
 def test_a_container_is_cloned_running_or_not(api, host, source):
     reply = api.post("/clone/create", {"vm_id": source, "new_vm_id": 105, "new_vm_name": "test_clone"})
-    assert (reply.status, reply.body) == (200, ok(f"Cloned VM {source} to new VM 105 (test_clone)"))
-    assert host.conf(105)["hostname"] == "test-clone" and not host.running(105)
+    assert (reply.status, reply.body) == (200, ok(f"Cloned VM {source} to new VM 105 (test_clone)", {"vm_id": 105, "started": True}))
+    assert host.conf(105)["hostname"] == "test-clone" and host.running(105)
     assert host.snapshots(source) == [] and "lock" not in host.conf(source)
     assert api.delete("/clone/delete", {"vm_id": 105}).body == ok("Deleted VM 105")
     assert not host.path(105).exists()
@@ -2780,7 +2796,7 @@ def test_a_clone_is_started_if_asked(api, host):
 
 def test_a_clone_needs_an_id_of_its_own(api, host):
     body = {"vm_id": 104, "new_vm_id": 104, "new_vm_name": "x"}
-    assert api.post("/clone/create", body).body == error("Invalid new_vm_id: must differ from vm_id")
+    assert api.post("/clone/create", body).body == refused("Invalid new_vm_id: must differ from vm_id")
     assert api.post("/clone/create", {**body, "new_vm_id": 106}).body["error"] == "The id 106 is taken"
     assert api.post("/clone/create", {**body, "new_vm_id": 105, "new_vm_name": "a..b"}).body["error"].startswith("Invalid new_vm_name: Proxmox takes a DNS name")
     assert host.snapshots(104) == [] and not host.path(105).exists()
@@ -3111,7 +3127,9 @@ def test_routes_are_listed_from_the_table(steady):
     assert [(row["endpoint"], row["methods"]) for row in rows] == [
         ("/health/check", ["GET"]), ("/metrics", ["GET"]), ("/routes", ["GET"]), ("/openapi.json", ["GET"]), ("/scale/cores", ["POST"]), ("/scale/ram", ["POST"]),
         ("/scale/storage/increase", ["POST"]), ("/snapshot/create", ["POST"]), ("/snapshot/list", ["GET"]), ("/snapshot/delete", ["DELETE"]),
-        ("/snapshot/rollback", ["POST"]), ("/clone/create", ["POST"]), ("/clone/delete", ["DELETE"]), ("/resource/vm/list", ["GET"]), ("/resource/lxc/list", ["GET"]),
+        ("/snapshot/rollback", ["POST"]), ("/clone/create", ["POST"]), ("/clone/delete", ["DELETE"]),
+        ("/power/start", ["POST"]), ("/power/stop", ["POST"]), ("/power/shutdown", ["POST"]), ("/power/reboot", ["POST"]),
+        ("/operations", ["GET"]), ("/resource/vm/list", ["GET"]), ("/resource/lxc/list", ["GET"]),
         ("/resource/vm/status", ["GET"]), ("/resource/lxc/status", ["GET"]),
         ("/resource/vm/config", ["GET"]), ("/resource/lxc/config", ["GET"]), ("/resource/node/status", ["GET"]), ("/resource/cluster/status", ["GET"])]
     assert all(row["description"].endswith(".") for row in rows)
@@ -3177,14 +3195,15 @@ def test_ids_that_no_container_has_make_no_series_of_their_own(api, host):
     host.faults()
     assert api.post("/scale/ram", {"vm_id": 800, "memory": 512}).status == 404
     (host.root / "bin/pct").unlink()
-    assert api.post("/scale/ram", {"vm_id": 801, "memory": 512}).status == 503
+    assert api.post("/scale/ram", {"vm_id": 801, "memory": 512}).status == 404     # its file is not there: no pct is asked
+    assert api.post("/scale/ram", {"vm_id": 104, "memory": 512}).status == 503
     name = "lxc_autoscale_scaling_failures_total"
     values = {series: value for series, value in parse_exposition(api.get("/metrics").body)[1].items() if series.startswith(name)}
-    expected = {f'{name}{{container_id="{label}",resource="cpu",reason="{reason}"}}': count
-                for _, reason in refusals for label, count in (("104", 1), ("300", 1), ("unknown", 2))}
-    assert values == {**expected, f'{name}{{container_id="unknown",resource="cpu",reason="not_found"}}': 4,
-                      f'{name}{{container_id="unknown",resource="ram",reason="not_found"}}': 1,
-                      f'{name}{{container_id="unknown",resource="ram",reason="unavailable"}}': 1}
+    expected = {f'{name}{{container_id="104",resource="cpu",reason="{reason}"}}': 1 for _, reason in refusals}
+    assert values == {**expected, f'{name}{{container_id="300",resource="cpu",reason="not_found"}}': 4,
+                      f'{name}{{container_id="unknown",resource="cpu",reason="not_found"}}': 12,
+                      f'{name}{{container_id="unknown",resource="ram",reason="not_found"}}': 2,
+                      f'{name}{{container_id="104",resource="ram",reason="unavailable"}}': 1}
 
 
 # Who may come in
@@ -3260,7 +3279,7 @@ def test_metrics_ask_for_a_key_if_they_are_told_to(launch, host):
 def test_time_does_not_tell_how_much_of_a_key_is_right():
     """All keys are compared, as digests of one length, whatever was sent."""
     config = module.load_config(f'authentication:\n  api_key: "{KEY}"\n  read_only_keys: ["second-key-0123456789"]\n')
-    api, compared = module.Api(config, None, None, module.Metrics()), []
+    api, compared = module.Api(config, None, module.Metrics()), []
     real, module.hmac.compare_digest = module.hmac.compare_digest, lambda a, b: compared.append((len(a), len(b))) or real(a, b)
     try:
         for key in (KEY, KEY[:-1] + "x", "x", "second-key-0123456789"):
@@ -3591,7 +3610,7 @@ def test_a_request_that_trickles_is_cut_off_at_its_deadline(launch, tls):
     begun = framed("GET /routes HTTP/1.1", "Host: x", LOGIN)
     body = framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, "Content-Length: 500", body="{" * 400)
 
-    def trickled(data):
+    def trickled(data, late):
         started = time.monotonic()
         with api.connect(5) as sock:
             sock.settimeout(0.05)
@@ -3604,7 +3623,7 @@ def test_a_request_that_trickles_is_cut_off_at_its_deadline(launch, tls):
                     received += sock.recv(1000)
                 if received:
                     break
-        assert statuses(received) == ([408], error("The request did not arrive within 0.4 s"))
+        assert statuses(received) == ([408], late("The request did not arrive within 0.4 s"))
         assert 0.3 < time.monotonic() - started < 2.5
 
     def silent():                                   # no byte at all: closed without a word
@@ -3618,7 +3637,7 @@ def test_a_request_that_trickles_is_cut_off_at_its_deadline(launch, tls):
             assert read_answer(sock).status == 200
             started = time.monotonic()
             assert sock.recv(10) == b"" and 0.5 < time.monotonic() - started < 3
-    side_by_side((trickled, begun), (trickled, body), (silent,), (idle,))
+    side_by_side((trickled, begun, error), (trickled, body, refused), (silent,), (idle,))
 
 
 def test_one_connection_too_many_is_told_so_at_once(launch):
@@ -3791,7 +3810,7 @@ def test_clients_that_leave_cost_one_line_and_end_nothing(launch, host):
         assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(b'{"vm_id"')
         sock.shutdown(socket.SHUT_WR)
-        assert statuses(read_all(sock)) == ([400], error("The connection ended before the body did"))
+        assert statuses(read_all(sock)) == ([400], refused("The connection ended before the body did"))
     lines += 1
     reset = b"\x01\x00\x00\x00\x00\x00\x00\x00"
     for data in (b"", b"GET", framed("GET /routes HTTP/1.1", "Host: x", LOGIN), framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, "Content-Length: 50", body="{")):
@@ -4033,7 +4052,7 @@ def test_pct_that_is_missing_or_cannot_run_is_503(asking, host):
     text = pct.read_text()
     pct.unlink()
     reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4})
-    assert (reply.status, reply.body["error"], reply.headers["Retry-After"]) == (503, "pct is not installed, or not on the daemon's PATH", "60")
+    assert (reply.status, reply.body["error"], reply.headers["Retry-After"]) == (503, "Nothing was done: pct is not installed, or not on the daemon's PATH", "60")
     pct.write_text("no program")
     pct.chmod(0o644)
     assert api.get("/resource/vm/status?vm_id=104").body == error("pct cannot be started: Permission denied")
@@ -4103,7 +4122,7 @@ def test_a_file_of_proxmox_that_hangs_is_503_and_all_else_works(launch, host):
         assert api.get(path).status == 200
     # pct list reads that file, too
     assert (health.status, health.body["checks"]["lxc_commands"]) == (503, {
-        "ok": False, "detail": "pct list did not finish in 1 s and was ended; it changes nothing"})
+        "ok": False, "detail": "pct list did not finish in 1 s and was ended"})
     assert api.post("/scale/cores", {"vm_id": 106, "cores": 4}).status == 200
     assert api.get("/resource/vm/config?vm_id=110").status == 503
     started = time.monotonic()                      # five hang: the start's look for snapshots, and these four
@@ -4144,7 +4163,8 @@ def test_what_cannot_be_read_is_not_taken_for_what_is_not_there(launch, host):
                            ("POST /scale/cores", '{"vm_id": 104, "cores": 4}')):
             sock.sendall(framed(f"{line} HTTP/1.1", "Host: x", LOGIN, JSON_KIND, f"Content-Length: {len(body)}", body=body))
             reply = read_answer(sock)
-            assert reply.status == 503 and re.fullmatch(r"\S+ cannot be read: Too many open files", reply.body["error"]), (line, reply)
+            done = "Nothing was done: " * line.startswith("POST")
+            assert reply.status == 503 and re.fullmatch(done + r"\S+ cannot be read: Too many open files", reply.body["error"]), (line, reply)
         resource.prlimit(api.process.pid, resource.RLIMIT_NOFILE, (1024, 4096))
     assert host.calls() == [] and len(api.get("/resource/vm/list").body["data"]) == 2
 
@@ -4156,7 +4176,7 @@ def test_a_cluster_file_system_that_is_not_mounted_is_503(api, host):
     for path in ("/resource/vm/list", "/resource/vm/config?vm_id=104", "/resource/vm/status?vm_id=104", "/snapshot/list?vm_id=104", "/metrics"):
         reply = api.get(path)
         assert (reply.status, reply.body, reply.headers["Retry-After"]) == (503, error(says), "30")
-    assert api.post("/scale/cores", {"vm_id": 104, "cores": 4}).body == error(says)
+    assert api.post("/scale/cores", {"vm_id": 104, "cores": 4}).body == refused("Nothing was done: " + says)
     host.pve.rmdir()
     away.rename(host.pve)
     assert api.get("/resource/vm/list").status == 200 and host.calls() == []
@@ -4172,8 +4192,8 @@ def test_a_probe_that_cannot_be_killed_is_unhealthy_and_nobody_waits_behind_it(l
         started = time.monotonic()
         reply = api.get("/health/check")
         assert (reply.status, reply.body["checks"]["lxc_commands"]) == (503, {"ok": False, "detail": (
-            f"pct list hangs and cannot be ended (process {host.rows()[0]['pid']}); it changes nothing. "
-            "The storage or /etc/pve behind it does not answer")})
+            f"pct list hangs and cannot be ended (process {host.rows()[0]['pid']}); "
+            "the storage or /etc/pve behind it does not answer")})
         assert time.monotonic() - started < longest
         wait_until(lambda: time.monotonic() - started > 0.2)
     assert host.calls() == ["pct list"] and api.post("/scale/cores", {"vm_id": 106, "cores": 4}).status == 200
@@ -4186,9 +4206,9 @@ def test_the_place_of_a_command_that_cannot_be_killed_is_free_when_it_has_gone(l
     api = launch(proxmox={"read_timeout_seconds": 1, "max_commands": 1, "cgroup_dir": "/nowhere"}, constants={**UNKILLABLE, "SLOT_SECONDS": 0.3})
     reply = api.get("/resource/vm/status?vm_id=104")
     assert (reply.status, reply.body) == (504, error(
-        f"pct status 104 hangs and cannot be ended (process {host.rows()[0]['pid']}); it changes nothing. "
-        "The storage or /etc/pve behind it does not answer"))
-    assert api.get("/resource/vm/status?vm_id=106").body == error("Too many commands run on this host; nothing was done, try again later")
+        f"pct status 104 hangs and cannot be ended (process {host.rows()[0]['pid']}); "
+        "the storage or /etc/pve behind it does not answer"))
+    assert api.get("/resource/vm/status?vm_id=106").body == error("Too many commands run on this host; try again later")
     host.go()
     wait_until(lambda: api.get("/resource/vm/status?vm_id=106").status == 200)
     assert "ran pct status 104 --verbose: it cannot be ended in " in api.log()
@@ -4216,7 +4236,7 @@ def test_a_read_that_hangs_is_killed_with_its_group(launch, host):
     api = launch(proxmox={"read_timeout_seconds": 1, "cgroup_dir": "/nowhere"})
     started = time.monotonic()
     reply = api.get("/resource/vm/status?vm_id=104")
-    assert (reply.status, reply.body["error"]) == (504, "pct status 104 did not finish in 1 s and was ended; it changes nothing")
+    assert (reply.status, reply.body["error"]) == (504, "pct status 104 did not finish in 1 s and was ended")
     assert 0.9 < time.monotonic() - started < 3
     row, = host.rows()
     assert row["group"] == row["session"] == row["pid"]
@@ -4243,7 +4263,7 @@ def test_a_change_that_takes_too_long_goes_on_reserved_and_logged(launch, host):
         "Ask for the container's state before trying again"))
     busy = api.post("/scale/ram", {"vm_id": 104, "memory": 512})
     assert busy.status == 409
-    assert re.fullmatch(r"VM 104 is busy for over 0\.3 s with: POST /scale/cores vm_id=104 cores=5, since \S+Z; nothing was done", busy.body["error"])
+    assert re.fullmatch(r"VM 104 is busy for over 0\.3 s with: POST /scale/cores vm_id=104 cores=5, since \S+Z", busy.body["error"])
     assert api.post("/snapshot/create", {"vm_id": 106, "snapshot_name": "s1"}).status == 200      # another container is free
     host.go()
     wait_until(lambda: host.conf(104)["cores"] == "5")
@@ -4284,9 +4304,10 @@ def test_who_waits_too_long_for_a_place_gets_503(launch, host):
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         first = pool.submit(api.get, "/resource/vm/status?vm_id=104")
         wait_until(host.calls)
-        for reply in (api.get("/resource/vm/status?vm_id=106"), api.post("/scale/cores", {"vm_id": 106, "cores": 3})):
-            assert (reply.status, reply.body["error"]) == (503, "Too many commands run on this host; nothing was done, try again later")
-            assert "Retry-After" in reply.headers
+        says = "Too many commands run on this host; try again later"
+        for reply, body in ((api.get("/resource/vm/status?vm_id=106"), error(says)),
+                            (api.post("/scale/cores", {"vm_id": 106, "cores": 3}), refused("Nothing was done: " + says))):
+            assert (reply.status, reply.body, reply.headers["Retry-After"]) == (503, body, "0.2")
         host.go()
         assert first.result().status == 200
 
@@ -4300,7 +4321,8 @@ def test_fifty_increases_at_once_give_exactly_fifty(api, host):
 def test_twenty_clones_of_a_running_container_at_once_leave_no_snapshot(api, host):
     with concurrent.futures.ThreadPoolExecutor(20) as pool:
         replies = list(pool.map(lambda n: api.post("/clone/create", {"vm_id": 104, "new_vm_id": 200 + n, "new_vm_name": f"c{n}"}), range(20)))
-    assert [reply.body for reply in replies] == [ok(f"Cloned VM 104 to new VM {200 + n} (c{n})") for n in range(20)]
+    assert [reply.body for reply in replies] == [
+        ok(f"Cloned VM 104 to new VM {200 + n} (c{n})", {"vm_id": 200 + n, "started": True}) for n in range(20)]
     assert host.snapshots(104) == [] and all(host.path(200 + n).exists() for n in range(20))
 
 
@@ -4334,7 +4356,7 @@ def test_a_snapshot_that_was_half_taken_for_a_clone_is_removed(api, host):
     host.faults(snapshot={"dies_after": True})
     reply = api.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
     assert reply.status == 500 and host.snapshots(104) == []
-    assert [call.split()[1] for call in host.calls()] == ["status", "snapshot", "delsnapshot", "config"]
+    assert [call.split()[1] for call in host.calls()] == ["status", "snapshot", "delsnapshot", "status"]
 
 
 def test_what_a_clone_leaves_behind_is_told_with_its_removal(api, host):
@@ -4343,7 +4365,7 @@ def test_what_a_clone_leaves_behind_is_told_with_its_removal(api, host):
     name, = host.snapshots(104)
     note = (f"The temporary snapshot '{name}' of VM 104 could not be removed (pct delsnapshot 104 failed: lvremove failed); "
             f"remove it with: pct delsnapshot 104 {name}")
-    assert reply.body == ok("Cloned VM 104 to new VM 105 (x)", {"warnings": [note]})
+    assert reply.body == ok("Cloned VM 104 to new VM 105 (x)", {"vm_id": 105, "started": True, "warnings": [note]})
     assert note in api.log("error")
     host.add(107, running=False)
     host.faults(clone={"kills_pct": True})
@@ -4380,7 +4402,7 @@ def test_an_existing_or_missing_snapshot_is_told(api, host):
     assert api.post("/snapshot/rollback", body).status == 404
     assert api.post("/snapshot/create", body).status == 200
     reply = api.post("/snapshot/create", body)
-    assert (reply.status, reply.body) == (409, error("Snapshot 'backup_20241224' exists already", details="snapshot name 'backup_20241224' already used"))
+    assert (reply.status, reply.body) == (409, refused("Snapshot 'backup_20241224' exists already", details="snapshot name 'backup_20241224' already used"))
 
 
 # A command's surroundings
@@ -4662,12 +4684,12 @@ def test_every_endpoint_works_on_each_node_of_a_cluster(lab, number):
         reply = api.get(path)
         assert (reply.status, reply.body["error"]) == (status, text)
     reply = api.post("/snapshot/rollback", {"vm_id": running, "snapshot_name": "nosuch"})
-    assert (reply.status, reply.body) == (404, error("Snapshot 'nosuch' does not exist", details="snapshot 'nosuch' does not exist"))
+    assert (reply.status, reply.body) == (404, refused("Snapshot 'nosuch' does not exist", details="snapshot 'nosuch' does not exist"))
     reply = api.post("/clone/create", {"vm_id": running, "new_vm_id": 306 if number < 3 else 206, "new_vm_name": "x"})
     assert (reply.status, reply.body["error"][:6]) == (409, "The id")
     host.faults(set={"exit": 255, "stderr": "something odd\n"})
     reply = api.post("/scale/cores", {"vm_id": running, "cores": 2})
-    assert (reply.status, reply.body) == (500, error(f"pct set {running} failed: something odd", details="something odd"))
+    assert (reply.status, reply.body) == (500, error(f"pct set {running} failed: something odd", outcome="incomplete", details="something odd"))
 
 
 def test_the_whole_cluster_is_listed_from_files(lab):
@@ -4718,7 +4740,8 @@ def test_a_node_that_is_cut_off_is_named_within_five_seconds_and_the_rest_works(
             assert time.monotonic() - started < 3 and not begun.done()
             assert {reply.status for reply in replies} == {503} and all("Retry-After" in reply.headers for reply in replies)
             assert {reply.body["error"] for reply in replies} == {
-                "Node 'pve3' cannot run commands over SSH; nothing was done. To see why, on this host: pvesh get /nodes/pve3/version"}
+                done + "Node 'pve3' cannot run commands over SSH; to see why, on this host: pvesh get /nodes/pve3/version"
+                for done in ("", "Nothing was done: ")}
             assert api.get("/resource/vm/config?vm_id=304").status == 200        # a file, which is here
         finally:
             lab.hosts["pve3"].go()
@@ -4733,9 +4756,11 @@ def test_a_node_that_is_offline_is_named_at_once(lab):
     failed = parse_exposition(lab.api.get("/metrics").body)[1].get(failures, 0)
     lab.members(offline=["pve2"])
     before = lab.logins("pve2")
-    for reply in (lab.api.get("/resource/vm/status?vm_id=204"), lab.api.post("/scale/cores", {"vm_id": 204, "cores": 1}),
-                  lab.api.get("/resource/node/status?node_name=pve2")):
-        assert (reply.status, reply.body) == (503, error("Node 'pve2' is offline; nothing was done. To see why, on this host: pvecm status"))
+    says = "Node 'pve2' is offline; to see why, on this host: pvecm status"
+    for reply, body in ((lab.api.get("/resource/vm/status?vm_id=204"), error(says)),
+                        (lab.api.post("/scale/cores", {"vm_id": 204, "cores": 1}), refused("Nothing was done: " + says)),
+                        (lab.api.get("/resource/node/status?node_name=pve2"), error(says))):
+        assert (reply.status, reply.body) == (503, body)
     assert lab.api.get("/resource/vm/status?vm_id=304").status == 200 and lab.logins("pve2") == before and "pve2" not in lab.calls()
     assert parse_exposition(lab.api.get("/metrics").body)[1][failures] == failed + 1
 
@@ -4746,8 +4771,8 @@ def test_without_quorum_changes_are_refused_and_reads_work(lab):
         for path, extra in (("/scale/cores", {"cores": 1}), ("/snapshot/create", {"snapshot_name": "late"}),
                             ("/clone/create", {"new_vm_id": 150, "new_vm_name": "x"})):
             reply = lab.api.post(path, {"vm_id": vm_id, **extra})
-            assert (reply.status, reply.body) == (503, error(
-                "The Proxmox cluster has no quorum, so nothing can be changed; see: pvecm status"))
+            assert (reply.status, reply.body) == (503, refused(
+                "Nothing was done: The Proxmox cluster has no quorum, so nothing can be changed; see: pvecm status"))
     assert lab.api.post("/scale/cores", {"vm_id": 999, "cores": 1}).status == 404
     assert lab.calls() == {}
     for path in ("vm/list", "vm/status?vm_id=104", "vm/status?vm_id=204", "vm/config?vm_id=304", "node/status?node_name=pve2"):
@@ -4777,9 +4802,11 @@ def test_a_virtual_machine_is_called_one(lab):
     lab.hosts["pve1"].list(170, "qemu")
     lab.hosts["pve2"].list(270, "qemu")
     for vm_id in (170, 270):
-        for reply in (lab.api.get(f"/resource/vm/status?vm_id={vm_id}"), lab.api.get(f"/resource/vm/config?vm_id={vm_id}"),
-                      lab.api.delete("/clone/delete", {"vm_id": vm_id})):
-            assert (reply.status, reply.body) == (404, error(f"VM {vm_id} is a virtual machine, not a container"))
+        says = f"VM {vm_id} is a virtual machine, not a container"
+        for reply, body in ((lab.api.get(f"/resource/vm/status?vm_id={vm_id}"), error(says)),
+                            (lab.api.get(f"/resource/vm/config?vm_id={vm_id}"), error(says)),
+                            (lab.api.delete("/clone/delete", {"vm_id": vm_id}), refused(says))):
+            assert (reply.status, reply.body) == (404, body)
     reply = lab.api.post("/clone/create", {"vm_id": 204, "new_vm_id": 170, "new_vm_name": "x"})
     assert (reply.status, reply.body["error"]) == (409, "The id 170 is taken")
 
@@ -4808,8 +4835,10 @@ def test_a_change_over_a_lost_connection_goes_on_and_its_caller_is_told(lab):
 def test_a_node_without_room_for_a_commands_output_does_nothing_and_says_so(lab, options, says):
     lab.inside("pve3", "mount", "-o", f"remount,{options}", "/run")
     try:
-        for reply in (lab.api.post("/scale/cores", {"vm_id": 304, "cores": 3}), lab.api.get("/resource/vm/status?vm_id=304")):
-            assert reply.status == 503 and "Node 'pve3' cannot run commands over SSH; nothing was done" in reply.body["error"]
+        silent = "Node 'pve3' cannot run commands over SSH; to see why, on this host: pvesh get /nodes/pve3/version"
+        for reply, error_text in ((lab.api.post("/scale/cores", {"vm_id": 304, "cores": 3}), "Nothing was done: " + silent),
+                                  (lab.api.get("/resource/vm/status?vm_id=304"), silent)):
+            assert (reply.status, reply.body["error"]) == (503, error_text)
             assert says in reply.body["details"]
         status, details = run_commands(lab, (          # if that comes after the node was found well
             "try:\n    commands.execute(pve3, ['true'], None)\n"
@@ -4824,8 +4853,10 @@ def test_a_node_without_pct_is_503(lab):
     pct = lab.hosts["pve3"].root / "bin/pct"
     pct.rename(f"{pct}.away")
     try:
-        for reply in (lab.api.post("/scale/cores", {"vm_id": 304, "cores": 3}), lab.api.get("/resource/vm/status?vm_id=304")):
-            assert (reply.status, reply.body) == (503, error("pct is not installed on node 'pve3', or not on its PATH"))
+        says = "pct is not installed on node 'pve3', or not on its PATH"
+        for reply, body in ((lab.api.post("/scale/cores", {"vm_id": 304, "cores": 3}), refused("Nothing was done: " + says)),
+                            (lab.api.get("/resource/vm/status?vm_id=304"), error(says))):
+            assert (reply.status, reply.body) == (503, body)
     finally:
         Path(f"{pct}.away").rename(pct)
 
@@ -4835,7 +4866,7 @@ def test_what_a_node_has_done_counts_before_word_of_it_has_come(lab):
     with lab.behind("pve1"):
         assert lab.api.post("/scale/storage/increase", {"vm_id": 206, "disk_size": 1}).body == ok("Storage increased by 1 GB for VM 206")
         reply = lab.api.post("/clone/create", {"vm_id": 206, "new_vm_id": 253, "new_vm_name": "late", "start": True})
-        assert reply.body == ok("Cloned VM 206 to new VM 253 (late)") and pve2.running(253)
+        assert reply.body == ok("Cloned VM 206 to new VM 253 (late)", {"vm_id": 253, "started": True}) and pve2.running(253)
         pve2.faults(clone={"kills_pct": True})
         reply = lab.api.post("/clone/create", {"vm_id": 206, "new_vm_id": 254, "new_vm_name": "late"})
         assert (reply.status, reply.body["error"]) == (500, "pct clone 206 failed: Killed")
@@ -4865,7 +4896,7 @@ def test_a_hung_read_is_ended_on_its_own_node(lab):
     pve3.faults(status={"pause": 30})
     started = time.monotonic()
     reply = daemon.get("/resource/vm/status?vm_id=304")
-    assert (reply.status, reply.body["error"]) == (504, "pct status 304 on pve3 did not finish in 1 s and was ended; it changes nothing")
+    assert (reply.status, reply.body["error"]) == (504, "pct status 304 on pve3 did not finish in 1 s and was ended")
     assert time.monotonic() - started < 4
     wait_until(lambda: not lab.processes("pve3", "status"))
     assert daemon.stop() == 0
@@ -4882,7 +4913,7 @@ def test_places_count_for_each_node_and_changes_to_one_container_wait(lab):
         assert not any(each.done() for each in slow)
         assert "lxc_autoscale_api_commands_in_progress 1\n" in daemon.get("/metrics").body
         reply = daemon.post("/scale/cores", {"vm_id": 206, "cores": 4})
-        assert (reply.status, reply.body["error"]) == (503, "Too many commands run on node 'pve2'; nothing was done, try again later")
+        assert (reply.status, reply.body["error"]) == (503, "Nothing was done: Too many commands run on node 'pve2'; try again later")
         lab.hosts["pve2"].go()
         assert [each.result().status for each in slow] == [200, 200]
     first, second = lab.hosts["pve2"].rows("start")
@@ -4938,7 +4969,7 @@ def test_the_same_question_to_two_nodes_has_two_answers(lab):
 def test_no_argument_becomes_two_on_another_node(lab):
     told = run_commands(lab, (
         f"show = [{sys.executable!r}, '-IS', '-c', 'import sys, json; print(json.dumps(sys.argv[1:]))', *argument]\n"
-        "print(json.dumps([json.loads(commands.read(pve2, *show).stdout), json.loads(commands.change(pve2, *show).stdout)]))"), HOSTILE)
+        "print(json.dumps([json.loads(commands.read(pve2, *show).stdout), json.loads(commands.change(pve2, show).stdout)]))"), HOSTILE)
     assert told == [HOSTILE, HOSTILE]
     for body in ({"vm_id": "204; id", "cores": 1}, {"vm_id": 204, "cores": "1 --memory 64"}, {"vm_id": 204, "cores": "$(id)"}):
         assert lab.api.post("/scale/cores", body).status == 400
@@ -4987,8 +5018,10 @@ def test_a_temporary_snapshot_left_on_another_node_is_named_with_it(lab):
 
 def test_a_virtual_machine_of_a_single_host_is_called_one_and_costs_no_process(api, host):
     host.list(170, "qemu")
-    for reply in (api.get("/resource/vm/status?vm_id=170"), api.post("/scale/cores", {"vm_id": 170, "cores": 1})):
-        assert (reply.status, reply.body) == (404, error("VM 170 is a virtual machine, not a container"))
+    says = "VM 170 is a virtual machine, not a container"
+    for reply, body in ((api.get("/resource/vm/status?vm_id=170"), error(says)),
+                        (api.post("/scale/cores", {"vm_id": 170, "cores": 1}), refused(says))):
+        assert (reply.status, reply.body) == (404, body)
     assert host.calls() == []
 
 
@@ -5013,15 +5046,16 @@ def test_files_follow_a_container_that_moves_while_they_are_read(host, monkeypat
 
 
 @pytest.mark.parametrize("node, says", [
-    ("gone", "Node 'gone' is offline; nothing was done. To see why, on this host: pvecm status"),
-    ("pve3", "Node 'pve3' is offline; nothing was done. To see why, on this host: pvecm status"),
+    ("gone", "Node 'gone' is offline; to see why, on this host: pvecm status"),
+    ("pve3", "Node 'pve3' is offline; to see why, on this host: pvecm status"),
     ("pve2", "ssh is not installed, or not on the daemon's PATH")])
 def test_a_node_that_cannot_be_asked_is_503(host, launch, tmp_path, node, says):
     Host(host.root / "other", node, host.shared).add(204, "far")
     host.write("pve/.members", MEMBERS)
     api = launch(env={"PATH": str(host.root / "bin")}, constants={"RUN_DIR": str(tmp_path / "run")}, **ASKING)
-    for reply in (api.get("/resource/vm/status?vm_id=204"), api.delete("/clone/delete", {"vm_id": 204})):
-        assert (reply.status, reply.body, "Retry-After" in reply.headers) == (503, error(says), True)
+    for reply, body in ((api.get("/resource/vm/status?vm_id=204"), error(says)),
+                        (api.delete("/clone/delete", {"vm_id": 204}), refused("Nothing was done: " + says))):
+        assert (reply.status, reply.body, "Retry-After" in reply.headers) == (503, body, True)
     assert api.get("/resource/vm/config?vm_id=204").body["data"]["hostname"] == "far"
     assert api.get("/resource/vm/status?vm_id=104").status == 200
 
@@ -5087,33 +5121,33 @@ def test_a_change_whose_body_comes_after_the_signal_is_not_begun(api, host):
         wait_until(lambda: not answers(api.port))
         sock.sendall(body)
         reply = read_answer(sock)
-    assert (reply.status, reply.body) == (503, error("The daemon is stopping; nothing was done"))
+    assert (reply.status, reply.body) == (503, refused("Nothing was done: The daemon is stopping"))
     assert (reply.headers["Retry-After"], reply.headers["Connection"]) == ("30", "close")
     assert api.process.wait(5) == 0
     assert host.calls() == [] and host.conf(104)["cores"] == "2" and " change " not in api.log()
 
 
 @pytest.mark.parametrize("moment", ["before", "in between"])
-def test_a_change_that_meets_the_stop_is_refused_whichever_comes_first(monkeypatch, moment):
-    ready = module.SimpleNamespace(ready=lambda *_: None, place=lambda *_: contextlib.nullcontext())
-    operations, begun, counted = module.Operations(ready), [], []
-
-    class Thread:                               # one that gets to run only when the stop has passed
-        def __init__(self, target, args, daemon):
-            self.work = lambda: target(*args)
-
-        def start(self):
-            operations.refuse_waiting()
-            self.work()
-    monkeypatch.setattr(module.threading, "Thread", Thread)
+def test_a_change_that_meets_the_stop_is_refused_whichever_comes_first(moment):
+    class Workers:                              # whose thread gets to run only when the stop has passed
+        def run(self, work, *arguments):
+            changes.refuse_waiting()
+            work(*arguments)
+    begun, counted = [], []
+    host = module.SimpleNamespace(ready=lambda *_: None, commands=module.SimpleNamespace(
+        place=lambda *_: contextlib.nullcontext()))
+    changes = module.Changes(host, Workers(), counted.append)
     if moment == "before":
-        operations.refuse_waiting()
-    operation = module.Operation("x", "y", 104, counted.append)
-    with pytest.raises(module.Problem) as refused:
-        operations.run(operation, {104}, 1, lambda: begun.append(1))
-    assert (refused.value.status, refused.value.error) == (503, "The daemon is stopping; nothing was done")
-    assert begun == [] and operations.asked == set()
-    assert [problem.error for problem in counted] == (["The daemon is stopping; nothing was done"] if moment == "in between" else [])
+        changes.refuse_waiting()
+    change = change_of("/scale/cores", vm_id=104, cores=4)
+    change.run = lambda: begun.append(1)
+    with pytest.raises(module.Problem) as stopped:
+        changes.take(change)
+        changes.answer(change, module.Client(None, "127.0.0.1"), 1)
+    assert (stopped.value.status, stopped.value.error) == (503, "The daemon is stopping")
+    assert begun == [] and changes.asked == set()
+    assert [each.problem.error for each in counted] == (["The daemon is stopping"] if moment == "in between" else [])
+    assert len(changes.recent) == (moment == "in between")
 
 
 def test_a_stop_in_the_middle_of_a_clone_leaves_it_to_proxmox(launch, host):
@@ -5125,7 +5159,7 @@ def test_a_stop_in_the_middle_of_a_clone_leaves_it_to_proxmox(launch, host):
         waiting = pool.submit(api.post, "/scale/cores", {"vm_id": 104, "cores": 4})
         wait_until(lambda: threads(api) >= 4)       # of which two wait for requests' ends, and two are the changes
         api.process.send_signal(signal.SIGTERM)
-        assert waiting.result().body == error("The daemon is stopping; nothing was done")
+        assert waiting.result().body == refused("Nothing was done: The daemon is stopping")
         reply = clone.result()
         assert reply.status == 504 and "it is still running in Proxmox" in reply.body["error"]
     assert api.process.wait(5) == 0
@@ -5522,8 +5556,8 @@ def test_a_snapshot_is_deleted(api, host):
 def test_protected_containers_are_not_changed_and_allowed_ones_only(launch, host):
     api = launch(containers={"protected": [104], "allowed": [104, 106, 108]})
     for path, body in (("/scale/cores", {"cores": 4}), ("/snapshot/create", {"snapshot_name": "s1"}), ("/clone/create", {"new_vm_id": 108, "new_vm_name": "x"})):
-        assert api.post(path, {"vm_id": 104, **body}).body == error("VM 104 is protected: containers.protected in the daemon's configuration names it")
-        assert api.post(path, {"vm_id": 107, **body}).body == error(
+        assert api.post(path, {"vm_id": 104, **body}).body == refused("VM 104 is protected: containers.protected in the daemon's configuration names it")
+        assert api.post(path, {"vm_id": 107, **body}).body == refused(
             "VM 107 must not be changed: containers.allowed in the daemon's configuration does not name it")
     reply = api.post("/clone/create", {"vm_id": 106, "new_vm_id": 105, "new_vm_name": "x"})
     assert (reply.status, reply.body["error"][:27]) == (403, "VM 105 must not be changed:")
@@ -5536,7 +5570,7 @@ def test_protected_containers_are_not_changed_and_allowed_ones_only(launch, host
 def test_ceilings_are_kept_and_told(launch, host):
     api = launch(containers={"max_cores": 1, "max_memory_mb": 1024})
     reply = api.post("/scale/cores", {"vm_id": 104, "cores": 2})
-    assert (reply.status, reply.body) == (400, error("Invalid cores: must be an integer between 1 and 1 (containers.max_cores in the daemon's configuration)"))
+    assert (reply.status, reply.body) == (400, refused("Invalid cores: must be an integer between 1 and 1 (containers.max_cores in the daemon's configuration)"))
     assert api.post("/scale/ram", {"vm_id": 104, "memory": 1025}).status == 400
     assert api.post("/scale/ram", {"vm_id": 104, "memory": 1024}).status == 200
     limits = api.get("/resource/vm/config?vm_id=104").body["data"]["limits"]
