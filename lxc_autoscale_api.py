@@ -2635,21 +2635,29 @@ def heard(fields):
 
 # Changing
 
-OWN_LOCKS = {                               # the lock that a command of pct sets, and how what it leaves is mended
-    "snapshot": ("snapshot", "pct unlock {vm_id} && pct delsnapshot {vm_id} {name}"),
-    "delsnapshot": ("snapshot-delete", "pct unlock {vm_id} && pct delsnapshot {vm_id} {name}"),
-    "rollback": ("rollback", "pct unlock {vm_id}"),
-    "clone": ("disk", "pct unlock {vm_id}"),
-    "destroy": ("destroyed", "pct unlock {vm_id} && pct destroy {vm_id}"),
+OWN_LOCKS = {                               # the lock that a command sets, and what is done after `pct unlock`
+    "snapshot": ("snapshot", " && pct delsnapshot {vm_id} {name}"),
+    "delsnapshot": ("snapshot-delete", " && pct delsnapshot {vm_id} {name}"),
+    "rollback": ("rollback", ""),
+    "clone": ("disk", ""),
+    "destroy": ("destroyed", " && pct destroy {vm_id}"),
 }
+POWER = ("start", "stop", "shutdown", "reboot")
+
+# What a command refuses before it begins, as the caller is told it, whatever else happens to
+# the container. All else may be said in the middle of its work.
+AT_ONCE = re.compile(
+    r"\w+: The container is (?:locked by Proxmox|a template|protected|under Proxmox HA|replicated)"
+    r"|\w+: The id \d+ is taken|\w+: Snapshot '[^']*' exists already"
+    rf"|(?:{'|'.join(POWER)}): VM \d+ is (?:not|already) running")
 
 
 class Change:
     """What somebody asked to be changed: by whom, where, how far it came, and what it leaves.
 
     A handler runs the steps, each by `pct`. `steps` are the commands that were begun and may
-    have changed something, and `sure` says whether the end of all of them is known. What the
-    caller hears of a change that failed follows from these two, and from nothing else.
+    have changed something, and `lost` those among them whose end or whose result nobody knows.
+    What the caller hears of a change that failed follows from these two, and from nothing else.
     `future` has its result: pending while it waits, running, cancelled if it will never
     begin, done.
     """
@@ -2664,9 +2672,10 @@ class Change:
         self.requested, self.began, self.ended = time.time(), None, None
         self.started, self.future = Future(), Future()
         self.node = self.places = self.before = self.ran = self.problem = None
-        self.steps, self.sure = [], True
+        self.steps, self.lost = [], []
         self.warnings, self.data = [], {}   # of the answer, if all goes well
         self.notes, self.left = [], []      # what was done, for who hears of a failure, and what stays behind
+        self.made, self.told = None, set()  # the clone's id, once it is whole, and containers whose lock is told in `left`
 
     # For the handlers
 
@@ -2674,38 +2683,42 @@ class Change:
         """Run `pct COMMAND ID ARGUMENTS...` on the container's node -> its Result, or Problem."""
         argv = ["pct", command, str(vm_id or self.vm_id), *map(str, arguments)]
         self.steps.append(argv)
-        self.sure = False
+        self.lost.append(argv)
         try:
             result = self.host.commands.change(self.node, argv)
         except NotBegun as problem:
             self.steps.pop()
-            self.sure = True
+            self.lost.pop()
             if self.steps:
                 problem.error = f"{' '.join(argv[:3])} was not begun: {problem.error}"
             raise
-        self.sure = True
+        self.lost.pop()
         if result.exit:
             raise self.failed(argv, result)
         self.warnings += result.warnings
         return result
 
     def failed(self, argv, result):
-        """A step that failed -> its Problem. If Proxmox refused it as the first, no step was done."""
+        """A step that failed -> its Problem; it was none if Proxmox refused it before it began.
+
+        What is said in the middle of a work may have changed something, unless it was the
+        first, and all is as it was.
+        """
         problem = failed(argv, result)
-        if len(self.steps) == 1 and problem.status != 500 and self.is_as_before():
+        at_once = problem.status in (400, 404) or AT_ONCE.match(f"{argv[1]}: {problem.error}")
+        if at_once or (len(self.steps) == 1 and argv[1] not in POWER and problem.status != 500
+                       and self.is_as_before()):
             self.steps.pop()
         return problem
 
     def verify(self, read):
         """What a step has done, by read(); if that cannot be read, nobody knows."""
-        self.sure = False
         try:
-            found = read()
+            return read()
         except Problem as problem:
+            self.lost.append(self.steps[-1])
             problem.error = f"{' '.join(self.steps[-1][:3])} has ended, but what it did cannot be read: {problem.error}"
             raise
-        self.sure = True
-        return found
 
     def runs(self):
         """Ask whether the container runs; if it does not any more at the end of a failure, that is told."""
@@ -2730,17 +2743,26 @@ class Change:
 
     def remove_temporary(self, name):
         what, how = f"The temporary snapshot '{name}' of VM {self.vm_id}", f"remove it{self.there()} with: "
-        command = f"pct delsnapshot {self.vm_id} {name}"
-        if not self.sure:
+        command, why, locked = f"pct delsnapshot {self.vm_id} {name}", "", None
+        if self.lost:
             return self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, {how}{command}")
         try:
-            if name in self.conf().snapshots:
+            conf = self.conf()
+            if name not in conf.snapshots:
+                return
+            locked = conf.current.get("lock")       # of a command that was killed: no other is taken now
+            if not locked:
                 self.pct("delsnapshot", name)
-            self.notes.append(f"{what} was removed again")
+                self.notes.append(f"{what} was removed again")
+                return
         except Problem as problem:
-            locked = self.sure and self.lock_of(self.vm_id) == "snapshot-delete"
-            unlock = f"pct unlock {self.vm_id} && " if locked else ""
-            self.leave(f"{what} could not be removed ({problem.error}); {how}{unlock}{command}")
+            if self.lost:
+                return self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, {how}{command}")
+            why, locked = f" ({problem.error})", self.lock_of(self.vm_id)
+        if locked:
+            self.told.add(self.vm_id)
+            how, command = f"if no task of VM {self.vm_id} runs, {how}", f"pct unlock {self.vm_id} && {command}"
+        self.leave(f"{what} could not be removed{why}; {how}{command}")
 
     def leave(self, text):
         self.left.append(text)
@@ -2751,9 +2773,9 @@ class Change:
     def ask(self, *argv):
         return checked(argv, self.host.commands.look(self.node, argv, self.places)).stdout
 
-    def state(self):
+    def state(self, vm_id=None):
         """`running` or `stopped`, as pct says."""
-        return parse_status(self.ask("pct", "status", self.vm_id)).get("status")
+        return parse_status(self.ask("pct", "status", vm_id or self.vm_id)).get("status")
 
     def texts(self):
         """{id: text of its configuration on the node, or None} of the containers that are changed."""
@@ -2783,7 +2805,7 @@ class Change:
 
     def begin(self, node, places):
         """Look at the containers on the node where the steps will run; Problem 404 if there is none."""
-        self.node, self.places, self.steps = node, places, []
+        self.node, self.places, self.steps, self.lost = node, places, [], []
         self.before = self.host.files.read(self.host.read_texts, self.containers, node)
 
     def run(self):
@@ -2798,39 +2820,55 @@ class Change:
         if not self.steps:
             problem.fields = {"outcome": NOTHING_DONE, **problem.fields}
             return problem
-        if self.sure:
-            outcome, status = INCOMPLETE, 409 if problem.status == 409 else 500
-            self.left += self.remains(self.steps[-1])
-        else:
+        notes = [f"VM {self.made} was cloned"] * bool(self.made) + self.notes
+        if self.lost:
             outcome, status = UNKNOWN, 504 if isinstance(problem, Lost) else 500
-        concluded = Problem(status, problem.error, outcome=outcome, **problem.fields)
-        concluded.add_details(*self.notes, *self.left)
+        else:
+            outcome, status = INCOMPLETE, 409 if problem.status == 409 else 500
+            self.left += self.remains()
+        error = problem.error.partition("; try again")[0]       # that would be done twice
+        concluded = Problem(status, error, outcome=outcome, **problem.fields)
+        concluded.add_details(*notes, *self.left)
         return concluded
 
-    def remains(self, step):
-        """What the last step has left behind, as texts: locks, a half-made container, one that was stopped."""
+    def remains(self):
+        """What the steps have left behind, as texts: locks, a half-made container, who runs and who does not."""
+        power = self.steps[-1][1] in POWER
+        asked = [self.vm_id] * bool(self.ran or power and not self.made) + [self.made] * bool(self.made)
         try:
             texts = self.texts()
-            stopped = self.ran and self.vm_id in texts and self.state() != "running"
+            states = {vm_id: self.state(vm_id) for vm_id in asked if texts[vm_id] is not None}
         except Problem as problem:
             return [f"What is left cannot be read: {problem.error}"]
-        found = [each for vm_id in self.containers for each in self.lock_left(vm_id, texts[vm_id], step)]
-        if stopped:
-            found.append(f"VM {self.vm_id} ran before and is stopped now; start it{self.there()} with: pct start {self.vm_id}")
+        found = [each for vm_id in self.containers for each in self.lock_left(vm_id, texts[vm_id])]
+        for vm_id, state in states.items():
+            start = f"start it{self.there()} with: pct start {vm_id}"
+            if vm_id == self.made and state != "running":
+                found.append(f"VM {vm_id} is {state}; {start}, or remove it with: pct destroy {vm_id}")
+            elif self.ran and state != "running":
+                found.append(f"VM {vm_id} ran before and is {state} now; {start}")
+            elif power or vm_id == self.made:
+                found.append(f"VM {vm_id} is {state} now")
         return found
 
-    def lock_left(self, vm_id, text, step):
+    def lock_left(self, vm_id, text):
         """What to say of a lock that a container has now and had not before."""
         lock, had = (parse_config(each or "").current.get("lock") for each in (text, self.before[vm_id]))
-        if not lock or lock == had:
+        if not lock or lock == had or vm_id in self.told:
             return []
-        own, mends = OWN_LOCKS.get(step[1], (None, None))
-        if vm_id != self.vm_id and step[1] == "clone" and lock == "create" and self.before[vm_id] is None:
-            return [f"VM {vm_id} is left half-made; remove it{self.there()} with: pct unlock {vm_id} && pct destroy {vm_id}"]
-        if lock != own:
-            return [f"VM {vm_id} is locked by Proxmox ({lock}), by another task"]
-        command = mends.format(vm_id=vm_id, name=self.values.get("snapshot_name") or step[-1])
-        return [f"VM {vm_id} is left with the lock '{lock}'; if no task of it runs, mend it{self.there()} with: {command}"]
+        if vm_id != self.vm_id and lock == "create" and self.ran_any("clone"):
+            return [f"VM {vm_id} is left half-made; if no task of it runs, remove it{self.there()} with: "
+                    f"pct unlock {vm_id} && pct destroy {vm_id}"]
+        for step in self.steps:
+            own, mend = OWN_LOCKS.get(step[1], (None, ""))
+            if lock == own and vm_id == self.vm_id:
+                command = f"pct unlock {vm_id}" + mend.format(vm_id=vm_id, name="".join(step[3:4]))
+                return [f"VM {vm_id} is left with the lock '{lock}'; if no task of it runs, "
+                        f"mend it{self.there()} with: {command}"]
+        return [f"VM {vm_id} is locked by Proxmox ({lock}), by another task"]
+
+    def ran_any(self, command):
+        return any(step[1] == command for step in self.steps)
 
     def row(self):
         """What /operations tells of it."""
@@ -2901,9 +2939,11 @@ class Changes:
             change.problem = change.conclude(problem)
         except Exception as error:
             log.exception("internal error in %s", change.title)
-            change.sure = False
+            change.lost = change.steps[:]
             change.problem = change.conclude(internal_error(error))
         self.asked.discard(change)
+        if change.future.cancelled():       # and ended by cancel()
+            return
         if change.future.running() or change.future.set_running_or_notify_cancel():
             self.end(change)
             change.future.set_exception(change.problem) if change.problem else change.future.set_result(answer)
@@ -3318,53 +3358,58 @@ def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full
     if change.runs():                       # pct clones a running container from a snapshot only
         with change.temporary_snapshot() as name:
             change.pct("clone", new_vm_id, *options, "--snapname", name)
-            tell_of_clone(change, new_vm_id)
+            made(change, new_vm_id)
     else:
         change.pct("clone", new_vm_id, *options)
-        tell_of_clone(change, new_vm_id)
+        made(change, new_vm_id)
     if ip:
         set_address(change, new_vm_id, ip)
     start_clone(change, new_vm_id, start)
     return f"Cloned VM {vm_id} to new VM {new_vm_id} ({new_vm_name})"
 
 
-def tell_of_clone(change, new_vm_id):
-    """Say, to who hears of a later failure, that the clone is there."""
+def made(change, new_vm_id):
+    """Note, for who hears of a later failure, that the clone is there."""
+    change.made = new_vm_id
     change.data.update(vm_id=new_vm_id, started=False)
-    change.notes.append(f"VM {new_vm_id} was cloned, and is stopped; start it{change.there()} with: pct start {new_vm_id}, "
-                        f"or remove it with: pct destroy {new_vm_id}")
 
 
 def set_address(change, new_vm_id, ip):
     """Change the address in the clone's net0, and nothing else: without its hwaddr, pct would make a new one."""
     name = "ip6" if ":" in ip else "ip"
-    net = with_option(change.conf(new_vm_id).current.get("net0", ""), name, ip)
     try:
+        net = with_option(change.conf(new_vm_id).current.get("net0", ""), name, ip)
         change.pct("set", "--net0", with_option(net, "gw", None) if ip == "dhcp" else net, vm_id=new_vm_id)
     except Problem as problem:
         problem.error = f"VM {new_vm_id} was cloned, but did not get its address: {problem.error}"
         raise
+    change.notes.append(f"VM {new_vm_id} got its address")
 
 
 def start_clone(change, new_vm_id, start):
     """Start a clone if that was asked for, or if nothing was asked and its addresses are nobody else's."""
     if start is False:
         return
-    holders = change.host.address_holders(but=new_vm_id)
-    twice = [(address, holders[address]) for address in static_addresses(change.conf(new_vm_id).current)
-             if address in holders]
-    for (_, _, address), holder in twice:
-        change.leave(f"VM {new_vm_id} has the static address {address}, as VM {holder} has")
-    if twice and start is None:
-        change.leave(f"VM {new_vm_id} was not started, for its address would be on the network twice; give it another "
-                     f"(ip), and start it{change.there()} with: pct start {new_vm_id}")
-        return
     try:
+        twice = addresses_twice(change, new_vm_id)
+        for address, holder in twice:
+            change.leave(f"VM {new_vm_id} has the static address {address}, as VM {holder} has")
+        if twice and start is None:
+            change.leave(f"VM {new_vm_id} was not started, for its address would be on the network twice; give it another "
+                         f"(ip), and start it{change.there()} with: pct start {new_vm_id}")
+            return
         change.pct("start", vm_id=new_vm_id)
     except Problem as problem:
         problem.error = f"VM {new_vm_id} was cloned but did not start: {problem.error}"
         raise
     change.data["started"] = True
+
+
+def addresses_twice(change, vm_id):
+    """-> [(static address of a container, the id of another that has it)]"""
+    holders = change.host.address_holders(but=vm_id)
+    return [(address[2], holders[address]) for address in static_addresses(change.conf(vm_id).current)
+            if address in holders]
 
 
 def delete_clone(change, vm_id):
@@ -3390,6 +3435,7 @@ def shut_down_container(change, vm_id, timeout):
 
 
 def reboot_container(change, vm_id, timeout):
+    change.ran = True                       # pct refuses one that does not run
     change.pct("reboot", "--timeout", timeout)
     return f"Rebooted VM {vm_id}"
 

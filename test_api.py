@@ -130,7 +130,7 @@ class lock_mark:
 
     def __init__(self, vm_id, reason):
         self.vm_id, self.reason = vm_id, reason
-        self.stays = reason in ("snapshot-delete", "rollback", "destroyed")
+        self.stays = reason in ("snapshot-delete", "rollback")
 
     def __enter__(self):
         with config_lock(self.vm_id):
@@ -380,19 +380,24 @@ def pct_snapshot(vm_id, name, description=None):
         if not conf["rootfs"].startswith("local-lvm:"):
             raise Refused("snapshot feature is not available")
         with lock_mark(vm_id, "snapshot"):
+            taken = {k: v for k, v in conf.items() if k not in ("lock", "#")}
+            taken.update(snaptime=str(int(time.time())), snapstate="prepare")
+            if description:
+                taken["#"] = "".join("#%s\n" % line.replace(":", "%3A") for line in description.split("\n"))
+            with config_lock(vm_id):
+                conf, sections = load(vm_id)
+                save(vm_id, conf, dict(sections, **{name: taken}))
             try:
                 dawdle()
             except Refused:
                 say("snapshot create failed: starting cleanup")
+                with config_lock(vm_id):
+                    save(vm_id, conf, sections)
                 raise
             say('  Logical volume "snap_vm-%s-disk-0_%s" created.' % (vm_id, name))
             with config_lock(vm_id):
                 conf, sections = load(vm_id)
-                taken = {k: v for k, v in conf.items() if k not in ("lock", "#")}
-                taken["snaptime"] = str(int(time.time()))
-                if description:
-                    taken["#"] = "".join("#%s\n" % line.replace(":", "%3A") for line in description.split("\n"))
-                sections[name] = taken
+                sections[name].pop("snapstate")
                 conf["parent"] = name
                 save(vm_id, conf, sections)
     return task(work)
@@ -511,10 +516,8 @@ def pct_destroy(vm_id, force="0", purge="0"):
         if running(vm_id):
             say("forced to stop CT %s before destroying!" % vm_id)
             stop(vm_id)
-        with lock_mark(vm_id, "destroyed"):
-            dawdle()
-            say('  Logical volume "vm-%s-disk-0" successfully removed.' % vm_id)
-            conf, sections = load(vm_id)
+        dawdle()                                # the lock `destroyed` comes when all volumes have gone
+        say('  Logical volume "vm-%s-disk-0" successfully removed.' % vm_id)
         os.remove(CONF % vm_id)
         update_vmlist()
     return task(work)
@@ -4371,7 +4374,7 @@ def test_what_a_clone_leaves_behind_is_told_with_its_removal(api, host):
     host.faults(clone={"kills_pct": True})
     reply = api.post("/clone/create", {"vm_id": 107, "new_vm_id": 108, "new_vm_name": "y"})
     assert (reply.status, reply.body["error"]) == (500, "pct clone 107 was ended by SIGKILL")
-    assert reply.body["details"].endswith("VM 108 is left half-made; remove it with: pct unlock 108 && pct destroy 108")
+    assert reply.body["details"].endswith("VM 108 is left half-made; if no task of it runs, remove it with: pct unlock 108 && pct destroy 108")
 
 
 @pytest.mark.parametrize("conf, path, body, says", [
@@ -4870,7 +4873,7 @@ def test_what_a_node_has_done_counts_before_word_of_it_has_come(lab):
         pve2.faults(clone={"kills_pct": True})
         reply = lab.api.post("/clone/create", {"vm_id": 206, "new_vm_id": 254, "new_vm_name": "late"})
         assert (reply.status, reply.body["error"]) == (500, "pct clone 206 failed: Killed")
-        assert reply.body["details"].endswith("VM 254 is left half-made; remove it on node 'pve2' with: pct unlock 254 && pct destroy 254")
+        assert reply.body["details"].endswith("VM 254 is left half-made; if no task of it runs, remove it on node 'pve2' with: pct unlock 254 && pct destroy 254")
     pve2.path(254).unlink()
     pve2.add(206, "db-2")
     assert lab.api.delete("/clone/delete", {"vm_id": 253}).status == 200
@@ -5163,7 +5166,7 @@ def test_a_stop_in_the_middle_of_a_clone_leaves_it_to_proxmox(launch, host):
         reply = clone.result()
         assert reply.status == 504 and "it is still running in Proxmox" in reply.body["error"]
     assert api.process.wait(5) == 0
-    assert "left running: POST /clone/create vm_id=104 new_vm_id=105 new_vm_name=x start=False by 127.0.0.1" in api.log("error")
+    assert "left running: POST /clone/create vm_id=104 new_vm_id=105 new_vm_name=x by 127.0.0.1" in api.log("error")
     assert "left running: POST /scale/cores" not in api.log("error")
     again = launch()                                            # while the old pct still runs
     assert again.get("/routes").status == 200
