@@ -2672,7 +2672,7 @@ class Change:
         self.requested, self.began, self.ended = time.time(), None, None
         self.started, self.future = Future(), Future()
         self.node = self.places = self.before = self.ran = self.problem = None
-        self.steps, self.lost = [], []
+        self.steps, self.lost, self.killed = [], [], False      # one that was killed may leave its task at work
         self.warnings, self.data = [], {}   # of the answer, if all goes well
         self.notes, self.left = [], []      # what was done, for who hears of a failure, and what stays behind
         self.made, self.told = None, set()  # the clone's id, once it is whole, and containers whose lock is told in `left`
@@ -2693,6 +2693,7 @@ class Change:
                 problem.error = f"{' '.join(argv[:3])} was not begun: {problem.error}"
             raise
         self.lost.pop()
+        self.killed |= result.exit < 0 or (self.node is not None and result.exit == 128 + signal.SIGKILL)
         if result.exit:
             raise self.failed(argv, result)
         self.warnings += result.warnings
@@ -2706,8 +2707,8 @@ class Change:
         """
         problem = failed(argv, result)
         at_once = problem.status in (400, 404) or AT_ONCE.match(f"{argv[1]}: {problem.error}")
-        if at_once or (len(self.steps) == 1 and argv[1] not in POWER and problem.status != 500
-                       and self.is_as_before()):
+        passing = problem.status == 503 or (problem.status != 500 and argv[1] not in POWER)
+        if at_once or (passing and len(self.steps) == 1 and self.is_as_before()):
             self.steps.pop()
         return problem
 
@@ -2727,8 +2728,9 @@ class Change:
 
     def conf(self, vm_id=None):
         """The container's Conf as its node has it: what was changed there is seen here some milliseconds later."""
-        text = self.texts()[vm_id or self.vm_id]
-        return parse_config(text if text is not None else self.ask("pct", "config", vm_id or self.vm_id))
+        vm_id = vm_id or self.vm_id
+        text = self.texts(vm_id)[vm_id]
+        return parse_config(text if text is not None else self.ask("pct", "config", vm_id))
 
     @contextmanager
     def temporary_snapshot(self):
@@ -2777,9 +2779,9 @@ class Change:
         """`running` or `stopped`, as pct says."""
         return parse_status(self.ask("pct", "status", vm_id or self.vm_id)).get("status")
 
-    def texts(self):
-        """{id: text of its configuration on the node, or None} of the containers that are changed."""
-        paths = {vm_id: self.host.conf_path(vm_id) for vm_id in self.containers}
+    def texts(self, *vm_ids):
+        """{id: text of its configuration on the node, or None} of some or all of the containers that are changed."""
+        paths = {vm_id: self.host.conf_path(vm_id) for vm_id in vm_ids or self.containers}
         if not self.node:
             return self.host.files.read(lambda: {vm_id: read_text(path) for vm_id, path in paths.items()})
         results = {vm_id: self.host.commands.look(self.node, ["cat", path], self.places) for vm_id, path in paths.items()}
@@ -2823,6 +2825,8 @@ class Change:
         notes = [f"VM {self.made} was cloned"] * bool(self.made) + self.notes
         if self.lost:
             outcome, status = UNKNOWN, 504 if isinstance(problem, Lost) else 500
+            if self.ran and self.lost[-1][1] in ("rollback", "destroy", "reboot"):      # which stop it first
+                notes.append(f"VM {self.vm_id} ran before")
         else:
             outcome, status = INCOMPLETE, 409 if problem.status == 409 else 500
             self.left += self.remains()
@@ -2833,21 +2837,22 @@ class Change:
 
     def remains(self):
         """What the steps have left behind, as texts: locks, a half-made container, who runs and who does not."""
-        power = self.steps[-1][1] in POWER
-        asked = [self.vm_id] * bool(self.ran or power and not self.made) + [self.made] * bool(self.made)
+        last = self.steps[-1][1]
+        asked = [self.vm_id] * bool(self.ran or last in POWER and not self.made) + [self.made] * bool(self.made)
         try:
             texts = self.texts()
             states = {vm_id: self.state(vm_id) for vm_id in asked if texts[vm_id] is not None}
         except Problem as problem:
             return [f"What is left cannot be read: {problem.error}"]
         found = [each for vm_id in self.containers for each in self.lock_left(vm_id, texts[vm_id])]
+        start = "if no task of it runs, start it" if self.killed else "start it"
         for vm_id, state in states.items():
-            start = f"start it{self.there()} with: pct start {vm_id}"
+            how = f"{start}{self.there()} with: pct start {vm_id}"
             if vm_id == self.made and state != "running":
-                found.append(f"VM {vm_id} is {state}; {start}, or remove it with: pct destroy {vm_id}")
-            elif self.ran and state != "running":
-                found.append(f"VM {vm_id} ran before and is {state} now; {start}")
-            elif power or vm_id == self.made:
+                found.append(f"VM {vm_id} is {state}; {how}, or remove it with: pct destroy {vm_id}")
+            elif self.ran and state != "running" and last not in ("stop", "shutdown"):
+                found.append(f"VM {vm_id} ran before and is {state} now; {how}")
+            elif last in POWER or vm_id == self.made:
                 found.append(f"VM {vm_id} is {state} now")
         return found
 
@@ -3381,7 +3386,8 @@ def set_address(change, new_vm_id, ip):
         net = with_option(change.conf(new_vm_id).current.get("net0", ""), name, ip)
         change.pct("set", "--net0", with_option(net, "gw", None) if ip == "dhcp" else net, vm_id=new_vm_id)
     except Problem as problem:
-        problem.error = f"VM {new_vm_id} was cloned, but did not get its address: {problem.error}"
+        what = "whether it got its address is not known" if isinstance(problem, Lost) else "did not get its address"
+        problem.error = f"VM {new_vm_id} was cloned, but {what}: {problem.error}"
         raise
     change.notes.append(f"VM {new_vm_id} got its address")
 
@@ -3400,7 +3406,8 @@ def start_clone(change, new_vm_id, start):
             return
         change.pct("start", vm_id=new_vm_id)
     except Problem as problem:
-        problem.error = f"VM {new_vm_id} was cloned but did not start: {problem.error}"
+        what = "whether it started is not known" if isinstance(problem, Lost) else "did not start"
+        problem.error = f"VM {new_vm_id} was cloned, but {what}: {problem.error}"
         raise
     change.data["started"] = True
 
@@ -3435,13 +3442,14 @@ def shut_down_container(change, vm_id, timeout):
 
 
 def reboot_container(change, vm_id, timeout):
-    change.ran = True                       # pct refuses one that does not run
+    change.ran = True                       # or pct refuses it
     change.pct("reboot", "--timeout", timeout)
     return f"Rebooted VM {vm_id}"
 
 
 def unless_so_already(change, refusal, *command):
     """Run a command that is refused where the container is in that state already: then this is a warning only."""
+    change.ran = command[0] != "start"      # or it is refused
     try:
         change.pct(*command)
     except Problem as problem:

@@ -54,7 +54,7 @@ def refuse_parameter(name, text, usage):
 
 def load(vm_id, code=2):
     try:
-        text = open(CONF % vm_id).read()
+        text = open(CONF % vm_id).read() or open(CONF % vm_id).read()      # of one that hung, there is more
     except OSError:
         raise Refused("Configuration file 'nodes/%s/lxc/%s.conf' does not exist" % (NODE, vm_id), code)
     conf = section = {}
@@ -246,7 +246,7 @@ def dawdle():
     if "work_fails" in fault:
         raise Refused(fault["work_fails"])
     if "kills_pct" in fault:
-        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(PCT, signal.SIGKILL)
         os._exit(1)
 
 
@@ -485,7 +485,7 @@ def pct_clone(vm_id, new_id, hostname=None, snapname=None, full=None, storage=No
         if running(vm_id) and not snapname:
             raise Refused("Full clone of a running container is only possible from a snapshot")
         with lock_mark(vm_id, "disk"):
-            new = {k: v for k, v in conf.items() if k not in ("rootfs", "parent", "lock", "template")}
+            new = {k: v for k, v in conf.items() if not re.match(r"rootfs|mp\d|parent|lock|template", k)}
             for key in [key for key in new if re.match(r"net\d", key)]:
                 new[key] = re.sub(r"hwaddr=[^,]*", "hwaddr=BC:24:11:%02X:00:%02X" % (int(new_id) % 256, int(key[3:])), new[key])
             new.update(lock="create", hostname=hostname or "CT" + new_id)
@@ -499,8 +499,9 @@ def pct_clone(vm_id, new_id, hostname=None, snapname=None, full=None, storage=No
                 update_vmlist()
                 raise Refused("clone failed: " + refused.text)
             new.pop("lock")
-            rootfs = conf["rootfs"].replace(vm_id, new_id)
-            save(new_id, dict(new, rootfs=re.sub("^[^:]+", storage, rootfs) if storage else rootfs), {})
+            for key in [key for key in conf if re.match(r"rootfs|mp\d", key)]:
+                new[key] = re.sub("^[^:]+", storage or r"\g<0>", conf[key].replace(vm_id, new_id))
+            save(new_id, new, {})
     return task(work)
 
 
@@ -608,9 +609,14 @@ try:
     FAULTS = json.load(open(ROOT + "/faults.json"))
 except OSError:
     FAULTS = {}
+PCT = os.getpid()
 note(event="start", group=os.getpgrp(), session=os.getsid(0))
 CODE = main()
 sys.stdout.flush()
+HIDES = CONF % FAULTS.get(ARGV[1], {}).get("hides")
+if os.path.exists(HIDES) and not CODE:          # a file that nobody can read any more
+    os.rename(HIDES, HIDES + ".hidden")
+    os.mkfifo(HIDES)
 note(event="end", code=CODE)
 os._exit(CODE)
 '''
@@ -2793,7 +2799,7 @@ def test_a_clone_is_started_if_asked(api, host):
     host.faults(start={"work_fails": "unable to get PID for CT 105 (not running?)"})
     reply = api.post("/clone/create", {**body, "start": True})
     assert (reply.status, reply.body["error"]) == (
-        409, "VM 105 was cloned but did not start: The container is just starting or stopping; look at its state and try again")
+        409, "VM 105 was cloned, but did not start: The container is just starting or stopping; look at its state and try again")
     assert reply.body["details"].endswith("start it with: pct start 105, or remove it with: pct destroy 105")
 
 
@@ -5088,6 +5094,232 @@ def test_a_look_up_that_fails_changes_nothing_on_a_single_host(host, launch, mem
     assert [proxmox.locate(vm_id) for vm_id in (104, 106, 105)] == [None] * 3
     assert [row["vm_id"] for row in proxmox.list()] == [104, 106] and proxmox.members()[1] is None
     assert proxmox.conf(104).values["cores"] == "2"
+
+
+# What the caller hears if a step fails
+
+RUNS, STOPPED, NEW = 124, 126, 150              # here; on pve2 each is a hundred more
+Story = namedtuple("Story", "name vm_id line body defaults steps vm new message counted", defaults=[None])
+TWIN = {"new_vm_id": NEW, "new_vm_name": "twin"}
+STORIES = {each.name: each for each in (        # vm and new: what the containers are like if all goes well
+    Story("cores", RUNS, "POST /scale/cores", {"cores": 4}, {}, "set", "running cores=4 [s1]", "none",
+          "CPU cores set to 4 for VM 124", ("cpu", "set")),
+    Story("ram", RUNS, "POST /scale/ram", {"memory": 4096}, {}, "set", "running memory=4096 [s1]", "none",
+          "Memory set to 4096 MB for VM 124", ("ram", "set")),
+    Story("rootfs", RUNS, "POST /scale/storage/increase", {"disk_size": 5}, {"disk": "rootfs"}, "resize",
+          "running rootfs=local-lvm:vm-124-disk-0,size=13G [s1]", "none",
+          "Storage increased by 5 GB for VM 124", ("storage", "increase")),
+    Story("mp0", RUNS, "POST /scale/storage/increase", {"disk_size": 5, "disk": "mp0"}, {}, "resize",
+          "running mp0=local-lvm:vm-124-disk-1,mp=/data,size=9G [s1]", "none",
+          "Storage increased by 5 GB for VM 124", ("storage", "increase")),
+    Story("snapshot", RUNS, "POST /snapshot/create", {"snapshot_name": "s2"}, {}, "snapshot",
+          "running parent=s2 [s1] [s2]", "none", "Snapshot 's2' created for VM 124"),
+    Story("unsnapshot", RUNS, "DELETE /snapshot/delete", {"snapshot_name": "s1"}, {}, "delsnapshot",
+          "running parent=", "none", "Snapshot 's1' of VM 124 deleted"),
+    Story("rollback-runs", RUNS, "POST /snapshot/rollback", {"snapshot_name": "s1"}, {}, "status rollback",
+          "running [s1]", "none", "Rolled back VM 124 to snapshot 's1'"),
+    Story("rollback-stopped", STOPPED, "POST /snapshot/rollback", {"snapshot_name": "s1"}, {}, "status rollback",
+          "stopped [s1]", "none", "Rolled back VM 126 to snapshot 's1'"),
+    Story("clone-stopped", STOPPED, "POST /clone/create", TWIN, {}, "status clone start",
+          "stopped [s1]", "running", "Cloned VM 126 to new VM 150 (twin)"),
+    Story("clone-runs", RUNS, "POST /clone/create", {**TWIN, "start": True}, {},
+          "status snapshot clone delsnapshot start", "running [s1]", "running", "Cloned VM 124 to new VM 150 (twin)"),
+    Story("clone-ip", STOPPED, "POST /clone/create", {**TWIN, "ip": "192.0.2.5/24"}, {}, "status clone set start",
+          "stopped [s1]", "running ip=192.0.2.5/24", "Cloned VM 126 to new VM 150 (twin)"),
+    Story("destroy", RUNS, "DELETE /clone/delete", {}, {}, "status destroy", "none", "none", "Deleted VM 124"),
+    Story("start", STOPPED, "POST /power/start", {}, {}, "start", "running [s1]", "none", "Started VM 126"),
+    Story("stop", RUNS, "POST /power/stop", {}, {}, "stop", "stopped [s1]", "none", "Stopped VM 124"),
+    Story("shutdown", RUNS, "POST /power/shutdown", {}, {"timeout": 60}, "shutdown", "stopped [s1]", "none",
+          "Shut down VM 124"),
+    Story("reboot", RUNS, "POST /power/reboot", {}, {"timeout": 60}, "reboot", "running [s1]", "none", "Rebooted VM 124"),
+)}
+BEFALLS = {                                     # a step -> what befalls it
+    "locked": lambda step: {"exit": 255, "stderr": "CT is locked (backup)\n"},
+    "busy": lambda step: {"exit": 255, "stderr": "cfs-lock 'storage-local-lvm' error: got lock request timeout\n"},
+    "fails": lambda step: {"exit": 255, "stderr": "odd\n"} if step == "status" else {"work_fails": "odd"},
+    "killed": lambda step: {"signal": 9} if step == "status" else {"kills_pct": True},
+    "unread": lambda step: {"hides": None},     # its container's file cannot be read any more
+    "hangs": lambda step: {"pause": True} if step == "status" else {"delay": True},
+    "lost": lambda step: {"pause": True} if step == "status" else {"delay": True},
+}
+SOON = {                                        # deadlines that are short while there is a file that says so
+    "Changes.answer": "(lambda real: lambda self, change, client, seconds: real(self, change, client, "
+                      "0.1 if daemon.os.path.exists('{0}/answers.soon') else seconds))(daemon.Changes.answer)",
+    "Commands.look": "lambda self, node, argv, places=None: self.execute(node, [str(each) for each in argv], "
+                     "0.5 if daemon.os.path.exists('{0}/reads.soon') else 15, places)",
+}
+CALM = ("arch: amd64\ncores: 2\nhostname: web\nmemory: 2048\nmp0: local-lvm:vm-{0}-disk-1,mp=/data,size=4G\n"
+        "net0: name=eth0,bridge=vmbr0,hwaddr=BC:24:11:00:00:01,type=veth,ip=dhcp\n{1}"
+        "rootfs: local-lvm:vm-{0}-disk-0,size=8G\nswap: 512\n")
+
+# A fault at a look, or at the first command that changes something: status, outcome, error, details.
+# Where nothing was done, all is as before; else, all is as it should be in the end.
+GOES_ON = ("{title} did not finish in 0.1 s; it is still running in Proxmox, and its container stays reserved until it "
+           "ends. Ask for the container's state before trying again")
+LOST = ("The connection to node 'pve2' was lost during pct {step} {vm_id}, which goes on if the node does. "
+        "Ask for the container's state before trying again")
+AT_FIRST = {
+    "locked": (409, "nothing_done", "The container is locked by Proxmox (backup); try again when that has ended",
+               "CT is locked (backup)"),
+    "busy": (503, "nothing_done", "The storage is busy with another Proxmox command; try again",
+             "cfs-lock 'storage-local-lvm' error: got lock request timeout"),
+    "unread": (200, None, None, None),
+    "hangs": (504, "running", GOES_ON, None),
+    "lost": (504, "unknown", LOST, None),
+}
+AT_A_LOOK = {
+    **AT_FIRST,
+    "fails": (500, "nothing_done", "pct status {vm_id} failed: odd", "odd"),
+    "killed": (500, "nothing_done", "pct status {vm_id} was ended by SIGKILL", None),
+    "unread": (504, "running", GOES_ON, None),              # pct cannot read it either
+    "hangs": (504, "nothing_done", "pct status {vm_id}{on} did not finish in 0.5 s and was ended", None),
+    "lost": (503, "nothing_done",
+             "Node 'pve2' cannot run commands over SSH; to see why, on this host: pvesh get /nodes/pve2/version", None),
+}
+ROWS_HERE = [(name, step, fault) for name, story in STORIES.items() for step in story.steps.split()
+             for fault in BEFALLS if fault != "lost"]
+ROWS_THERE = [(name, step, fault) for name, story in STORIES.items() for step in story.steps.split() for fault in BEFALLS]
+
+
+class Stage:
+    """A host on which one fault after the other is tried, and the daemon that is asked to change its containers."""
+
+    def __init__(self, host, first=0):
+        self.host, self.first, self.cut, self.api = host, first, None, None
+
+    def constants(self):
+        return {"FILE_SECONDS": 0.2, **{name: Code(patch.format(self.host.root)) for name, patch in SOON.items()}}
+
+    def set(self):
+        """All as at the beginning, whatever was left."""
+        self.host.faults()
+        (self.host.root / "calls.jsonl").unlink(missing_ok=True)
+        self.remove()
+        for vm_id in (RUNS + self.first, STOPPED + self.first):
+            calm = CALM.format(vm_id, "")
+            self.host.path(vm_id).write_text(f"{CALM.format(vm_id, f'parent: s1{chr(10)}')}\n[s1]\n{calm}snaptime: 1700000000\n")
+            self.host.list(vm_id)
+        (self.host.cgroup / f"lxc/{RUNS + self.first}").mkdir()
+
+    def remove(self):
+        known = json.loads((self.host.shared / ".vmlist").read_text())
+        for vm_id in (RUNS + self.first, STOPPED + self.first, NEW + self.first):
+            shutil.rmtree(self.host.cgroup / f"lxc/{vm_id}", ignore_errors=True)
+            self.host.path(vm_id).unlink(missing_ok=True)
+            known["ids"].pop(str(vm_id), None)
+        self.host.write(".vmlist", known, self.host.shared)
+
+    def show(self, vm_id):
+        """Whether a container runs, what its file has in other ways than at the beginning, and its snapshots."""
+        path = self.host.path(vm_id + self.first)
+        if not path.exists():
+            return "none" + " running" * self.host.running(vm_id + self.first)
+        base = dict(line.split(": ") for line in CALM.format(vm_id + self.first, "").splitlines())
+        base.update({"hostname": "twin"} if vm_id == NEW else {"parent": "s1"})
+        conf = self.host.conf(vm_id + self.first)
+        for values in (base, conf):             # a clone has a hwaddr of its own
+            net, _, address = values.pop("net0").rpartition(",")
+            hwaddr, own = "BC:24:11:00:00:01", f"BC:24:11:{(vm_id + self.first) % 256:02X}:00:00"
+            values["net0"] = net.replace(own, hwaddr) if vm_id == NEW else net
+            values["ip"] = address[3:]
+        changed = [f"{key}={conf.get(key, '')}" for key in sorted({**base, **conf}) if conf.get(key) != base.get(key)]
+        sections = [each.partition("]") for each in path.read_text().split("\n\n[")[1:]]
+        states = [(name, re.search("^snapstate: (.+)", text, re.MULTILINE)) for name, _, text in sections]
+        return self.plain(" ".join(["running" if self.host.running(vm_id + self.first) else "stopped", *changed,
+                                    *(f"[{name}{f' {state[1]}' if state else ''}]" for name, state in states)]))
+
+    def plain(self, told):
+        """What was told, without what differs from run to run and from node to node."""
+        text = re.sub(r"autoscale_clone_[0-9a-f]{8}", "TEMPORARY", json.dumps(told))
+        for vm_id in (RUNS, STOPPED, NEW):
+            text = re.sub(rf"\b{vm_id + self.first}\b", str(vm_id), text)
+        text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME", text)
+        return json.loads(text.replace(str(self.host.root.parent.parent if self.first else self.host.root), ""))
+
+    def unhide(self):
+        """Let whoever reads a file that hangs go on with what it should have had."""
+        for hidden in self.host.path(RUNS).parent.glob("*.hidden"):
+            path, pipe = hidden.with_suffix(""), hidden.with_suffix(".pipe")
+            path.rename(pipe)
+            hidden.rename(path)
+            with contextlib.suppress(OSError):          # nobody reads it
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+            pipe.unlink()
+
+    def scaled(self):
+        values = parse_exposition(self.api.get("/metrics").body)[1]
+        return Counter({self.plain(key)[len("lxc_autoscale_scaling_"):]: int(value) for key, value in values.items()
+                        if key.startswith("lxc_autoscale_scaling_")})
+
+    def play(self, name, step, fault):
+        """Try a fault at a step of a change -> all that can be seen of it."""
+        story = STORIES[name]
+        method, path = story.line.split()
+        befallen = NEW if name.startswith("clone") and step in ("clone", "set", "start") else story.vm_id
+        befalls = BEFALLS[fault](step)
+        if "hides" in befalls:
+            befalls["hides"] = str(befallen + self.first)
+        soon = "" if fault not in ("hangs", "unread") else "answers" if (fault, step) in (
+            ("unread", "status"), ("unread", "snapshot")) or (fault == "hangs" and step != "status") else "reads"
+        self.set()
+        before = self.scaled()
+        self.host.faults(**{step: befalls})
+        (self.host.root / f"{soon}.soon").touch()
+        body = {"vm_id": story.vm_id + self.first, **story.body}
+        if "new_vm_id" in body:
+            body["new_vm_id"] += self.first
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(self.api.request, method, path, body)
+            if fault == "lost":
+                wait_until(lambda: asked.done() or any(call.startswith(f"pct {step} ") for call in self.host.calls()))
+                self.cut()
+            reply = asked.result()
+        row = self.api.get(f"/operations?vm_id={story.vm_id + self.first}").body["data"][0]
+        (self.host.root / f"{soon}.soon").unlink()
+        self.unhide()
+        self.host.go()
+        wait_until(lambda: self.api.get(f"/operations?id={row['id']}").body["data"][0]["ended"])
+        cut_off = fault in ("killed", "lost") or (fault == "hangs" and step == "status")       # one whose end is never noted
+        wait_until(lambda: len(self.host.rows("end")) + cut_off >= len(self.host.rows()))
+        later, = self.api.get(f"/operations?id={row['id']}").body["data"]
+        logged = [line for line in self.api.log().splitlines() if f" change {story.line} vm_id={story.vm_id + self.first}" in line]
+        scaled = self.scaled()
+        scaled.subtract(before)
+        body = reply.body
+        told = {"status": reply.status, "after": reply.headers.get("Retry-After"), **body}
+        if "operation" in body:
+            assert body["operation"] == row["id"]
+            told["operation"] = "ID"
+        assert re.fullmatch("[0-9a-f]{16}", row["id"])
+        return self.plain({
+            "told": told, "row": {**row, "id": "ID"}, "later": {**later, "id": "ID"},
+            "log": re.sub(r"after \d+\.\d s", "after", logged[-1][21:]), "scaled": {key: count for key, count in scaled.items() if count},
+            "vm": self.show(story.vm_id), "new": self.show(NEW)})
+
+
+if os.environ.get("SURVEY"):
+    @pytest.mark.parametrize("where", ["here", "there"])
+    def test_survey(where, tmp_path, request):
+        if where == "here":
+            stage = Stage(Host(tmp_path / "host"))
+            stage.api = Daemon(stage.host, constants=stage.constants())
+        else:
+            lab = request.getfixturevalue("lab")
+            stage = Stage(lab.hosts["pve2"], 100)
+            stage.api = lab.daemon(constants={**stage.constants(), "RUN_DIR": "/run/table"})
+            stage.cut = functools.partial(cut_off, lab)
+        out = open(f"/tmp/bash_jobs.{os.getuid()}/rows_{where}.txt", "w")
+        for name, step, fault in ROWS_HERE if where == "here" else ROWS_THERE:
+            seen = stage.play(name, step, fault)
+            print(json.dumps([name, step, fault, seen]), file=out, flush=True)
+        stage.api.stop()
+
+
+def cut_off(lab):
+    """End all connections to pve2."""
+    for pid in lab.processes("pve2", "sshd: root"):
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
 
 
 # The daemon's life
