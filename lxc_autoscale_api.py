@@ -1614,10 +1614,10 @@ def read_tls(config, files):
     if not config.server.tls_certificate:
         return None, None
     try:
-        return files.read(load_tls, config)
+        return files.read(lambda: load_tls(config))
     except Problem as problem:
         line = config.where["server", "tls_certificate"]
-        raise ConfigError(line, f"server.tls_certificate: {problem.error}", 1) from None
+        raise ConfigError(line, f"server.tls_certificate: {problem.error}", code=1) from None
 
 
 def load_tls(config):
@@ -1655,7 +1655,7 @@ def bad_file(config, setting, text):
     folder = config.proxmox.pve_dir
     below = getattr(config.server, setting).startswith(folder + "/")
     code = 1 if below and not os.path.lexists(f"{folder}/lxc") else EX_CONFIG
-    return ConfigError(config.where["server", setting], f"server.{setting} {text}", code)
+    return ConfigError(config.where["server", setting], f"server.{setting} {text}", code=code)
 
 
 def unverified():

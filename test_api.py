@@ -2185,9 +2185,12 @@ def test_members_are_read():
     assert module.parse_members('{\n"nodename": "pve",\n"version": 0\n}\n') == ("pve", None)
 
 
-@pytest.mark.parametrize("document", [None, "", "{", "[]", "null", '{"ids": []}', '{"ids": 7}', '{"version": 1}'])
-def test_a_list_of_guests_that_cannot_be_read_is_empty(document):
-    assert module.parse_vmlist(document) == {} and module.parse_news(document) == {}
+@pytest.mark.parametrize("document", ["", "{", "[]", "null", '{"ids": []}x', '{"ids": 7}', '{"version": 1}'])
+def test_a_list_of_guests_that_is_garbled_is_503_and_one_that_is_not_there_is_empty(document):
+    with pytest.raises(module.Problem) as refusal:
+        module.parse_vmlist(document)
+    assert (refusal.value.status, refusal.value.error) == (503, "Proxmox's file .vmlist cannot be understood")
+    assert module.parse_vmlist(None) == {} and module.parse_news(document) == module.parse_news(None) == {}
 
 
 def test_what_nodes_broadcast_is_read():
@@ -2825,7 +2828,7 @@ def test_a_container_that_does_not_exist_is_404(steady, method, path, body):
 STATUS = {"vm_id": 104, "lxc_id": 104, "node": "proxmox", "name": "web-01", "status": "running", "lock": None, "template": False, "tags": [],
           "cpu": 2, "memory": 2048, "memory_used": 500, "memory_shared": 50, "swap": 512, "swap_used": 0,
           "pressure": {"cpu": 2.38, "memory": 0.0, "io": 0.63}, "disk": 8, "disk_read": 1048576, "disk_write": 2097152}
-STOPPED = {**STATUS, "vm_id": 106, "lxc_id": 106, "name": "db-01", "status": "stopped", "cpu_usage": 0, "memory_used": 0, "memory_shared": 0, "pressure": None,
+STOPPED_STATUS = {**STATUS, "vm_id": 106, "lxc_id": 106, "name": "db-01", "status": "stopped", "cpu_usage": 0, "memory_used": 0, "memory_shared": 0, "pressure": None,
            "disk_used": None, "uptime": 0,
            "network_in": 0, "network_out": 0, "disk_read": 0, "disk_write": 0}
 
@@ -2843,7 +2846,7 @@ def test_status_is_read_from_the_container_s_files(api, host):
     data = reply.body["data"]
     assert 0 < data.pop("cpu_usage") < 100
     assert reply.body == ok("Retrieved status for VM 104", {**STATUS, "uptime": None, "disk_used": None, "network_in": None, "network_out": None})
-    assert api.get("/resource/vm/status?vm_id=106").body["data"] == STOPPED
+    assert api.get("/resource/vm/status?vm_id=106").body["data"] == STOPPED_STATUS
     assert host.calls() == []
     (host.cgroup / "lxc/104/ns/init.scope/cgroup.procs").write_text(f"{os.getpid()}\n1\n")      # any process will do as its init
     with open(host.path(104), "a") as file:
@@ -2956,7 +2959,7 @@ def test_status_is_asked_of_pct_where_the_files_are_missing(asking, host):
     data = asking.get("/resource/vm/status?vm_id=104").body["data"]
     assert (data.pop("cpu_usage"), 3600 <= data.pop("uptime") < 3700) == (None, True)
     assert data == {**STATUS, "memory_shared": None, "disk_used": 1.2, "network_in": 12345, "network_out": 67890}
-    assert asking.get("/resource/vm/status?vm_id=106").body["data"] == STOPPED
+    assert asking.get("/resource/vm/status?vm_id=106").body["data"] == STOPPED_STATUS
     host.faults(status={"stdout": "status: running\ncpus: 2\nnew-key: of some later version\n", "exit": 0})
     data = asking.get("/resource/vm/status?vm_id=106").body["data"]
     assert data == {**dict.fromkeys(data), "vm_id": 106, "lxc_id": 106, "node": "proxmox", "status": "running", "cpu": 2,
@@ -4133,7 +4136,9 @@ def test_a_file_of_proxmox_that_hangs_is_503_and_all_else_works(launch, host):
     assert (health.status, health.body["checks"]["lxc_commands"]) == (503, {
         "ok": False, "detail": "pct list did not finish in 1 s and was ended"})
     assert api.post("/scale/cores", {"vm_id": 106, "cores": 4}).status == 200
-    assert api.get("/resource/vm/config?vm_id=110").status == 503
+    assert api.get("/resource/vm/status?vm_id=110").status == 503
+    started = time.monotonic()                      # the same is not read again, and another not while five hang
+    assert api.get("/resource/vm/config?vm_id=110").body == error(HANGING) and time.monotonic() - started < 0.2
     started = time.monotonic()                      # five hang: the start's look for snapshots, and these four
     assert api.get("/resource/vm/config?vm_id=104").body == error(HANGING) and time.monotonic() - started < 0.2
     os.close(os.open(host.path(110), os.O_WRONLY))
@@ -5082,18 +5087,23 @@ def test_who_share_what_was_found_of_a_node_do_not_share_its_problem(monkeypatch
     assert "commands_total{command=\"true\",result=\"not_started\"} 1\n" in commands.metrics.render({})
 
 
-@pytest.mark.parametrize("members", [None, "", "{", "[]", '{"nodename": 7}', '{"nodename": "proxmox", "cluster": {"name": "x"}}',
+@pytest.mark.parametrize("members", ["", "{", "[]", '{"nodename": "proxmox", "cluster": {"name": "x"}}',
                                      '{"nodename": "proxmox", "cluster": {"quorate": 0}, "nodelist": []}'])
-def test_a_look_up_that_fails_changes_nothing_on_a_single_host(host, launch, members):
-    (host.shared / ".vmlist").write_text("{")
-    if members is None:
-        (host.pve / ".members").unlink()
-    else:
-        (host.pve / ".members").write_text(members)
+def test_a_garbled_file_of_the_cluster_is_503_and_not_taken_for_a_single_host(host, launch, members):
+    (host.pve / ".members").write_text(members)
+    api, says = launch(), "Proxmox's file .members cannot be understood"
+    for reply in (api.get("/resource/vm/list"), api.get("/resource/cluster/status"), api.get("/resource/vm/config?vm_id=300")):
+        assert (reply.status, reply.body) == (503, error(says))
+    reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4})
+    assert (reply.status, reply.body, host.calls()) == (503, refused("Nothing was done: " + says), [])
+
+
+def test_a_host_without_the_files_of_a_cluster_is_a_single_one(host):
+    for name in (".members", ".vmlist"):
+        (host.pve / name).unlink()
     proxmox = module.Proxmox(None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
     assert [proxmox.locate(vm_id) for vm_id in (104, 106, 105)] == [None] * 3
-    assert [row["vm_id"] for row in proxmox.list()] == [104, 106] and proxmox.members()[1] is None
-    assert proxmox.conf(104).values["cores"] == "2"
+    assert [row["vm_id"] for row in proxmox.list()] == [104, 106] and proxmox.members() == (None, None)
 
 
 # What the caller hears if a step fails
@@ -5820,7 +5830,7 @@ def test_the_description_has_every_route_parameter_and_code(steady):
         "type": "object", "additionalProperties": False, "required": ["vm_id", "cores"], "properties": {
             "vm_id": {"type": "integer", "minimum": 100, "maximum": 999999, "description": "must be an integer between 100 and 999999; may also be called lxc_id or container_id"},
             "cores": {"type": "integer", "minimum": 1, "maximum": 128, "description": "must be an integer between 1 and 128"}}}
-    assert set(cores["responses"]) == {"200", *map(str, module.STATUSES)} and cores["security"] == [{"header": []}, {"query": []}]
+    assert set(cores["responses"]) == {"200", "202", *map(str, module.STATUSES)} and cores["security"] == [{"header": []}, {"query": []}]
     name = document["paths"]["/snapshot/create"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]["snapshot_name"]
     for value in SNAPSHOT_NAMES + ["-x", "a.b", "", "x" * 101]:
         matches = bool(re.search(name["pattern"], value)) and name["minLength"] <= len(value) <= name["maxLength"]
@@ -5890,7 +5900,7 @@ def test_every_answer_is_as_the_description_says(launch, host):
     api = launch()
     document = api.get("/openapi.json").body
     pct = launch(proxmox={"pve_dir": str(host.root / "nowhere"), "cgroup_dir": "/nowhere"})
-    parameters = {"vm_id": (104, 106, 107, 999), "node_name": ("proxmox", "nosuch")}
+    parameters = {"vm_id": (104, 106, 107, 999), "node_name": ("proxmox", "nosuch"), "id": ("0123456789abcdef",)}
     seen = Counter()
     for path, route in module.PATHS.items():
         if route.method != "GET":
@@ -5903,12 +5913,16 @@ def test_every_answer_is_as_the_description_says(launch, host):
                 seen[path] += reply.status == 200
     assert set(seen) == {path for path, route in module.PATHS.items() if route.method == "GET"} and min(seen.values()) > 0
     host.faults(**{command: {"stderr": "a warning\n"} for command in ("set", "resize", "destroy")})
-    for method, path, body, message in CHANGES:
+    for method, path, body, *_ in CHANGES:
         reply = api.request(method, path, {"vm_id": 104, **body})
         assert (reply.status, described(document, method, path, reply)) == (200, []), (path, reply)
     for body, status in (({"vm_id": 999, "cores": 4}, 404), ({"vm_id": 104}, 400), ({"vm_id": 107, "cores": 4}, 409)):
         reply = api.post("/scale/cores", body)
         assert (reply.status, described(document, "POST", "/scale/cores", reply)) == (status, []), reply
+    reply = api.get("/operations?vm_id=107")
+    assert (reply.body["data"][0]["outcome"], described(document, "GET", "/operations", reply)) == ("nothing_done", [])
+    reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4}, headers={"Prefer": "respond-async"})
+    assert (reply.status, described(document, "POST", "/scale/cores", reply)) == (202, [])
 
 
 def test_a_limited_answer_is_as_the_description_says(launch):
@@ -6626,7 +6640,7 @@ def test_install_sh_is_accepted_by_shells_and_shellcheck():
 # The README
 
 README = (HERE / "README.md").read_text()
-VARIES = [(r'"[0-9a-f]{16}"', '"ID"'), (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME"), (r"answered in [\d.]+ s", "answered in SECONDS"), (r'"cpu_usage": [\d.]+', '"cpu_usage": PERCENT'),
+VARIES = [(r'"[0-9a-f]{16}"', '"ID"'), (r"with key [0-9a-f]{8}", "with key FINGERPRINT"), (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME"), (r"answered in [\d.]+ s", "answered in SECONDS"), (r'"cpu_usage": [\d.]+', '"cpu_usage": PERCENT'),
           (r'"uptime": \d{1,4}(?=[,}])', '"uptime": SECONDS'), (r'"max": \d+', '"max": HOST')]
 
 
