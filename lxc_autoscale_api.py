@@ -2675,6 +2675,7 @@ class Change:
         self.steps, self.lost, self.killed = [], [], False      # one that was killed may leave its task at work
         self.warnings, self.data = [], {}   # of the answer, if all goes well
         self.notes, self.left = [], []      # what was done, for who hears of a failure, and what stays behind
+        self.addressed = False              # whether the clone has the address that it was to get
         self.made, self.told = None, set()  # the clone's id, once it is whole, and containers whose lock is told in `left`
 
     # For the handlers
@@ -2848,12 +2849,17 @@ class Change:
         start = "if no task of it runs, start it" if self.killed else "start it"
         for vm_id, state in states.items():
             how = f"{start}{self.there()} with: pct start {vm_id}"
-            if vm_id == self.made and state != "running":
+            if vm_id == self.made and state != "running" and self.values["ip"] and not self.addressed:
+                start = start.replace("start", "remove")        # it may have an address that is another's
+                found.append(f"VM {vm_id} is {state}, without its address; {start}{self.there()} with: pct destroy {vm_id}")
+            elif vm_id == self.made and state != "running":
                 found.append(f"VM {vm_id} is {state}; {how}, or remove it with: pct destroy {vm_id}")
             elif self.ran and state != "running" and last not in ("stop", "shutdown"):
                 found.append(f"VM {vm_id} ran before and is {state} now; {how}")
-            elif last in POWER or vm_id == self.made:
+            elif vm_id == self.made or (last in POWER and not self.made):
                 found.append(f"VM {vm_id} is {state} now")
+        if self.killed and not found + self.left:
+            found.append("Its task may still be at work: look again before trying again")
         return found
 
     def lock_left(self, vm_id, text):
@@ -3389,6 +3395,7 @@ def set_address(change, new_vm_id, ip):
         what = "whether it got its address is not known" if isinstance(problem, Lost) else "did not get its address"
         problem.error = f"VM {new_vm_id} was cloned, but {what}: {problem.error}"
         raise
+    change.addressed = True
     change.notes.append(f"VM {new_vm_id} got its address")
 
 

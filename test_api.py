@@ -27,7 +27,7 @@ MODULE = HERE / "lxc_autoscale_api.py"
 # A simulated `pct` and `pvesh`. Its texts, exit codes, locks and task workers are those
 # of the real ones; faults.json beside its folders asks for delays and failures.
 FAKE = r'''
-import fcntl, json, os, re, signal, sys, time
+import fcntl, json, os, re, signal, sys, termios, time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(sys.argv[0])))
 MEMBERS = json.load(open(ROOT + "/pve/.members"))
@@ -246,6 +246,10 @@ def dawdle():
     if "work_fails" in fault:
         raise Refused(fault["work_fails"])
     if "kills_pct" in fault:
+        sys.stdout.flush()
+        while any(fcntl.ioctl(1, termios.FIONREAD, bytes(4))):      # until pct has taken what was said
+            time.sleep(0.001)
+        time.sleep(0.02)
         os.kill(PCT, signal.SIGKILL)
         os._exit(1)
 
@@ -3340,6 +3344,7 @@ def test_nothing_a_client_or_pct_says_forges_a_line_or_an_escape(api, host):
 
 
 FINGERPRINT = hashlib.sha256(KEY.encode()).hexdigest()[:8]
+ASKER = f"127.0.0.1 with key {FINGERPRINT}"
 
 
 def test_without_a_key_the_log_names_the_address_alone(launch):
@@ -5290,43 +5295,174 @@ class Stage:
             reply = asked.result()
         row = self.api.get(f"/operations?vm_id={story.vm_id + self.first}").body["data"][0]
         (self.host.root / f"{soon}.soon").unlink()
+        if fault == "unread" and reply.status == 504:           # the next command hangs
+            after = story.steps.split()[story.steps.split().index(step) + 1]
+            wait_until(lambda: any(call.startswith(f"pct {after} ") for call in self.host.calls()))
         self.unhide()
         self.host.go()
         wait_until(lambda: self.api.get(f"/operations?id={row['id']}").body["data"][0]["ended"])
-        cut_off = fault in ("killed", "lost") or (fault == "hangs" and step == "status")       # one whose end is never noted
+        cut_off = fault == "killed" or (fault in ("hangs", "lost") and step == "status")    # one whose end is never noted
         wait_until(lambda: len(self.host.rows("end")) + cut_off >= len(self.host.rows()))
         later, = self.api.get(f"/operations?id={row['id']}").body["data"]
         logged = [line for line in self.api.log().splitlines() if f" change {story.line} vm_id={story.vm_id + self.first}" in line]
         scaled = self.scaled()
         scaled.subtract(before)
         body = reply.body
-        told = {"status": reply.status, "after": reply.headers.get("Retry-After"), **body}
         if "operation" in body:
             assert body["operation"] == row["id"]
-            told["operation"] = "ID"
+            body["operation"] = "ID"
         assert re.fullmatch("[0-9a-f]{16}", row["id"])
+        self.told = body.get("details") or "\n".join(row["warnings"])
         return self.plain({
-            "told": told, "row": {**row, "id": "ID"}, "later": {**later, "id": "ID"},
+            "status": reply.status, "after": reply.headers.get("Retry-After"), "body": body, "row": {**row, "id": "ID"}, "later": {**later, "id": "ID"},
             "log": re.sub(r"after \d+\.\d s", "after", logged[-1][21:]), "scaled": {key: count for key, count in scaled.items() if count},
             "vm": self.show(story.vm_id), "new": self.show(NEW)})
 
 
-if os.environ.get("SURVEY"):
-    @pytest.mark.parametrize("where", ["here", "there"])
-    def test_survey(where, tmp_path, request):
-        if where == "here":
-            stage = Stage(Host(tmp_path / "host"))
-            stage.api = Daemon(stage.host, constants=stage.constants())
-        else:
-            lab = request.getfixturevalue("lab")
-            stage = Stage(lab.hosts["pve2"], 100)
-            stage.api = lab.daemon(constants={**stage.constants(), "RUN_DIR": "/run/table"})
-            stage.cut = functools.partial(cut_off, lab)
-        out = open(f"/tmp/bash_jobs.{os.getuid()}/rows_{where}.txt", "w")
-        for name, step, fault in ROWS_HERE if where == "here" else ROWS_THERE:
-            seen = stage.play(name, step, fault)
-            print(json.dumps([name, step, fault, seen]), file=out, flush=True)
-        stage.api.stop()
+# All other rows. A detail with = before it says what was done, with + what is left; both come after what pct said.
+# The last two columns show the container and the clone. A row for `there` differs on another node by more than {there}.
+SPECIAL = dict(line.split(": ", 1) for line in r"""
+cores set fails: 500 incomplete | pct set 124 failed: odd | odd | running [s1] | none
+cores set killed: 500 incomplete | pct set 124 was ended by SIGKILL | + Its task may still be at work: look again before trying again | running [s1] | none
+ram set fails: 500 incomplete | pct set 124 failed: odd | odd | running [s1] | none
+ram set killed: 500 incomplete | pct set 124 was ended by SIGKILL | + Its task may still be at work: look again before trying again | running [s1] | none
+rootfs resize fails: 500 incomplete | The rootfs of VM 124 was not grown as asked; its size is now 8G | + odd | running [s1] | none
+rootfs resize killed: 500 incomplete | pct resize 124 was ended by SIGKILL | + Its task may still be at work: look again before trying again | running [s1] | none
+rootfs resize unread: 500 unknown | pct resize 124 has ended, but what it did cannot be read: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | running rootfs=local-lvm:vm-124-disk-0,size=13G [s1] | none
+mp0 resize fails: 500 incomplete | The mp0 of VM 124 was not grown as asked; its size is now 4G | + odd | running [s1] | none
+mp0 resize killed: 500 incomplete | pct resize 124 was ended by SIGKILL | + Its task may still be at work: look again before trying again | running [s1] | none
+mp0 resize unread: 500 unknown | pct resize 124 has ended, but what it did cannot be read: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | running mp0=local-lvm:vm-124-disk-1,mp=/data,size=9G [s1] | none
+snapshot snapshot fails: 500 incomplete | pct snapshot 124 failed: odd | snapshot create failed: starting cleanup | odd | running [s1] | none
+snapshot snapshot killed: 500 incomplete | pct snapshot 124 was ended by SIGKILL | + VM 124 is left with the lock 'snapshot'; if no task of it runs, mend it{there} with: pct unlock 124 && pct delsnapshot 124 s2 | running lock=snapshot [s1] [s2 prepare] | none
+unsnapshot delsnapshot fails: 500 incomplete | pct delsnapshot 124 failed: odd | odd | + VM 124 is left with the lock 'snapshot-delete'; if no task of it runs, mend it{there} with: pct unlock 124 && pct delsnapshot 124 s1 | running lock=snapshot-delete [s1 delete] | none
+unsnapshot delsnapshot killed: 500 incomplete | pct delsnapshot 124 was ended by SIGKILL | + VM 124 is left with the lock 'snapshot-delete'; if no task of it runs, mend it{there} with: pct unlock 124 && pct delsnapshot 124 s1 | running lock=snapshot-delete [s1 delete] | none
+rollback-runs rollback fails: 500 incomplete | pct rollback 124 failed: odd | odd | + VM 124 is left with the lock 'rollback'; if no task of it runs, mend it{there} with: pct unlock 124 | + VM 124 ran before and is stopped now; start it{there} with: pct start 124 | stopped lock=rollback [s1] | none
+rollback-runs rollback killed: 500 incomplete | pct rollback 124 was ended by SIGKILL | + VM 124 is left with the lock 'rollback'; if no task of it runs, mend it{there} with: pct unlock 124 | + VM 124 ran before and is stopped now; if no task of it runs, start it{there} with: pct start 124 | stopped lock=rollback [s1] | none
+rollback-stopped rollback fails: 500 incomplete | pct rollback 126 failed: odd | odd | + VM 126 is left with the lock 'rollback'; if no task of it runs, mend it{there} with: pct unlock 126 | stopped lock=rollback [s1] | none
+rollback-stopped rollback killed: 500 incomplete | pct rollback 126 was ended by SIGKILL | + VM 126 is left with the lock 'rollback'; if no task of it runs, mend it{there} with: pct unlock 126 | stopped lock=rollback [s1] | none
+clone-stopped clone fails: 500 incomplete | pct clone 126 failed: clone failed: odd | creating a clone of container 126 with ID 150 | create full clone of mountpoint rootfs (local-lvm:vm-126-disk-0) | clone failed: odd | stopped [s1] | none
+clone-stopped clone killed: 500 incomplete | pct clone 126 was ended by SIGKILL | creating a clone of container 126 with ID 150 | create full clone of mountpoint rootfs (local-lvm:vm-126-disk-0) | + VM 126 is left with the lock 'disk'; if no task of it runs, mend it{there} with: pct unlock 126 | + VM 150 is left half-made; if no task of it runs, remove it{there} with: pct unlock 150 && pct destroy 150 | stopped lock=disk [s1] | stopped lock=create mp0= rootfs=
+clone-stopped clone unread: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned | + What is left cannot be read: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | stopped [s1] | stopped
+clone-stopped start locked: 409 incomplete | VM 150 was cloned, but did not start: The container is locked by Proxmox (backup) | CT is locked (backup) | = VM 150 was cloned | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150 | stopped [s1] | stopped
+clone-stopped start busy: 500 incomplete | VM 150 was cloned, but did not start: The storage is busy with another Proxmox command | cfs-lock 'storage-local-lvm' error: got lock request timeout | = VM 150 was cloned | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150 | stopped [s1] | stopped
+clone-stopped start fails: 500 incomplete | VM 150 was cloned, but did not start: pct start 150 failed: odd | odd | = VM 150 was cloned | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150 | stopped [s1] | stopped
+clone-stopped start killed: 500 incomplete | VM 150 was cloned, but did not start: pct start 150 was ended by SIGKILL | = VM 150 was cloned | + VM 150 is stopped; if no task of it runs, start it{there} with: pct start 150, or remove it with: pct destroy 150 | stopped [s1] | stopped
+clone-runs snapshot fails: 500 incomplete | pct snapshot 124 failed: odd | snapshot create failed: starting cleanup | odd | running [s1] | none
+clone-runs snapshot killed: 500 incomplete | pct snapshot 124 was ended by SIGKILL | + The temporary snapshot 'TEMPORARY' of VM 124 could not be removed; if no task of VM 124 runs, remove it{there} with: pct unlock 124 && pct delsnapshot 124 TEMPORARY | running lock=snapshot [s1] [TEMPORARY prepare] | none
+clone-runs snapshot unread: 504 running | POST /clone/create vm_id=124 new_vm_id=150 new_vm_name=twin start=True did not finish in 0.1 s; it is still running in Proxmox, and its container stays reserved until it ends. Ask for the container's state before trying again | running [s1] | running
+clone-runs clone locked: 409 incomplete | The container is locked by Proxmox (backup) | CT is locked (backup) | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | running [s1] | none
+clone-runs clone busy: 500 incomplete | The storage is busy with another Proxmox command | cfs-lock 'storage-local-lvm' error: got lock request timeout | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | running [s1] | none
+clone-runs clone fails: 500 incomplete | pct clone 124 failed: clone failed: odd | creating a clone of container 124 with ID 150 | create full clone of mountpoint rootfs (local-lvm:vm-124-disk-0) | clone failed: odd | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | running [s1] | none
+clone-runs clone killed: 500 incomplete | pct clone 124 was ended by SIGKILL | creating a clone of container 124 with ID 150 | create full clone of mountpoint rootfs (local-lvm:vm-124-disk-0) | + The temporary snapshot 'TEMPORARY' of VM 124 could not be removed; if no task of VM 124 runs, remove it{there} with: pct unlock 124 && pct delsnapshot 124 TEMPORARY | + VM 150 is left half-made; if no task of it runs, remove it{there} with: pct unlock 150 && pct destroy 150 | running lock=disk parent=TEMPORARY [s1] [TEMPORARY] | stopped lock=create mp0= rootfs=
+clone-runs clone unread: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | + What is left cannot be read: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | running [s1] | stopped
+clone-runs delsnapshot locked: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124 could not be removed (The container is locked by Proxmox (backup); try again when that has ended); remove it{there} with: pct delsnapshot 124 TEMPORARY | running parent=TEMPORARY [s1] [TEMPORARY] | running
+clone-runs delsnapshot busy: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124 could not be removed (The storage is busy with another Proxmox command; try again); remove it{there} with: pct delsnapshot 124 TEMPORARY | running parent=TEMPORARY [s1] [TEMPORARY] | running
+clone-runs delsnapshot fails: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124 could not be removed (pct delsnapshot 124 failed: odd); if no task of VM 124 runs, remove it{there} with: pct unlock 124 && pct delsnapshot 124 TEMPORARY | running lock=snapshot-delete parent=TEMPORARY [s1] [TEMPORARY delete] | running
+clone-runs delsnapshot killed: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124 could not be removed (pct delsnapshot 124 was ended by SIGKILL); if no task of VM 124 runs, remove it{there} with: pct unlock 124 && pct delsnapshot 124 TEMPORARY | running lock=snapshot-delete parent=TEMPORARY [s1] [TEMPORARY delete] | running
+clone-runs delsnapshot unread: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | + What is left cannot be read: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | running [s1] | stopped
+clone-runs start locked: 409 incomplete | VM 150 was cloned, but did not start: The container is locked by Proxmox (backup) | CT is locked (backup) | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150 | running [s1] | stopped
+clone-runs start busy: 500 incomplete | VM 150 was cloned, but did not start: The storage is busy with another Proxmox command | cfs-lock 'storage-local-lvm' error: got lock request timeout | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150 | running [s1] | stopped
+clone-runs start fails: 500 incomplete | VM 150 was cloned, but did not start: pct start 150 failed: odd | odd | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150 | running [s1] | stopped
+clone-runs start killed: 500 incomplete | VM 150 was cloned, but did not start: pct start 150 was ended by SIGKILL | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | + VM 150 is stopped; if no task of it runs, start it{there} with: pct start 150, or remove it with: pct destroy 150 | running [s1] | stopped
+clone-ip clone fails: 500 incomplete | pct clone 126 failed: clone failed: odd | creating a clone of container 126 with ID 150 | create full clone of mountpoint rootfs (local-lvm:vm-126-disk-0) | clone failed: odd | stopped [s1] | none
+clone-ip clone killed: 500 incomplete | pct clone 126 was ended by SIGKILL | creating a clone of container 126 with ID 150 | create full clone of mountpoint rootfs (local-lvm:vm-126-disk-0) | + VM 126 is left with the lock 'disk'; if no task of it runs, mend it{there} with: pct unlock 126 | + VM 150 is left half-made; if no task of it runs, remove it{there} with: pct unlock 150 && pct destroy 150 | stopped lock=disk [s1] | stopped lock=create mp0= rootfs=
+clone-ip clone unread: 500 incomplete | VM 150 was cloned, but did not get its address: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned | + What is left cannot be read: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | stopped [s1] | stopped
+clone-ip set locked: 409 incomplete | VM 150 was cloned, but did not get its address: The container is locked by Proxmox (backup) | CT is locked (backup) | = VM 150 was cloned | + VM 150 is stopped, without its address; remove it{there} with: pct destroy 150 | stopped [s1] | stopped
+clone-ip set busy: 500 incomplete | VM 150 was cloned, but did not get its address: The storage is busy with another Proxmox command | cfs-lock 'storage-local-lvm' error: got lock request timeout | = VM 150 was cloned | + VM 150 is stopped, without its address; remove it{there} with: pct destroy 150 | stopped [s1] | stopped
+clone-ip set fails: 500 incomplete | VM 150 was cloned, but did not get its address: pct set 150 failed: odd | odd | = VM 150 was cloned | + VM 150 is stopped, without its address; remove it{there} with: pct destroy 150 | stopped [s1] | stopped
+clone-ip set killed: 500 incomplete | VM 150 was cloned, but did not get its address: pct set 150 was ended by SIGKILL | = VM 150 was cloned | + VM 150 is stopped, without its address; if no task of it runs, remove it{there} with: pct destroy 150 | stopped [s1] | stopped
+clone-ip set unread: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned | = VM 150 got its address | + What is left cannot be read: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | stopped [s1] | stopped ip=192.0.2.5/24
+clone-ip start locked: 409 incomplete | VM 150 was cloned, but did not start: The container is locked by Proxmox (backup) | CT is locked (backup) | = VM 150 was cloned | = VM 150 got its address | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150 | stopped [s1] | stopped ip=192.0.2.5/24
+clone-ip start busy: 500 incomplete | VM 150 was cloned, but did not start: The storage is busy with another Proxmox command | cfs-lock 'storage-local-lvm' error: got lock request timeout | = VM 150 was cloned | = VM 150 got its address | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150 | stopped [s1] | stopped ip=192.0.2.5/24
+clone-ip start fails: 500 incomplete | VM 150 was cloned, but did not start: pct start 150 failed: odd | odd | = VM 150 was cloned | = VM 150 got its address | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150 | stopped [s1] | stopped ip=192.0.2.5/24
+clone-ip start killed: 500 incomplete | VM 150 was cloned, but did not start: pct start 150 was ended by SIGKILL | = VM 150 was cloned | = VM 150 got its address | + VM 150 is stopped; if no task of it runs, start it{there} with: pct start 150, or remove it with: pct destroy 150 | stopped [s1] | stopped ip=192.0.2.5/24
+destroy destroy fails: 500 incomplete | pct destroy 124 failed: odd | forced to stop CT 124 before destroying! | odd | + VM 124 ran before and is stopped now; start it{there} with: pct start 124 | stopped [s1] | none
+destroy destroy killed: 500 incomplete | pct destroy 124 was ended by SIGKILL | forced to stop CT 124 before destroying! | + VM 124 ran before and is stopped now; if no task of it runs, start it{there} with: pct start 124 | stopped [s1] | none
+start start fails: 500 incomplete | pct start 126 failed: odd | odd | + VM 126 is stopped now | stopped [s1] | none
+start start killed: 500 incomplete | pct start 126 was ended by SIGKILL | + VM 126 is stopped now | stopped [s1] | none
+stop stop fails: 500 incomplete | pct stop 124 failed: odd | odd | + VM 124 is running now | running [s1] | none
+stop stop killed: 500 incomplete | pct stop 124 was ended by SIGKILL | + VM 124 is running now | running [s1] | none
+shutdown shutdown fails: 500 incomplete | pct shutdown 124 failed: odd | odd | + VM 124 is running now | running [s1] | none
+shutdown shutdown killed: 500 incomplete | pct shutdown 124 was ended by SIGKILL | + VM 124 is running now | running [s1] | none
+reboot reboot fails: 500 incomplete | pct reboot 124 failed: odd | odd | + VM 124 is running now | running [s1] | none
+reboot reboot killed: 500 incomplete | pct reboot 124 was ended by SIGKILL | + VM 124 is running now | running [s1] | none
+rootfs resize unread there: 500 unknown | pct resize 124 has ended, but what it did cannot be read: cat /pve/lxc/124.conf on pve2 did not finish in 0.5 s and was ended | running rootfs=local-lvm:vm-124-disk-0,size=13G [s1] | none
+mp0 resize unread there: 500 unknown | pct resize 124 has ended, but what it did cannot be read: cat /pve/lxc/124.conf on pve2 did not finish in 0.5 s and was ended | running mp0=local-lvm:vm-124-disk-1,mp=/data,size=9G [s1] | none
+rollback-runs rollback lost: 504 unknown | The connection to node 'pve2' was lost during pct rollback 124, which goes on if the node does. Ask for the container's state before trying again | = VM 124 ran before | running [s1] | none
+clone-stopped clone unread there: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned | + What is left cannot be read: cat /pve/lxc/150.conf on pve2 did not finish in 0.5 s and was ended | stopped [s1] | stopped
+clone-stopped clone lost: 504 unknown | The connection to node 'pve2' was lost during pct clone 126, which goes on if the node does. Ask for the container's state before trying again | stopped [s1] | stopped
+clone-stopped start lost: 504 unknown | VM 150 was cloned, but whether it started is not known: The connection to node 'pve2' was lost during pct start 150, which goes on if the node does. Ask for the container's state before trying again | = VM 150 was cloned | stopped [s1] | running
+clone-runs snapshot lost: 504 unknown | The connection to node 'pve2' was lost during pct snapshot 124, which goes on if the node does. Ask for the container's state before trying again | + The temporary snapshot 'TEMPORARY' of VM 124 may be left; once no task of VM 124 runs, remove it{there} with: pct delsnapshot 124 TEMPORARY | running parent=TEMPORARY [s1] [TEMPORARY] | none
+clone-runs clone unread there: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | + What is left cannot be read: cat /pve/lxc/150.conf on pve2 did not finish in 0.5 s and was ended | running [s1] | stopped
+clone-runs clone lost: 504 unknown | The connection to node 'pve2' was lost during pct clone 124, which goes on if the node does. Ask for the container's state before trying again | + The temporary snapshot 'TEMPORARY' of VM 124 may be left; once no task of VM 124 runs, remove it{there} with: pct delsnapshot 124 TEMPORARY | running parent=TEMPORARY [s1] [TEMPORARY] | stopped
+clone-runs delsnapshot killed there: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124 could not be removed (pct delsnapshot 124 failed: Killed); if no task of VM 124 runs, remove it{there} with: pct unlock 124 && pct delsnapshot 124 TEMPORARY | running lock=snapshot-delete parent=TEMPORARY [s1] [TEMPORARY delete] | running
+clone-runs delsnapshot unread there: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | + What is left cannot be read: cat /pve/lxc/124.conf on pve2 did not finish in 0.5 s and was ended | running [s1] | stopped
+clone-runs delsnapshot lost: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124 may be left; once no task of VM 124 runs, remove it{there} with: pct delsnapshot 124 TEMPORARY | running [s1] | running
+clone-runs start lost: 504 unknown | VM 150 was cloned, but whether it started is not known: The connection to node 'pve2' was lost during pct start 150, which goes on if the node does. Ask for the container's state before trying again | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | running [s1] | running
+clone-ip clone unread there: 500 incomplete | VM 150 was cloned, but did not get its address: cat /pve/lxc/150.conf on pve2 did not finish in 0.5 s and was ended | = VM 150 was cloned | + What is left cannot be read: cat /pve/lxc/150.conf on pve2 did not finish in 0.5 s and was ended | stopped [s1] | stopped
+clone-ip clone lost: 504 unknown | The connection to node 'pve2' was lost during pct clone 126, which goes on if the node does. Ask for the container's state before trying again | stopped [s1] | stopped
+clone-ip set unread there: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned | = VM 150 got its address | + What is left cannot be read: cat /pve/lxc/150.conf on pve2 did not finish in 0.5 s and was ended | stopped [s1] | stopped ip=192.0.2.5/24
+clone-ip set lost: 504 unknown | VM 150 was cloned, but whether it got its address is not known: The connection to node 'pve2' was lost during pct set 150, which goes on if the node does. Ask for the container's state before trying again | = VM 150 was cloned | stopped [s1] | stopped ip=192.0.2.5/24
+clone-ip start lost: 504 unknown | VM 150 was cloned, but whether it started is not known: The connection to node 'pve2' was lost during pct start 150, which goes on if the node does. Ask for the container's state before trying again | = VM 150 was cloned | = VM 150 got its address | stopped [s1] | running ip=192.0.2.5/24
+destroy destroy lost: 504 unknown | The connection to node 'pve2' was lost during pct destroy 124, which goes on if the node does. Ask for the container's state before trying again | = VM 124 ran before | none | none
+reboot reboot lost: 504 unknown | The connection to node 'pve2' was lost during pct reboot 124, which goes on if the node does. Ask for the container's state before trying again | = VM 124 ran before | running [s1] | none
+""".strip().splitlines())
+SPECIAL = {row: [*columns.partition(" | ")[0].split(), *columns.partition(" | ")[2].split(" | ")] for row, columns in SPECIAL.items()}
+# What is so after the commands were run that an answer names, where that is not all as before, or all as asked for.
+MENDED = {("clone-runs", "clone"): ("running [s1]", "stopped")}     # it was lost, and has gone on
+
+
+def parameters(story):
+    return {**story.body, **story.defaults}
+
+
+def error_of(text, outcome, details):
+    return error(text, outcome=outcome, **({} if details is None else {"details": details}))
+
+
+def expected(name, step, fault, there=""):
+    """The whole of what is to be seen of a row; `there` is " on node 'pve2'" or nothing."""
+    story = STORIES[name]
+    title = " ".join([story.line, f"vm_id={story.vm_id}", *(f"{key}={value}" for key, value in parameters(story).items() if key != "vm_id")])
+    found = there and SPECIAL.get(f"{name} {step} {fault} there") or SPECIAL.get(f"{name} {step} {fault}")
+    vm, new, notes, left = story.vm, story.new, [], []
+    if found:
+        status, outcome, error, *details, vm, new = found
+        said = [each for each in details if each[:2] not in ("= ", "+ ")]
+        notes, left = ([each[2:].replace("{there}", there) for each in details if each.startswith(mark)] for mark in ("= ", "+ "))
+        status, outcome = int(status), outcome.strip("-") or None
+    else:
+        status, outcome, error, said = (AT_A_LOOK if step == "status" else AT_FIRST)[fault]
+        said = [said] if said else []
+    error = error and error.format(title=title, step=step, vm_id=story.vm_id, on=" on pve2" if there else "")
+    if fault == "killed" and there and error:   # there a shell says it
+        error, said = error.replace("was ended by SIGKILL", "failed: Killed"), [*said, "Killed"]
+    if outcome == "nothing_done":
+        vm, new = "running [s1]" if story.vm_id == RUNS else "stopped [s1]", "none"
+    details = "\n".join(said + notes + left) or ("" if fault == "killed" else None)
+    if status == 200:
+        data = {**({"vm_id": NEW, "started": True} if name.startswith("clone") else {}), **({"warnings": left} if left else {})}
+        told = ok(story.message, data or None)
+    else:
+        told = error_of(("Nothing was done: " if status == 503 else "") + error, outcome, details)
+    if outcome == "running":
+        told["operation"] = "ID"
+    row = {"id": "ID", "endpoint": story.line.split()[1], "parameters": {"vm_id": story.vm_id, **parameters(story)},
+           "client": ASKER, "requested": "TIME", "began": "TIME", "ended": "TIME", "warnings": left}
+    done = {**row, "state": "done", "outcome": None, "status": 200, "error": None}
+    now = done if status == 200 else {**row, "state": "failed", "outcome": outcome, "status": status, "error": error}
+    if outcome == "running":
+        now = {**row, "state": "running", "outcome": "running", "ended": None, "status": None, "error": None}
+    well = status == 200 or outcome == "running"
+    result = "done" if well else f"{status} {error} ({outcome})"
+    scaled = {}
+    if story.counted:
+        resource, action = story.counted
+        why = {409: "conflict", 503: "unavailable"}.get(status, "failed")
+        scaled = {f'actions_total{{container_id="124",resource="{resource}",action="{action}"}}': 1} if well else {
+            f'failures_total{{container_id="124",resource="{resource}",reason="{why}"}}': 1}
+    return {"status": status, "after": "30" if status == 503 else None, "body": told, "row": now,
+            "later": done if well else now, "log": f"INFO change {title} by {ASKER}: {result}, after", "scaled": scaled, "vm": vm, "new": new}
 
 
 def cut_off(lab):
@@ -5334,6 +5470,55 @@ def cut_off(lab):
     for pid in lab.processes("pve2", "sshd: root"):
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def stage_here(tmp_path_factory):
+    stage = Stage(Host(tmp_path_factory.mktemp("stage") / "host"))
+    stage.api = Daemon(stage.host, constants=stage.constants())
+    yield stage
+    assert (stage.api.stop(), "internal error" in stage.api.log("error")) == (0, False)
+
+
+@pytest.fixture(scope="module")
+def stage_there(built):
+    built.reset()
+    stage = Stage(built.hosts["pve2"], 100)
+    stage.cut, stage.api = functools.partial(cut_off, built), built.daemon(constants={**stage.constants(), "RUN_DIR": "/run/stage"})
+    yield stage
+    stage.remove()
+    assert (stage.api.stop(), "internal error" in stage.api.log("error")) == (0, False)
+
+
+def mend(stage, told):
+    """Run the commands that an answer names, in their order; of two between which one may choose, the first."""
+    stage.host.faults()
+    for maybe, commands in re.findall(r"^.*?(may be left)?;.* with: (pct .*?)(?:$|, or )", told, re.MULTILINE):
+        for command in commands.split(" && "):
+            if maybe and command.split()[-1] not in stage.host.snapshots(command.split()[2]):
+                continue
+            done = subprocess.run([stage.host.root / "bin" / "pct", *command.split()[1:]], capture_output=True, text=True)
+            assert (done.returncode, done.stderr) == (0, ""), command
+
+
+def check_row(stage, name, step, fault, there=""):
+    seen, told = stage.play(name, step, fault), stage.told
+    assert seen == expected(name, step, fault, there)
+    mend(stage, told)
+    before = ("running [s1]" if STORIES[name].vm_id == RUNS else "stopped [s1]", "none")
+    whole = {before, (STORIES[name].vm, STORIES[name].new), MENDED.get((name, step), before)}
+    if " with: pct" in told:
+        assert (stage.show(STORIES[name].vm_id), stage.show(NEW)) in whole
+
+
+@pytest.mark.parametrize("name, step, fault", ROWS_HERE, ids=map("-".join, ROWS_HERE))
+def test_what_the_caller_hears_if_a_step_fails(stage_here, name, step, fault):
+    check_row(stage_here, name, step, fault)
+
+
+@pytest.mark.parametrize("name, step, fault", ROWS_THERE, ids=map("-".join, ROWS_THERE))
+def test_what_the_caller_hears_if_a_step_fails_on_another_node(stage_there, name, step, fault):
+    check_row(stage_there, name, step, fault, " on node 'pve2'")
 
 
 # The daemon's life
