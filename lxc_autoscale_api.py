@@ -3325,9 +3325,10 @@ def grow_storage(change, vm_id, disk_size, disk, current_size):
         raise Problem(409, f"VM {vm_id} has no {disk}")
     if current_size not in (None, size_in_gb(before)):
         raise Problem(409, f"The {disk} of VM {vm_id} has {size_in_gb(before)} GB now, and not {current_size}")
-    result = change.pct("resize", disk, f"+{disk_size}G")
+    result = change.pct("resize", disk, growth(before, disk_size, relative=current_size is None))
     after = change.verify(size)
-    if (size_in_bytes(after) or 0) < (size_in_bytes(before) or 0) + disk_size * GIB:
+    if "disk is already at specified size" in result.stderr or (
+            (size_in_bytes(after) or 0) < (size_in_bytes(before) or 0) + disk_size * GIB):
         problem = change.failed(change.steps[-1], result)
         if problem.status == 500:
             problem.error = f"The {disk} of VM {vm_id} was not grown as asked; its size is now {after or 'unknown'}"
@@ -3337,6 +3338,19 @@ def grow_storage(change, vm_id, disk_size, disk, current_size):
         raise Problem(500, f"The {disk} of VM {vm_id} has grown to {after}, but its file system has not followed",
                       details=said.strip()[-MAX_DETAILS:])
     return f"Storage increased by {disk_size} GB for VM {vm_id}"
+
+
+def growth(before, gigabytes, relative):
+    """How pct is told to grow a disk: by so much, so that two callers at once both count, or to a size.
+
+    A size makes a request that is repeated harmless even while the first one is still at work
+    for a daemon that has gone: pct looks at the volume again under the container's lock, and
+    refuses what has that size (PVE::API2::LXC, resize_vm).
+    """
+    if relative:
+        return f"+{gigabytes}G"
+    size = int(size_in_bytes(before)) + gigabytes * GIB
+    return next(f"{size // unit}{name}" for unit, name in ((GIB, "G"), (MIB, "M"), (1024, "K"), (1, "")) if not size % unit)
 
 
 def create_snapshot(change, vm_id, snapshot_name, description):

@@ -349,6 +349,10 @@ def pct_resize(vm_id, disk, size):
             conf, sections = load(vm_id)
             dawdle()
             total = int(gigabytes(conf[disk]) * bool(amount.group(1)) + wanted)
+            if total < gigabytes(conf[disk]):
+                raise Refused("unable to shrink disk size")
+            if total == gigabytes(conf[disk]):
+                raise Refused("disk is already at specified size")
             if total >= 16 * 2**20 * 1024:
                 say("  Size is too big (>=16EiB).")
                 raise Refused("error resizing volume '/dev/pve/vm-%s-disk-0':   Error during parsing of command line." % vm_id)
@@ -357,6 +361,7 @@ def pct_resize(vm_id, disk, size):
                 "  Logical volume pve/vm-%s-disk-0 successfully resized." % vm_id)
             conf[disk] = re.sub(r"size=\w+", "size=%dG" % total, conf[disk])
             save(vm_id, conf, sections)
+            note(event="grew", of=PCT)
             if total > 16384:
                 say("resize2fs: New size results in too many block group descriptors.", "",
                     "Failed to update the container's filesystem: command 'resize2fs /dev/pve/vm-%s-disk-0' failed: exit code 1" % vm_id)
@@ -5470,6 +5475,175 @@ def cut_off(lab):
     for pid in lab.processes("pve2", "sshd: root"):
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
+
+
+def grow_for_sure(ask, request, vm_id):
+    """A client's loop that is safe: it asks for the size, and repeats until that has changed -> what it heard.
+
+    Each answer is None where it was lost.
+    """
+    size, heard = ask(vm_id), []
+    while ask(vm_id) == size:
+        heard.append(request({"vm_id": vm_id, "disk_size": 1, "current_size": size}))
+        if heard[-1] and heard[-1].status == 200:
+            break
+    return heard
+
+
+def grow_under_faults(tmp_path, count, seed, log=lambda text: None):
+    """Increase a disk so often, while pct is killed, hangs or fails, and the daemon is stopped or killed."""
+    host, chance, heard, innocent = Host(tmp_path / "host"), random.Random(seed), Counter(), set()
+    host.add(104, running=True)
+    settings = {"proxmox": {"change_timeout_seconds": 1}, "constants": {"STOP_SECONDS": 0.2}}
+    daemons = [Daemon(host, **settings)]
+    faults = [{}, {"kills_pct": True}, {"work_fails": "odd"}, {"delay": 0.2}, {"delay": 1.2}, {"dies_after": True},
+              {"exit": 255, "stderr": "CT is locked (backup)\n"}, {"exit": 255, "stderr": "cluster not ready - no quorum?\n"}]
+
+    def restart(number):
+        daemons[-1].process.send_signal(number)
+        daemons[-1].process.wait(10)
+        daemons.append(Daemon(host, **settings))
+
+    def ask(vm_id):
+        while True:                             # until the daemon is there again
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return daemons[-1].get(f"/resource/vm/config?vm_id={vm_id}").body["data"]["disk_gb"]
+
+    def request(body):
+        host.faults(resize=chance.choice(faults))
+        ending, begun = chance.choice([None, None, signal.SIGTERM, signal.SIGKILL]), len(host.rows())
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(daemons[-1].post, "/scale/storage/increase", body)
+            if ending:
+                wait_until(lambda: answer.done() or len(host.rows()) > begun)
+                restart(ending)
+            try:
+                reply = answer.result()
+            except (OSError, http.client.HTTPException):
+                heard["lost"] += 1
+                return None
+        outcome = reply.body.get("outcome", "done")
+        heard[outcome] += 1
+        if outcome == "nothing_done":
+            innocent.update(row["pid"] for row in host.rows()[begun:])
+        return reply
+    for number in range(count):
+        size = ask(104)
+        grow_for_sure(ask, request, 104)
+        host.faults()
+        wait_until(lambda: not commands_alive(host))
+        assert ask(104) == size + 1, (number, size)
+    assert daemons[-1].stop() == 0
+    grew = [row["of"] for row in host.rows("grew")]
+    assert len(grew) == count and not innocent & set(grew), "every nothing_done was true"
+    log(f"{count} increases, {len(host.rows())} commands, {len(daemons)} daemons, heard: {dict(heard)}")
+    return heard
+
+
+def test_an_increase_that_is_repeated_with_its_current_size_grows_exactly_once(tmp_path):
+    heard = grow_under_faults(tmp_path, 12, 7)
+    assert set(heard) >= {"done", "nothing_done", "incomplete"}
+
+
+def operations(api, query=""):
+    return api.get(f"/operations{query}").body["data"]
+
+
+def untimed(row):
+    assert re.fullmatch("[0-9a-f]{16}", row["id"])
+    return {key: value for key, value in row.items() if key not in ("id", "requested", "began", "ended")}
+
+
+@pytest.mark.parametrize("prefer", [None, "respond-async"])
+def test_a_change_that_waits_is_begun_without_its_client_only_if_it_asked_for_that(api, host, prefer):
+    host.faults(snapshot={"delay": True})
+    body = '{"vm_id": 104, "disk_size": 5}'
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(api.post, "/snapshot/create", {"vm_id": 104, "snapshot_name": "s1"})
+        wait_until(host.calls)
+        with api.connect() as sock:
+            sock.sendall(framed("POST /scale/storage/increase HTTP/1.1", "Host: x", LOGIN, JSON_KIND,
+                                *([f"Prefer: {prefer}"] if prefer else []), f"Content-Length: {len(body)}", body=body))
+            waiting = wait_until(lambda: operations(api)[0]["state"] == "waiting" and operations(api)[0])
+            assert untimed(waiting) == {
+                "endpoint": "/scale/storage/increase", "parameters": {"vm_id": 104, "disk_size": 5, "disk": "rootfs"},
+                "client": "127.0.0.1", "state": "waiting", "outcome": None, "status": None, "error": None, "warnings": []}
+            assert (waiting["began"], waiting["ended"]) == (None, None)
+        if not prefer:                          # it is noticed before the snapshot has ended
+            wait_until(lambda: operations(api)[0]["state"] == "failed")
+        host.go()
+        assert first.result().status == 200
+    row = wait_until(lambda: operations(api)[0]["ended"] and operations(api)[0])
+    title = "change POST /scale/storage/increase vm_id=104 disk_size=5 disk=rootfs by 127.0.0.1: "
+    if prefer:
+        assert (row["state"], row["outcome"], row["status"], row["error"]) == ("done", None, 200, None)
+        assert host.conf(104)["rootfs"].endswith("size=13G") and title + "done, after" in api.log()
+    else:
+        assert (row["state"], row["outcome"], row["status"], row["error"], row["began"]) == (
+            "failed", "nothing_done", 499, "The client left before this began", None)
+        assert host.conf(104)["rootfs"].endswith("size=8G") and host.calls() == ["pct snapshot 104 s1"]
+        assert title + "499 The client left before this began (nothing_done), after" in api.log()
+
+
+def test_who_does_not_want_to_wait_finds_what_came_of_it(api, host):
+    host.faults(rollback={"work_fails": "odd"})
+    api.post("/snapshot/create", {"vm_id": 104, "snapshot_name": "s1"})
+    reply = api.post("/snapshot/rollback", {"vm_id": 104, "snapshot_name": "s1"}, headers={"Prefer": "wait=5, Respond-Async"})
+    id = reply.body["operation"]
+    assert (reply.status, reply.body) == (202, {
+        "status": "accepted", "message": "POST /snapshot/rollback vm_id=104 snapshot_name=s1 was accepted", "operation": id})
+    assert (reply.headers["Preference-Applied"], reply.headers["Location"]) == ("respond-async", f"/operations?id={id}")
+    row = wait_until(lambda: operations(api, f"?id={id}")[0]["ended"] and operations(api, f"?id={id}")[0])
+    assert untimed(row) == {
+        "endpoint": "/snapshot/rollback", "parameters": {"vm_id": 104, "snapshot_name": "s1"}, "client": "127.0.0.1",
+        "state": "failed", "outcome": "incomplete", "status": 500, "error": "pct rollback 104 failed: odd", "warnings": [
+            "VM 104 is left with the lock 'rollback'; if no task of it runs, mend it with: pct unlock 104",
+            "VM 104 ran before and is stopped now; start it with: pct start 104"]}
+    late = [row[each] for each in ("requested", "began", "ended")]
+    assert late == sorted(late) and all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", each) for each in late)
+    reply = api.post("/scale/cores", {"vm_id": 106, "cores": 0}, headers={"Prefer": "respond-async"})
+    assert (reply.status, reply.body) == (400, refused("Invalid cores: must be an integer between 1 and 128"))
+    reply = api.post("/scale/cores", {"vm_id": 106, "cores": 4}, headers={"Prefer": "respond-async-x"})
+    assert (reply.status, reply.body) == (200, ok("CPU cores set to 4 for VM 106"))
+
+
+def test_operations_are_bounded_and_found_by_id_and_container(launch, host):
+    api = launch(constants={"MAX_OPERATIONS": 3})
+    for cores in range(1, 4):
+        assert api.post("/scale/cores", {"vm_id": 104, "cores": cores}).status == 200
+    assert api.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"}).status == 200
+    assert api.post("/scale/cores", {"vm_id": 106, "cores": 3}).status == 200
+    reply = api.get("/operations")
+    assert reply.body["message"] == "Found 3 operations"
+    assert [(row["endpoint"], row["parameters"]["vm_id"]) for row in reply.body["data"]] == [
+        ("/scale/cores", 106), ("/clone/create", 104), ("/scale/cores", 104)]
+    for row in reply.body["data"]:
+        assert operations(api, f"?id={row['id']}") == [row]
+    for query, rows in (("?vm_id=106", [0]), ("?vm_id=105", [1]), ("?lxc_id=104", [1, 2]), ("?vm_id=999", []), ("?id=" + "0" * 16, [])):
+        assert operations(api, query) == [reply.body["data"][number] for number in rows], query
+    assert api.get("/operations?id=x").status == 400
+
+
+def test_a_stop_tells_what_waits_and_what_runs_apart(launch, host):
+    host.faults(snapshot={"delay": True})
+    api = launch(constants={"STOP_SECONDS": 0.5})
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        runs = pool.submit(api.post, "/snapshot/create", {"vm_id": 104, "snapshot_name": "s1"})
+        wait_until(host.calls)
+        waits = pool.submit(api.post, "/scale/cores", {"vm_id": 104, "cores": 4})
+        wait_until(lambda: [row["state"] for row in operations(api)] == ["waiting", "running"])
+        id = operations(api)[1]["id"]
+        api.process.send_signal(signal.SIGTERM)
+        reply = waits.result()
+        assert (reply.status, reply.body, reply.headers["Retry-After"]) == (503, refused("Nothing was done: The daemon is stopping"), "30")
+        reply = runs.result()
+    assert (reply.status, reply.body, reply.headers.get("Retry-After")) == (504, error(
+        "POST /snapshot/create vm_id=104 snapshot_name=s1 has not finished, and the daemon stops; it is still running in Proxmox, and its "
+        "container stays reserved until it ends. Ask for the container's state before trying again", outcome="running", operation=id), None)
+    assert api.process.wait(5) == 0 and host.calls() == ["pct snapshot 104 s1"]
+    host.go()
+    wait_until(lambda: host.ended("snapshot"))
+    assert host.conf(104)["cores"] == "2" and host.snapshots(104) == ["s1"]
 
 
 @pytest.fixture(scope="module")
