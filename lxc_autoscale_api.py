@@ -2647,7 +2647,9 @@ POWER = ("start", "stop", "shutdown", "reboot")
 # What a command refuses before it begins, as the caller is told it, whatever else happens to
 # the container. All else may be said in the middle of its work.
 AT_ONCE = re.compile(
-    r"\w+: The container is (?:locked by Proxmox|a template|protected|under Proxmox HA|replicated)"
+    r"\w+: The container is (?:locked by Proxmox|protected|under Proxmox HA|replicated)"
+    r"|(?!delsnapshot)\w+: The container is a template"     # that one has set its lock before it looks
+    r"|resize: (?:The disk has this size already|A disk cannot shrink)"
     r"|\w+: The id \d+ is taken|\w+: Snapshot '[^']*' exists already"
     rf"|(?:{'|'.join(POWER)}): VM \d+ is (?:not|already) running")
 
@@ -2750,10 +2752,9 @@ class Change:
         if self.lost:
             return self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, {how}{command}")
         try:
-            conf = self.conf()
-            if name not in conf.snapshots:
+            if name not in self.conf().snapshots:
                 return
-            locked = conf.current.get("lock")       # of a command that was killed: no other is taken now
+            locked = self.own_lock()        # of a command that was killed: no other is taken now
             if not locked:
                 self.pct("delsnapshot", name)
                 self.notes.append(f"{what} was removed again")
@@ -2761,7 +2762,7 @@ class Change:
         except Problem as problem:
             if self.lost:
                 return self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, {how}{command}")
-            why, locked = f" ({problem.error})", self.lock_of(self.vm_id)
+            why, locked = f" ({problem.error})", self.own_lock()
         if locked:
             self.told.add(self.vm_id)
             how, command = f"if no task of VM {self.vm_id} runs, {how}", f"pct unlock {self.vm_id} && {command}"
@@ -2788,11 +2789,14 @@ class Change:
         results = {vm_id: self.host.commands.look(self.node, ["cat", path], self.places) for vm_id, path in paths.items()}
         return {vm_id: result.stdout if result.exit == 0 else None for vm_id, result in results.items()}
 
-    def lock_of(self, vm_id):
+    def own_lock(self):
+        """The container's lock, if it is one that a step has set and left."""
+        own = [OWN_LOCKS[step[1]][0] for step in self.steps if step[1] in OWN_LOCKS]
         try:
-            return self.conf(vm_id).current.get("lock")
+            lock = self.conf().current.get("lock")
         except Problem:
             return None
+        return lock if lock in own else None
 
     def is_as_before(self):
         """Whether the containers are as they were before the first step, as far as their files and state tell."""
@@ -2999,8 +3003,8 @@ class Changes:
         outcome = f"{problem.status} {problem.error} ({problem.fields['outcome']})" if problem else "done"
         log.info("change %s by %s: %s, after %.1f s", change.title, change.client, outcome, change.ended - change.requested)
         if problem and change.steps:
-            log.warning("%s: %s by %s: %s; %s", problem.fields["outcome"], change.title, change.client, problem.error,
-                        problem.fields.get("details"))
+            told = "; ".join(filter(None, (problem.error, problem.fields.get("details"))))
+            log.warning("%s: %s by %s: %s", problem.fields["outcome"], change.title, change.client, told)
         self.count(change)
 
     def refuse_waiting(self):
@@ -3766,7 +3770,7 @@ ROUTES = (
 PATHS = {path: route for route in ROUTES for path in (route.path, route.also) if path}
 CHANGING = ("POST", "DELETE")
 CLIENT_LEFT = 499           # in log and metrics, as nginx has it: there was nobody to answer
-REASONS = {400: "refused", 404: "not_found", 409: "conflict", 503: "unavailable"}
+FAILURE_LABELS = {400: "refused", 404: "not_found", 409: "conflict", 503: "unavailable"}
 
 
 def allowed_methods(route):
@@ -4028,7 +4032,7 @@ class Api:
         elif scaling:                       # an id that no container has would make series without end
             container = str(vm_id) if vm_id in self.host.seen else "unknown"
             self.metrics.add("lxc_autoscale_scaling_failures_total", container, scaling[0],
-                             REASONS.get(problem.status, "failed"))
+                             FAILURE_LABELS.get(problem.status, "failed"))
 
 
 def prefers_async(request):

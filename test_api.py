@@ -440,6 +440,8 @@ def pct_delsnapshot(vm_id, name):
         with lock_mark(vm_id, "snapshot-delete"):
             with config_lock(vm_id):
                 conf, sections = load(vm_id)
+                if conf.get("template"):
+                    raise Refused("you can't delete a snapshot if vm is a template")
                 sections[name]["snapstate"] = "delete"
                 save(vm_id, conf, sections)
             dawdle()
@@ -4387,6 +4389,23 @@ def test_a_snapshot_that_was_half_taken_for_a_clone_is_removed(api, host):
     assert [call.split()[1] for call in host.calls()] == ["status", "snapshot", "delsnapshot", "status"]
 
 
+def test_another_task_s_lock_is_never_to_be_ended(api, host):
+    """A backup begins while a container is cloned: it is named, and nobody is told to unlock it."""
+    host.faults(clone={"delay": True, "work_fails": "odd"}, delsnapshot={"exit": 255, "stderr": "CT is locked (backup)\n"})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        clone = pool.submit(api.post, "/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
+        wait_until(lambda: host.path(105).exists())
+        host.path(104).write_text(host.path(104).read_text().replace("lock: disk\n", ""))
+        host.path(104).write_text("lock: backup\n" + host.path(104).read_text())
+        (host.root / "locks").rename(host.root / "away")        # the clone's end takes no lock away
+        host.go()
+        reply = clone.result()
+    name, = host.snapshots(104)
+    assert (reply.status, reply.body["outcome"], reply.body["details"].split("\n")[-2:]) == (500, "incomplete", [
+        f"The temporary snapshot '{name}' of VM 104 could not be removed (The container is locked by Proxmox (backup); try again "
+        f"when that has ended); remove it with: pct delsnapshot 104 {name}", "VM 104 is locked by Proxmox (backup), by another task"])
+
+
 def test_what_a_clone_leaves_behind_is_told_with_its_removal(api, host):
     host.faults(delsnapshot={"exit": 255, "stderr": "lvremove failed\n"})
     reply = api.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
@@ -5122,7 +5141,7 @@ def test_a_host_without_the_files_of_a_cluster_is_a_single_one(host):
 
 # What the caller hears if a step fails
 
-RUNS, STOPPED, NEW = 124, 126, 150              # here; on pve2 each is a hundred more
+RUNS, RESTS, NEW = 124, 126, 150              # here; on pve2 each is a hundred more
 Story = namedtuple("Story", "name vm_id line body defaults steps vm new message counted", defaults=[None])
 TWIN = {"new_vm_id": NEW, "new_vm_name": "twin"}
 STORIES = {each.name: each for each in (        # vm and new: what the containers are like if all goes well
@@ -5142,16 +5161,16 @@ STORIES = {each.name: each for each in (        # vm and new: what the container
           "running parent=", "none", "Snapshot 's1' of VM 124 deleted"),
     Story("rollback-runs", RUNS, "POST /snapshot/rollback", {"snapshot_name": "s1"}, {}, "status rollback",
           "running [s1]", "none", "Rolled back VM 124 to snapshot 's1'"),
-    Story("rollback-stopped", STOPPED, "POST /snapshot/rollback", {"snapshot_name": "s1"}, {}, "status rollback",
+    Story("rollback-stopped", RESTS, "POST /snapshot/rollback", {"snapshot_name": "s1"}, {}, "status rollback",
           "stopped [s1]", "none", "Rolled back VM 126 to snapshot 's1'"),
-    Story("clone-stopped", STOPPED, "POST /clone/create", TWIN, {}, "status clone start",
+    Story("clone-stopped", RESTS, "POST /clone/create", TWIN, {}, "status clone start",
           "stopped [s1]", "running", "Cloned VM 126 to new VM 150 (twin)"),
     Story("clone-runs", RUNS, "POST /clone/create", {**TWIN, "start": True}, {},
           "status snapshot clone delsnapshot start", "running [s1]", "running", "Cloned VM 124 to new VM 150 (twin)"),
-    Story("clone-ip", STOPPED, "POST /clone/create", {**TWIN, "ip": "192.0.2.5/24"}, {}, "status clone set start",
+    Story("clone-ip", RESTS, "POST /clone/create", {**TWIN, "ip": "192.0.2.5/24"}, {}, "status clone set start",
           "stopped [s1]", "running ip=192.0.2.5/24", "Cloned VM 126 to new VM 150 (twin)"),
     Story("destroy", RUNS, "DELETE /clone/delete", {}, {}, "status destroy", "none", "none", "Deleted VM 124"),
-    Story("start", STOPPED, "POST /power/start", {}, {}, "start", "running [s1]", "none", "Started VM 126"),
+    Story("start", RESTS, "POST /power/start", {}, {}, "start", "running [s1]", "none", "Started VM 126"),
     Story("stop", RUNS, "POST /power/stop", {}, {}, "stop", "stopped [s1]", "none", "Stopped VM 124"),
     Story("shutdown", RUNS, "POST /power/shutdown", {}, {"timeout": 60}, "shutdown", "stopped [s1]", "none",
           "Shut down VM 124"),
@@ -5219,7 +5238,7 @@ class Stage:
         self.host.faults()
         (self.host.root / "calls.jsonl").unlink(missing_ok=True)
         self.remove()
-        for vm_id in (RUNS + self.first, STOPPED + self.first):
+        for vm_id in (RUNS + self.first, RESTS + self.first):
             calm = CALM.format(vm_id, "")
             self.host.path(vm_id).write_text(f"{CALM.format(vm_id, f'parent: s1{chr(10)}')}\n[s1]\n{calm}snaptime: 1700000000\n")
             self.host.list(vm_id)
@@ -5227,7 +5246,7 @@ class Stage:
 
     def remove(self):
         known = json.loads((self.host.shared / ".vmlist").read_text())
-        for vm_id in (RUNS + self.first, STOPPED + self.first, NEW + self.first):
+        for vm_id in (RUNS + self.first, RESTS + self.first, NEW + self.first):
             shutil.rmtree(self.host.cgroup / f"lxc/{vm_id}", ignore_errors=True)
             self.host.path(vm_id).unlink(missing_ok=True)
             known["ids"].pop(str(vm_id), None)
@@ -5255,7 +5274,7 @@ class Stage:
     def plain(self, told):
         """What was told, without what differs from run to run and from node to node."""
         text = re.sub(r"autoscale_clone_[0-9a-f]{8}", "TEMPORARY", json.dumps(told))
-        for vm_id in (RUNS, STOPPED, NEW):
+        for vm_id in (RUNS, RESTS, NEW):
             text = re.sub(rf"\b{vm_id + self.first}\b", str(vm_id), text)
         text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME", text)
         return json.loads(text.replace(str(self.host.root.parent.parent if self.first else self.host.root), ""))
@@ -5540,6 +5559,33 @@ def grow_under_faults(tmp_path, count, seed, log=lambda text: None):
     return heard
 
 
+def test_an_increase_repeated_while_its_first_try_is_still_at_work_for_a_daemon_that_has_gone_counts_once(launch, host):
+    host.faults(resize={"delay": True})
+    body, first = {"vm_id": 104, "disk_size": 5, "current_size": 8}, launch()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        lost = pool.submit(first.post, "/scale/storage/increase", body)
+        wait_until(host.calls)
+        first.process.kill()
+        first.process.wait(10)
+        assert isinstance(lost.exception(), (OSError, http.client.HTTPException))
+        again = pool.submit(launch().post, "/scale/storage/increase", body)
+        wait_until(lambda: len(host.calls()) == 2)
+        host.go()
+        reply = again.result()
+    assert (reply.status, reply.body) == (409, refused("The disk has this size already", details="disk is already at specified size"))
+    assert host.conf(104)["rootfs"].endswith("size=13G") and host.calls() == ["pct resize 104 rootfs 13G"] * 2
+    host.faults()
+
+
+@pytest.mark.parametrize("size, after", [("8G", "pct resize 104 rootfs 9G"), ("8320M", "pct resize 104 rootfs 9344M")])
+def test_a_size_that_is_no_whole_number_of_gb_is_kept_exactly(api, host, size, after):
+    host.add(104, rootfs=f"local-lvm:vm-104-disk-0,size={size}")
+    known = api.get("/resource/vm/config?vm_id=104").body["data"]["disk_gb"]
+    api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 1, "current_size": known})
+    assert host.calls() == [after]
+    assert module.growth("8392708K", 5, False) == "13635588K" and module.growth("8594132993", 5, False) == "13962842113"
+
+
 def test_an_increase_that_is_repeated_with_its_current_size_grows_exactly_once(tmp_path):
     heard = grow_under_faults(tmp_path, 12, 7)
     assert set(heard) >= {"done", "nothing_done", "incomplete"}
@@ -5685,6 +5731,36 @@ def check_row(stage, name, step, fault, there=""):
         assert (stage.show(STORIES[name].vm_id), stage.show(NEW)) in whole
 
 
+def test_an_increase_that_is_repeated_over_broken_connections_grows_exactly_once(stage_there):
+    stage, chance, heard, innocent = stage_there, random.Random(3), Counter(), set()
+    host, vm_id = stage.host, RUNS + stage_there.first
+    stage.set()
+
+    def ask(vm_id):
+        return stage.api.get(f"/resource/vm/config?vm_id={vm_id}").body["data"]["disk_gb"]
+
+    def request(body):
+        cut, begun = chance.random() < 0.6, len(host.rows())
+        host.faults(resize=chance.choice([{}, {"delay": 0.1}, {"kills_pct": True}, {"delay": 0.5}]))
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(stage.api.post, "/scale/storage/increase", body)
+            wait_until(lambda: answer.done() or len(host.rows()) > begun)
+            if cut:
+                stage.cut()
+            reply = answer.result()
+        outcome = reply.body.get("outcome", "done")
+        heard[outcome] += 1
+        if outcome == "nothing_done":
+            innocent.update(row["pid"] for row in host.rows()[begun:])
+        return reply
+    for size in range(8, 16):
+        grow_for_sure(ask, request, vm_id)
+        wait_until(lambda: not commands_alive(host))
+        assert ask(vm_id) == size + 1
+    grew = [row["of"] for row in host.rows("grew")]
+    assert len(grew) == 8 and not innocent & set(grew) and set(heard) >= {"unknown", "done"}
+
+
 @pytest.mark.parametrize("name, step, fault", ROWS_HERE, ids=map("-".join, ROWS_HERE))
 def test_what_the_caller_hears_if_a_step_fails(stage_here, name, step, fault):
     check_row(stage_here, name, step, fault)
@@ -5693,6 +5769,17 @@ def test_what_the_caller_hears_if_a_step_fails(stage_here, name, step, fault):
 @pytest.mark.parametrize("name, step, fault", ROWS_THERE, ids=map("-".join, ROWS_THERE))
 def test_what_the_caller_hears_if_a_step_fails_on_another_node(stage_there, name, step, fault):
     check_row(stage_there, name, step, fault, " on node 'pve2'")
+
+
+def test_a_template_whose_snapshot_is_not_deleted_is_left_locked_and_that_is_told(api, host):
+    """PVE::AbstractConfig, snapshot_delete, sets its lock before it looks whether this is a template."""
+    host.add(107, template=1)
+    host.path(107).write_text(host.path(107).read_text() + "\n[s1]\ncores: 2\nsnaptime: 1700000000\n")
+    reply = api.delete("/snapshot/delete", {"vm_id": 107, "snapshot_name": "s1"})
+    assert (reply.status, reply.body, host.conf(107)["lock"]) == (409, error(
+        "The container is a template", outcome="incomplete", details="you can't delete a snapshot if vm is a template\n"
+        "VM 107 is left with the lock 'snapshot-delete'; if no task of it runs, mend it with: "
+        "pct unlock 107 && pct delsnapshot 107 s1"), "snapshot-delete")
 
 
 # The daemon's life
