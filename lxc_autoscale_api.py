@@ -808,6 +808,26 @@ def parse_query(query):
     return parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=MAX_QUERY)
 
 
+def bounded_int(digits):
+    """Digits -> int, or None beyond 64 bits: int() takes time in the square of their number."""
+    return int(digits) if len(digits) <= 20 else None
+
+
+def read_json(text, **options):
+    """A JSON text that others wrote -> its value; ValueError if it is none, or too deep."""
+    try:
+        return json.loads(text, parse_int=bounded_int, **options)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+BOM = "\ufeff".encode("utf-8")
+
+
+class Pairs(list):
+    """A JSON object as the pairs it was written with."""
+
+
 def parse_object(body):
     """A JSON object's bytes -> its (name, value) pairs, duplicates kept, or Problem.
 
@@ -824,26 +844,6 @@ def parse_object(body):
     if not isinstance(value, Pairs):
         raise Problem(400, 'Invalid JSON: must be an object, such as {"vm_id": 104}')
     return value
-
-
-BOM = "\ufeff".encode("utf-8")
-
-
-class Pairs(list):
-    """A JSON object as the pairs it was written with."""
-
-
-def read_json(text, **options):
-    """A JSON text that others wrote -> its value; ValueError if it is none, or too deep."""
-    try:
-        return json.loads(text, parse_int=bounded_int, **options)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def bounded_int(digits):
-    """Digits -> int, or None beyond 64 bits: int() takes time in the square of their number."""
-    return int(digits) if len(digits) <= 20 else None
 
 
 # What pct and pvesh print, and what /etc/pve holds
@@ -3373,30 +3373,6 @@ def roll_back(change, vm_id, snapshot_name):
     return f"Rolled back VM {vm_id} to snapshot '{snapshot_name}'"
 
 
-def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full):
-    """Clone, give the clone its address, and start it unless somebody has that address already."""
-    if new_vm_id == vm_id:
-        raise Problem(400, "Invalid new_vm_id: must differ from vm_id")
-    if change.host.is_taken(new_vm_id):
-        raise Problem(409, f"The id {new_vm_id} is taken")
-    if ip and "net0" not in change.conf().current:
-        raise Problem(409, f"VM {vm_id} has no net0, which could get an address")
-    options = ["--hostname", new_vm_name.replace("_", "-")]
-    options += ["--storage", storage] if storage else []
-    options += ["--full", int(full)] if full is not None else []
-    if change.runs():                       # pct clones a running container from a snapshot only
-        with change.temporary_snapshot() as name:
-            change.pct("clone", new_vm_id, *options, "--snapname", name)
-            made(change, new_vm_id)
-    else:
-        change.pct("clone", new_vm_id, *options)
-        made(change, new_vm_id)
-    if ip:
-        set_address(change, new_vm_id, ip)
-    start_clone(change, new_vm_id, start)
-    return f"Cloned VM {vm_id} to new VM {new_vm_id} ({new_vm_name})"
-
-
 def made(change, new_vm_id):
     """Note, for who hears of a later failure, that the clone is there."""
     change.made = new_vm_id
@@ -3435,6 +3411,30 @@ def start_clone(change, new_vm_id, start):
         problem.error = f"VM {new_vm_id} was cloned, but {what}: {problem.error}"
         raise
     change.data["started"] = True
+
+
+def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full):
+    """Clone, give the clone its address, and start it unless somebody has that address already."""
+    if new_vm_id == vm_id:
+        raise Problem(400, "Invalid new_vm_id: must differ from vm_id")
+    if change.host.is_taken(new_vm_id):
+        raise Problem(409, f"The id {new_vm_id} is taken")
+    if ip and "net0" not in change.conf().current:
+        raise Problem(409, f"VM {vm_id} has no net0, which could get an address")
+    options = ["--hostname", new_vm_name.replace("_", "-")]
+    options += ["--storage", storage] if storage else []
+    options += ["--full", int(full)] if full is not None else []
+    if change.runs():                       # pct clones a running container from a snapshot only
+        with change.temporary_snapshot() as name:
+            change.pct("clone", new_vm_id, *options, "--snapname", name)
+            made(change, new_vm_id)
+    else:
+        change.pct("clone", new_vm_id, *options)
+        made(change, new_vm_id)
+    if ip:
+        set_address(change, new_vm_id, ip)
+    start_clone(change, new_vm_id, start)
+    return f"Cloned VM {vm_id} to new VM {new_vm_id} ({new_vm_name})"
 
 
 def addresses_twice(change, vm_id):
@@ -4054,6 +4054,17 @@ def fingerprint(key_digest):
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")       # what clients call UTF-8 or a part of it
 
 
+def check_media_type(value):
+    """Hold a Content-Type to JSON in UTF-8, of which ASCII is a part, or Problem."""
+    kind, *parameters = value.lower().split(";")
+    if kind.strip(" \t") != "application/json":
+        raise Problem(415, "The body must be JSON: send Content-Type: application/json")
+    for parameter in parameters:
+        name, _, charset = parameter.partition("=")
+        if name.strip(" \t") == "charset" and charset.strip(' \t"') not in CHARSETS:
+            raise Problem(415, "The body must be in UTF-8: send Content-Type: application/json")
+
+
 def read_object(request):
     """The pairs of a request's JSON body, or Problem; the body is read only when it will be taken."""
     if request.length is None:
@@ -4066,17 +4077,6 @@ def read_object(request):
                       {"Accept-Encoding": "identity"})
     check_media_type(request.headers.get("content-type", ""))
     return parse_object(request.read_body())
-
-
-def check_media_type(value):
-    """Hold a Content-Type to JSON in UTF-8, of which ASCII is a part, or Problem."""
-    kind, *parameters = value.lower().split(";")
-    if kind.strip(" \t") != "application/json":
-        raise Problem(415, "The body must be JSON: send Content-Type: application/json")
-    for parameter in parameters:
-        name, _, charset = parameter.partition("=")
-        if name.strip(" \t") == "charset" and charset.strip(' \t"') not in CHARSETS:
-            raise Problem(415, "The body must be in UTF-8: send Content-Type: application/json")
 
 
 def loggable_path(path):
@@ -4123,6 +4123,17 @@ def parse_request_line(line):
     raise Problem(400, "Bad request line: expected METHOD /path HTTP/1.1, in visible ASCII")
 
 
+def check_host(hosts, minor):
+    """Hold the Host fields of a request to RFC 9112 section 3.2, or Problem."""
+    if not hosts and minor:
+        raise Problem(400, "Missing Host: HTTP/1.1 needs one")
+    if len(hosts) > 1:
+        raise Problem(400, f"Bad Host: there are {len(hosts)}, and one is needed")
+    if hosts and not HOST.fullmatch(hosts[0]):
+        raise Problem(400, "Bad Host: expected a name or an address, and perhaps a port, "
+                           "such as pve.example.org:5000 or [2001:db8::1]:5000")
+
+
 def parse_head(block, minor):
     """The header lines of a request -> {lower-case name: value}, or Problem.
 
@@ -4145,17 +4156,6 @@ def parse_head(block, minor):
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise Problem(417, "The only expectation met here is 100-continue")
     return headers
-
-
-def check_host(hosts, minor):
-    """Hold the Host fields of a request to RFC 9112 section 3.2, or Problem."""
-    if not hosts and minor:
-        raise Problem(400, "Missing Host: HTTP/1.1 needs one")
-    if len(hosts) > 1:
-        raise Problem(400, f"Bad Host: there are {len(hosts)}, and one is needed")
-    if hosts and not HOST.fullmatch(hosts[0]):
-        raise Problem(400, "Bad Host: expected a name or an address, and perhaps a port, "
-                           "such as pve.example.org:5000 or [2001:db8::1]:5000")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -4602,6 +4602,25 @@ TOO_MANY = (f"{STATUS_LINES[503]}Retry-After: 1\r\nContent-Type: application/jso
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+def same_file(fd, path):
+    """Tell whether a path still leads to an open file."""
+    try:
+        there, here = os.stat(path), os.fstat(fd)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+
+def open_again(file):
+    """Open a log's file, if it is not open or was moved away."""
+    if file.fd is not None and same_file(file.fd, file.path):
+        return
+    if file.fd is not None:
+        os.close(file.fd)
+    file.fd = None
+    file.fd = os.open(file.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o600)
+
+
 class LogFile(logging.Handler):
     """A log, whose lines a thread of its own writes to a file that logrotate may move away.
 
@@ -4707,25 +4726,6 @@ class LogFile(logging.Handler):
         for key in self.keys:
             line = line.replace(key, "[API key]")
         return UNSAFE.sub(lambda bad: ascii(bad[0])[1:-1], line)
-
-
-def open_again(file):
-    """Open a log's file, if it is not open or was moved away."""
-    if file.fd is not None and same_file(file.fd, file.path):
-        return
-    if file.fd is not None:
-        os.close(file.fd)
-    file.fd = None
-    file.fd = os.open(file.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o600)
-
-
-def same_file(fd, path):
-    """Tell whether a path still leads to an open file."""
-    try:
-        there, here = os.stat(path), os.fstat(fd)
-    except FileNotFoundError:
-        return False
-    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
 
 main_log, error_log, access_log = LogFile(), LogFile(), LogFile(gather=0.05)
