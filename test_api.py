@@ -4342,6 +4342,41 @@ def test_who_waits_too_long_for_a_place_gets_503(launch, host):
         assert first.result().status == 200
 
 
+def test_the_old_service_s_client_reads_sixty_configurations_and_scales_them_at_the_first_try(api, host):
+    text = host.path(106).read_text()
+    ids = [str(vm_id) for vm_id in range(200, 260)]
+    for vm_id in ids:
+        host.path(vm_id).write_text(text.replace("db-01", f"ct{vm_id}").replace("vm-106", f"vm-{vm_id}"))
+
+    def patiently(method, path, body=None):
+        """-> (number of tries, answer); three tries with 5 s for each, as that client has them."""
+        for tries in (1, 2, 3):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                reply = api.request(method, path, body, timeout=5)
+                if reply.status == 200:
+                    return tries, reply.body
+        return tries, None
+
+    def read(vm_id):
+        return patiently("GET", f"/resource/vm/config?vm_id={vm_id}&lxc_id={vm_id}")
+
+    def scale(vm_id):
+        return patiently("POST", "/scale/cores", {"vm_id": vm_id, "lxc_id": vm_id, "cores": "3"})
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
+        started = time.monotonic()
+        found = list(pool.map(read, ids))
+        assert time.monotonic() - started < 5
+        assert host.calls() == []
+        scaled = list(pool.map(scale, ids))
+    limits = api.get("/resource/vm/config?vm_id=106").body["data"]["limits"]
+    assert found == [(1, ok(f"Successfully retrieved configuration for VM {vm_id}", {
+        "vm_id": int(vm_id), "lxc_id": int(vm_id), "cores": 2, "memory_mb": 2048, "swap_mb": 512, "disk_gb": 8,
+        "hostname": f"ct{vm_id}", "limits": limits, "mountpoints": []})) for vm_id in ids]
+    assert scaled == [(1, ok(f"CPU cores set to 3 for VM {vm_id}")) for vm_id in ids]
+    assert sorted(host.calls()) == [f"pct set {vm_id} --cores 3" for vm_id in ids]
+    assert {host.conf(vm_id)["cores"] for vm_id in ids} == {"3"}
+
+
 def test_fifty_increases_at_once_give_exactly_fifty(api, host):
     with concurrent.futures.ThreadPoolExecutor(50) as pool:
         codes = Counter(reply.status for reply in pool.map(lambda _: api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 1}), range(50)))
