@@ -7191,6 +7191,131 @@ def test_the_readme_s_python_client_waits_tries_again_and_gives_up(launch, host)
     assert host.calls() == ["pct set 104 --cores 5", "pct set 104 --cores 6"]
 
 
+def recipe(text, api, folder):
+    """A recipe with the daemon's address in place of the README's, and its files in a folder."""
+    for given, here in (("http://proxmox.example.com:5000", f"http://127.0.0.1:{api.port}"),
+                        ("http://127.0.0.1:5000", f"http://127.0.0.1:{api.port}"),
+                        ("/usr/local/sbin/", f"{folder}/"), ("/root/", f"{folder}/")):
+        text = text.replace(given, here)
+    return text
+
+
+def run_recipe(text, api, folder):
+    """Run a recipe's lines in the shells that there are on a Proxmox host -> what was printed, line by line."""
+    lines = recipe(readme_block("sh", "(umask 077"), api, folder) + recipe(text, api, folder)
+    done = subprocess.run(["sh", "-c", lines], capture_output=True, text=True, env={**os.environ, "KEY": KEY})
+    assert (done.returncode, done.stderr) == (0, "")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def add_snapshots(host, vm_id, **sections):
+    """Write snapshots into a container's configuration, each taken a second after the one before."""
+    text = "".join(f"\n[{name}]\n{comment}snaptime: {second}\n"
+                   for second, (name, comment) in enumerate(sections.items(), 1700000000))
+    host.path(vm_id).write_text(host.path(vm_id).read_text() + text)
+
+
+def unit(kind):
+    """The README's template unit of a kind, service or timer."""
+    return readme_block("ini", {"service": "[Unit]\nDescription=Snapshot of", "timer": "[Unit]\nDescription=Nightly"}[kind])
+
+
+def test_the_readme_s_nightly_snapshot_keeps_the_last_seven_of_its_own(api, host, tmp_path):
+    own = {f"auto_{day}": "" for day in range(8)}
+    add_snapshots(host, 104, auto_broken="snapstate: prepare\n", by_hand='#{"name": "auto_x", "state": null}\n', **own, last="")
+    assert run_recipe(readme_block("sh", "cat >/usr/local/sbin/lxc_snapshot"), api, tmp_path) == []
+    assert stat.S_IMODE((tmp_path / "api_key.header").stat().st_mode) == 0o600
+    command = recipe(re.search("^ExecStart=(.*)$", unit("service"), re.MULTILINE)[1], api, tmp_path).replace("%i", "104")
+    done = subprocess.run(shlex.split(command), capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    assert (done.returncode, done.stderr) == (0, "")
+    taken = next(name for name in host.snapshots(104) if re.fullmatch(r"auto_\d{8}_\d{6}", name))
+    assert [json.loads(line)["message"] for line in done.stdout.splitlines()] == [
+        f"Snapshot '{taken}' created for VM 104", "Snapshot 'auto_0' of VM 104 deleted", "Snapshot 'auto_1' of VM 104 deleted"]
+    assert host.snapshots(104) == ["auto_broken", "by_hand", *list(own)[2:], "last", taken]
+
+
+def test_the_readme_s_nightly_snapshot_deletes_nothing_if_the_new_one_fails(api, host, tmp_path):
+    own = {f"auto_{day}": "" for day in range(9)}
+    add_snapshots(host, 104, **own)
+    host.faults(snapshot={"work_fails": "something odd"})
+    run_recipe(readme_block("sh", "cat >/usr/local/sbin/lxc_snapshot"), api, tmp_path)
+    done = subprocess.run([tmp_path / "lxc_snapshot", "104"], capture_output=True, text=True)
+    assert done.returncode != 0 and "500" in done.stderr
+    assert host.snapshots(104) == list(own)
+
+
+def test_the_readme_s_units_are_accepted_by_systemd(tmp_path):
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("systemd-analyze is not installed")
+    for kind in ("service", "timer"):
+        text = unit(kind).replace("/usr/local/sbin/lxc_snapshot", "/bin/true")
+        (tmp_path / f"lxc_snapshot@.{kind}").write_text(text)
+        (tmp_path / f"lxc_snapshot@104.{kind}").symlink_to(f"lxc_snapshot@.{kind}")
+    for kind in ("service", "timer"):
+        done = subprocess.run(["systemd-analyze", "verify", str(tmp_path / f"lxc_snapshot@104.{kind}")], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+    when = re.search("^OnCalendar=(.*)$", unit("timer"), re.MULTILINE)[1]
+    done = subprocess.run(["systemd-analyze", "calendar", when], capture_output=True, text=True)
+    assert done.returncode == 0 and re.search(r"Normalized form: \*-\*-\* 02:30:00", done.stdout)
+
+
+def test_the_readme_s_shell_scales_out_and_in(api, host, tmp_path):
+    host.path(104).unlink()
+    host.add(104, "web-01", net0="name=eth0,bridge=vmbr0,gw=192.0.2.1,hwaddr=BC:24:11:00:00:04,ip=192.0.2.51/24,type=veth")
+    define = readme_block("sh", "url=")
+    assert run_recipe(define, api, tmp_path) == [
+        ok("Cloned VM 104 to new VM 105 (web-02)", {"vm_id": 105, "started": True})]
+    assert host.running(105) and "ip=192.0.2.52/24" in host.conf(105)["net0"]
+    functions = define[:define.rindex("scale_out 105")]
+    assert run_recipe(functions + readme_block("sh", "scale_in"), api, tmp_path) == [ok("Shut down VM 105"), ok("Deleted VM 105")]
+    assert not host.path(105).exists() and host.path(104).exists()
+
+
+def readme_yaml(start, api):
+    """A YAML recipe -> its value; `!secret` is how Home Assistant's files name what stands in another file."""
+    yaml = pytest.importorskip("yaml")
+
+    class Loader(yaml.SafeLoader):
+        pass
+    Loader.add_constructor("!secret", lambda loader, node: {"lxc_api_key": KEY}[node.value])
+    return yaml.load(recipe(readme_block("yaml", start), api, "/nowhere"), Loader)
+
+
+def rendered(value, **names):
+    """A value of a recipe with the simple Jinja expressions in its texts filled in."""
+    if isinstance(value, dict):
+        return {key: rendered(each, **names) for key, each in value.items()}
+    return re.sub(r"\{\{ (.*?) \}\}", lambda found: str(names[found[1]]), value) if isinstance(value, str) else value
+
+
+def test_the_readme_s_home_assistant_commands_are_taken(api, host):
+    commands = readme_yaml("rest_command:", api)["rest_command"]
+    assert list(commands) == ["lxc_power", "lxc_cores"]
+    for name, data in (("lxc_cores", {"vm_id": 104, "cores": 3}), ("lxc_power", {"vm_id": 104, "action": "shutdown"})):
+        command = rendered(commands[name], **data)
+        path = command["url"].partition(f":{api.port}")[2]
+        headers = {**command["headers"], "Content-Type": command["content_type"]}
+        reply = api.request(command["method"].upper(), path, command["payload"], headers, key=None)
+        assert (reply.status, reply.body["status"]) == (202, "accepted")
+        wait_until(lambda: operations(api, f"?id={reply.body['operation']}")[0]["state"] == "done")
+    assert host.conf(104)["cores"] == "3" and not host.running(104)
+
+
+def test_the_readme_s_ansible_tasks_are_answered_with_the_codes_that_they_expect(api, host):
+    play, = readme_yaml("- hosts: localhost", api)
+    names = {"api": play["vars"]["api"], "key": KEY}
+    defaults = play["module_defaults"]["ansible.builtin.uri"]
+    codes = []
+    for task in play["tasks"] * 2:
+        uri = rendered({**defaults, **task["ansible.builtin.uri"]}, **names)
+        assert uri["body_format"] == "json" and uri["timeout"] > 3600       # a long change's time
+        reply = api.request(uri["method"], uri["url"].partition(f":{api.port}")[2], uri["body"], uri["headers"], key=None)
+        assert reply.status in uri.get("status_code", [200]), (task["name"], reply)
+        codes.append(reply.status)
+    assert codes == [404, 200, 200] + [200, 200, 200]
+    assert host.snapshots(104) == ["before_upgrade"] and host.conf(104)["memory"] == "4096"
+
+
 def test_the_demo_starts_prints_its_key_and_stops(tmp_path):
     demo = subprocess.Popen([sys.executable, HERE / "test_api.py", "--demo", str(free_port())], stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
     try:
