@@ -850,6 +850,7 @@ import re  # noqa: E402
 import shlex  # noqa: E402
 import ssl  # noqa: E402
 import threading  # noqa: E402
+import urllib.parse  # noqa: E402
 from collections import Counter, namedtuple  # noqa: E402
 
 import pytest  # noqa: E402
@@ -6197,9 +6198,12 @@ def test_promtool_has_nothing_to_say_but_of_the_kept_name(api, host):
     assert [line for line in (done.stdout + done.stderr).splitlines() if "lxc_autoscale_container_memory_mb" not in line] == []
 
 
-def test_a_real_prometheus_scrapes_it(api, host, tmp_path):
+def test_a_real_prometheus_scrapes_it_and_has_what_the_readme_s_panels_show(api, host, tmp_path):
     if not shutil.which("prometheus"):
         pytest.skip("prometheus is not installed")
+    host.faults(resize={"exit": 255, "stderr": "something odd\n"})
+    assert api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 1}).status == 500
+    assert api.post("/scale/cores", {"vm_id": 104, "cores": 3}).status == 200
     port = free_port()
     (tmp_path / "prometheus.yml").write_text(
         f"scrape_configs:\n  - job_name: lxc_autoscale_api\n    scrape_interval: 200ms\n    scrape_timeout: 200ms\n    static_configs:\n      - targets: ['127.0.0.1:{api.port}']\n")
@@ -6208,14 +6212,23 @@ def test_a_real_prometheus_scrapes_it(api, host, tmp_path):
     server = subprocess.Popen(["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data",
                                f"--web.listen-address=127.0.0.1:{port}", *([soon] if known else [])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    def ask(query):
+    def ask(query, label="container_id"):
         with contextlib.suppress(OSError, ValueError, KeyError):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-            connection.request("GET", "/api/v1/query?query=" + query)
-            return [(row["metric"].get("container_id"), row["value"][1]) for row in json.loads(connection.getresponse().read())["data"]["result"]]
+            connection.request("GET", "/api/v1/query?query=" + urllib.parse.quote(query))
+            return [(row["metric"].get(label), row["value"][1]) for row in json.loads(connection.getresponse().read())["data"]["result"]]
     try:
         assert wait_until(lambda: ask("up"), 30) == [(None, "1")]
         assert sorted(ask("lxc_autoscale_container_memory_limit_bytes")) == [("104", "2147483648"), ("106", "2147483648")]
+        shown = {}
+        for panel in panels():
+            target, = panel["targets"]
+            label = (re.findall(r"{{(\w+)}}", target["legendFormat"]) or ["none"])[0]
+            if "network" not in target["expr"]:         # a simulated container has no traffic
+                shown[panel["title"]] = [name for name, _ in wait_until(lambda: ask(target["expr"], label))]
+        assert shown == {
+            "Processors in use": ["web-01"], "Memory in use": ["web-01"], "Waiting for a processor": ["web-01"],
+            "Waiting for memory": ["web-01"], "Waiting for a disk": ["web-01"], "Scaled in an hour": ["104"], "Requests that failed": [None]}
     finally:
         server.kill()
         server.wait(20)
@@ -7337,3 +7350,30 @@ def test_the_readme_s_prometheus_rules_are_accepted(tmp_path):
     (tmp_path / "rules.yml").write_text(rules)
     done = subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yml"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def panels():
+    """The panels of the README's Grafana dashboard."""
+    return json.loads(readme_block("json", '{"title": "LXC containers"'))["panels"]
+
+
+def readme_queries():
+    """Each query of the README: those that answer questions, the panels' and the alerts'."""
+    questions = [line for line in readme_block("promql", "#").splitlines() if not line.startswith("#")]
+    alerts = re.findall(r"^ +expr: (.*)$", readme_block("yaml", "groups:"), re.MULTILINE)
+    return questions + [target["expr"] for panel in panels() for target in panel["targets"]] + alerts
+
+
+def test_the_readme_s_queries_ask_for_metrics_that_there_are():
+    names = {name for query in readme_queries() for name in re.findall(r"\blxc_autoscale_\w+", re.sub('"[^"]*"', "", query))}
+    kept = {re.sub("_(bucket|sum|count)$", "", name) if name not in module.FAMILIES else name for name in names}
+    assert kept and kept - set(module.FAMILIES) == set()
+
+
+def test_the_readme_s_queries_are_accepted_by_promtool(tmp_path):
+    if not shutil.which("promtool"):
+        pytest.skip("promtool is not installed")
+    rules = [{"record": f"query_{number}", "expr": query} for number, query in enumerate(readme_queries())]
+    (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "readme", "rules": rules}]}))
+    done = subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yml"], capture_output=True, text=True)
+    assert done.returncode == 0 and f"{len(rules)} rules found" in done.stdout, done.stdout + done.stderr
