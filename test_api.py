@@ -7170,6 +7170,18 @@ def test_the_readme_lists_the_endpoints_and_settings_that_there_are():
     assert settings == [f"{section}.{key}" for section, keys in module.SETTINGS.items() for key in keys]
 
 
+def test_the_readme_has_each_parameter_s_rule():
+    table = re.search(r"^\| Parameter \| Must be \|\n.*\n((?:\|.*\n)*)", README, re.MULTILINE)[1]
+    rules = {name: "must be " + rule for names, rule in re.findall(r"^\| (.*) \| (.*) \|$", table, re.MULTILINE)
+             for name in re.findall(r"`(\w+)`", names)}
+    assert rules == {parameter.name: parameter.rule for route in module.ROUTES for parameter in route.parameters}
+
+
+def test_no_line_of_the_readme_s_prose_is_too_long():
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    assert [line for line in prose.splitlines() if len(line) > 100 and not line.startswith("|")] == []
+
+
 def readme_block(language, start):
     """The one block of code in the README that begins so."""
     block, = (block for block in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if block.startswith(start))
