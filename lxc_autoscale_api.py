@@ -57,6 +57,8 @@ CONFIG_PATH = "/etc/lxc_autoscale_ml/lxc_autoscale_api.yaml"
 SAMPLE_KEY = "your-secret-api-key"
 RUN_DIR = "/run/lxc_autoscale_api"           # of the sockets by which commands share an SSH connection
 TEMPORARY_SNAPSHOT = "autoscale_clone_"      # and eight hexadecimal digits
+PROC = "/proc"                               # where the kernel tells how a node fares
+PVECFG = "/usr/share/perl5/PVE/pvecfg.pm"    # where pve-manager has its version, for pvesh too
 
 MAX_LINE = 8192             # bytes of a request line
 MAX_HEAD = 32768            # bytes of a request line and its headers
@@ -2133,11 +2135,38 @@ def used_bytes(path):
     return (found.f_blocks - found.f_bfree) * found.f_frsize
 
 
+def read_node():
+    """What `pvesh get /nodes/NODE/status` tells of this node, under its names, without a process.
+
+    It reckons as PVE::API2::Nodes and PVE::ProcFSTools do. Memory is used as far as the kernel
+    does not call it available, which is so since libpve-common-perl 8.3.1; before, pvesh
+    called some of the kernel's own caches used as well. What is not there is None.
+    """
+    stat, load, sizes, uptime = (
+        read_text(f"{PROC}/{name}") or "" for name in ("stat", "loadavg", "meminfo", "uptime"))
+    sizes = {name: int(size) * 1024 for name, size in re.findall(r"^(\w+): +(\d{1,15}) kB$", sizes, re.MULTILINE)}
+    load, up = re.match(r"(\d+\.\d+) (\d+\.\d+) (\d+\.\d+) ", load), re.match(r"(\d{1,15})\.", uptime)
+    version = re.search(r"^sub version \{\s+return '([^']+)';", read_text(PVECFG) or "", re.MULTILINE)
+    disk = os.statvfs("/")
+    return {
+        "cpuinfo": {"cpus": len(re.findall(r"^cpu\d+ ", stat, re.MULTILINE)) or None},
+        "loadavg": load and load.groups(),
+        "memory": part_used(sizes.get("MemTotal"), sizes.get("MemAvailable")),
+        "swap": part_used(sizes.get("SwapTotal"), sizes.get("SwapFree")),
+        "rootfs": part_used(disk.f_blocks * disk.f_frsize, disk.f_bfree * disk.f_frsize),
+        "uptime": up and int(up[1]), "pveversion": version and f"pve-manager/{version[1]}",
+    }
+
+
+def part_used(total, free):
+    return {"total": total, "used": None if None in (total, free) else total - free}
+
+
 def busy_meter(clock):
     """Begin to measure -> a function that tells how busy so many processors were since, in percent, or None.
 
-    clock() gives (busy, total), or None where nobody tells. Neither `pct status` nor the first
-    `pvesh` of a process does, so it is measured around these, and over 0.1 s at least.
+    clock() gives (busy, total), or None where nobody tells. `pct status` does not, so it is
+    measured around that, and over 0.1 s at least.
     """
     begun, before = time.monotonic(), clock()
 
@@ -2536,19 +2565,21 @@ class Proxmox:
         return parse_snapshots(self.where(vm_id, lambda node: self.ask(node, "pct", "listsnapshot", vm_id)))
 
     def node_status(self, name):
+        """Of this node from /proc, of any other from its pvesh, which would itself count as load if it ran already."""
         own, cluster = self.members()
         known = cluster.nodes if cluster else {own: None} if own else {}
         if known and name not in known:
             raise Problem(404, f"Node '{name}' does not exist; known here: {', '.join(sorted(known))}")
         node = known.get(name)
         node = None if node is None or node.local else self.files.read(self.with_known_hosts, node)
-        busy = busy_meter(lambda: self.node_cpu_clock(node) if known or name == self.node_name() else None)
-        data = self.ask_json(node, f"/nodes/{name}/status")
+        here = not node and (known or name == self.node_name())
+        cpu_usage = busy_meter(lambda: self.node_cpu_clock(node) if node or here else None)()
+        data = self.files.read(read_node) if here else self.ask_json(node, f"/nodes/{name}/status")
         memory, swap, disk = (data.get(key) or {} for key in ("memory", "swap", "rootfs"))
         total, used = memory.get("total"), memory.get("used")
         version = re.match(r"[^/]*/([^/]+)", data.get("pveversion") or "")
         return {
-            "node": name, "cpu_usage": busy(),
+            "node": name, "cpu_usage": cpu_usage,
             "cpu_count": (data.get("cpuinfo") or {}).get("cpus"),
             "load_average": [float(each) for each in data["loadavg"]] if data.get("loadavg") else None,
             "memory_usage": round(used / total * 100, 2) if total and used is not None else None,
@@ -2560,7 +2591,7 @@ class Proxmox:
 
     def node_cpu_clock(self, node):
         """(busy, total) of all processors of a node since its start, in ticks, from /proc/stat, or None."""
-        ticks = re.match(r"cpu +((?:\d{1,20} ){7}\d{1,20})", self.text_at(node, "/proc/stat") or "")
+        ticks = re.match(r"cpu +((?:\d{1,20} ){7}\d{1,20})", self.text_at(node, f"{PROC}/stat") or "")
         ticks = ticks and [int(each) for each in ticks[1].split()]
         return ticks and (sum(ticks) - ticks[3] - ticks[4], sum(ticks))
 

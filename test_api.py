@@ -648,6 +648,18 @@ def daemons_bytecode():
     return tempfile.TemporaryDirectory()
 
 
+# What pvesh_get, above, tells of a node, as /proc and pve-manager have it.
+PROC_FILES = {
+    "stat": "cpu  800 0 200 9000 0 0 0 0 0 0\n" + "".join(f"cpu{n} 100 0 25 1125 0 0 0 0 0 0\n" for n in range(8)) + "intr 1 2\n",
+    "loadavg": "0.21 0.35 0.40 2/136 2904\n",
+    "meminfo": "MemTotal:       32768000 kB\nMemFree:        20000000 kB\nMemAvailable:   24576000 kB\nBuffers:          100000 kB\n"
+               "Cached:          5000000 kB\nSwapTotal:       8388608 kB\nSwapFree:        8388608 kB\nHugePages_Total:       0\n",
+    "uptime": "864000.57 6912000.00\n",
+    "pvecfg.pm": "package PVE::pvecfg;\n\nsub package {\n    return 'pve-manager';\n}\n\nsub version {\n    return '8.3.0';\n}\n\n"
+                 "sub version_text {\n    return '8.3.0/c1689ccb1065a83b';\n}\n",
+}
+
+
 class Host:
     """A folder that a simulated Proxmox host lives in; hosts of one cluster have `shared` in common."""
 
@@ -663,6 +675,10 @@ class Host:
         (self.pve / ".members").write_text(f'{{\n"nodename": "{name}",\n"version": 0\n}}\n')
         if not (shared / ".vmlist").exists():
             (shared / ".vmlist").write_text('{"version": 1, "ids": {}}')
+        self.proc = self.root / "proc"
+        self.proc.mkdir()
+        for file, text in PROC_FILES.items():
+            (self.proc / file).write_text(text)
         self.write("cluster.json", [{"id": "node/" + name, "ip": "192.0.2.10", "level": "", "local": 1, "name": name,
                                      "nodeid": 0, "online": 1, "type": "node"}])
         for name in ("pct", "pvesh"):
@@ -675,6 +691,11 @@ class Host:
         scratch = (folder or self.root) / (name + ".new")
         scratch.write_text(json.dumps(value))
         scratch.rename((folder or self.root) / name)
+
+    def as_node(self):
+        """The constants with which the daemon sees a node of this host's own, in place of the machine that it runs on."""
+        return {"PROC": str(self.proc), "PVECFG": str(self.proc / "pvecfg.pm"),
+                "os.statvfs": Code("lambda path: daemon.SimpleNamespace(f_frsize=4096, f_blocks=26214400, f_bfree=20971520)")}
 
     def faults(self, **faults):
         """Ask for faults by command, such as clone={"delay": 1}, or True to wait for go(); the ones asked for before are gone."""
@@ -803,7 +824,7 @@ def demo(port=5000):
         host.add(104, "web-01", running=True)
         host.add(106, "db-01", running=True, cores=4, memory=8192)
         host.add(107, "batch", cores=None)
-        daemon = start_daemon(host, config_text(host, port, key))
+        daemon = start_daemon(host, config_text(host, port, key), host.as_node())
         try:
             wait_until(lambda: daemon.poll() is not None or answers(port), 10)
             if daemon.poll() is not None:
@@ -3105,13 +3126,15 @@ def test_without_files_the_same_is_asked_of_pct(host, launch):
     assert "container_cpu_cores" not in without.get("/metrics").body
 
 
-def test_node_and_cluster_are_told(api, host):
+def test_node_and_cluster_are_told(launch, host):
+    api = launch(constants=host.as_node())
     data = api.get("/resource/node/status?node_name=proxmox").body
     assert data["message"] == "Retrieved status for node 'proxmox'"
     assert 0 <= data["data"].pop("cpu_usage") <= 100
     assert data["data"] == {
         "node": "proxmox", "cpu_count": 8, "load_average": [0.21, 0.35, 0.4], "memory_usage": 25.0, "memory_total": 32000, "memory_used": 8000,
         "swap_total": 8192, "swap_used": 0, "disk_total": 100, "disk_used": 20, "uptime": 864000, "version": "8.3.0"}
+    assert host.calls() == [], "no process was needed"
     reply = api.get("/resource/node/status?node_name=nosuch")
     assert (reply.status, reply.body["error"]) == (404, "Node 'nosuch' does not exist; known here: proxmox")
     node = {"name": "proxmox", "online": True, "local": True, "address": "192.0.2.10"}
@@ -3119,6 +3142,61 @@ def test_node_and_cluster_are_told(api, host):
     host.write("cluster.json", [{"type": "cluster", "name": "lab", "quorate": 0, "nodes": 2}, {"type": "node", "name": "b", "online": 0, "ip": "192.0.2.11"}])
     assert api.get("/resource/cluster/status").body["data"] == {
         "cluster": "lab", "quorate": False, "nodes": [{"name": "b", "online": False, "local": False, "address": "192.0.2.11"}]}
+
+
+# What a real host (pve-manager 9.2.11) told of itself: pvesh, and files of /proc with the same numbers.
+TOLD_BY_PVESH = {
+    "cpu": 0, "cpuinfo": {"cores": 2, "cpus": 2, "sockets": 1}, "idle": 0, "ksm": {"shared": 0}, "loadavg": ["3.09", "2.80", "1.88"],
+    "memory": {"available": 3552903168, "free": 3543830528, "total": 4112306176, "used": 559403008}, "pveversion": "pve-manager/9.2.11/14a22df3",
+    "rootfs": {"avail": 4547010560, "free": 4885909504, "total": 6249086976, "used": 1363177472},
+    "swap": {"free": 1073287168, "total": 1073737728, "used": 450560}, "uptime": 1232, "wait": 0}
+TOLD_BY_PROC = {
+    "stat": "cpu  1 2 3 4 5 6 7 8 9 10\ncpu0 1 2 3 4 5 6 7 8 9 10\ncpu1 1 2 3 4 5 6 7 8 9 10\nintr 1 2\n",
+    "loadavg": "3.09 2.80 1.88 2/136 2904\n", "uptime": "1232.99 2000.11\n",
+    "meminfo": "MemTotal:        4015924 kB\nMemFree:         3460772 kB\nMemAvailable:    3469632 kB\nBuffers:           20000 kB\n"
+               "Cached:           180000 kB\nSwapCached:            8 kB\nSwapTotal:       1048572 kB\nSwapFree:        1048132 kB\n",
+    "pvecfg.pm": "package PVE::pvecfg;\n\nuse strict;\nuse warnings;\n\nsub package {\n    return 'pve-manager';\n}\n\nsub version {\n    return '9.2.11';\n}\n\n"
+                 "sub release {\n    return '9.2';\n}\n\nsub repoid {\n    return '14a22df3';\n}\n\nsub version_text {\n    return '9.2.11/14a22df3';\n}\n",
+}
+
+
+def test_proc_tells_of_a_node_what_its_pvesh_tells(launch, host):
+    for name, text in TOLD_BY_PROC.items():
+        (host.proc / name).write_text(text)
+    host.faults(get={"stdout": json.dumps(TOLD_BY_PVESH), "exit": 0})
+    disk = Code("lambda path: daemon.SimpleNamespace(f_frsize=4096, f_blocks=1525656, f_bfree=1192849)")
+    here = launch(constants={**host.as_node(), "os.statvfs": disk}).get("/resource/node/status?node_name=proxmox").body["data"]
+    assert host.calls() == []
+    asked = launch(proxmox={"pve_dir": "/nowhere"}).get("/resource/node/status?node_name=other").body["data"]
+    assert host.calls() == ["pvesh get /nodes/other/status --output-format json"]
+    assert (here.pop("node"), asked.pop("node"), here.pop("cpu_usage"), asked.pop("cpu_usage")) == ("proxmox", "other", 0.0, None)
+    assert here == asked == {
+        "cpu_count": 2, "load_average": [3.09, 2.8, 1.88], "memory_usage": 13.6, "memory_total": 3921.8, "memory_used": 533.49,
+        "swap_total": 1024, "swap_used": 0.43, "disk_total": 5.82, "disk_used": 1.27, "uptime": 1232, "version": "9.2.11"}
+
+
+def test_of_a_node_that_proc_says_nothing_of_nothing_is_told(launch, host):
+    for name in TOLD_BY_PROC:
+        (host.proc / name).write_text("?\n")
+    reply = launch(constants=host.as_node()).get("/resource/node/status?node_name=proxmox")
+    assert (reply.status, host.calls()) == (200, []) and reply.body["data"] == {
+        "node": "proxmox", **dict.fromkeys(("cpu_usage", "cpu_count", "load_average", "memory_usage", "memory_total", "memory_used",
+                                            "swap_total", "swap_used", "uptime", "version")), "disk_total": 100, "disk_used": 20}
+
+
+def test_another_node_is_measured_before_its_pvesh_loads_it(tmp_path):
+    (tmp_path / ".members").write_text(json.dumps({"nodename": "a", "cluster": {"name": "lab", "quorate": 1}, "nodelist": {
+        name: {"online": 1, "ip": address} for name, address in (("a", "192.0.2.1"), ("b", "192.0.2.2"))}}))
+    asked = []
+
+    def read(node, *argv):
+        asked.append((node.name, argv[:2]))
+        stdout = json.dumps(TOLD_BY_PVESH) if argv[0] == "pvesh" else f"cpu  {len(asked)} 0 0 {len(asked)} 0 0 0 0 0 0\n"
+        return module.Result(0, stdout, "", False)
+    host = module.Proxmox(module.SimpleNamespace(read=read), module.Files(module.Workers()), str(tmp_path), "/nowhere", True)
+    assert host.node_status("b")["cpu_usage"] == 50.0
+    stat = ("b", ("cat", "/proc/stat"))
+    assert asked == [stat, stat, ("b", ("pvesh", "get"))]
 
 
 def test_health_is_what_pct_says_and_is_kept(host, launch):
@@ -4637,6 +4715,7 @@ class Lab:
 
     def daemon(self, proxmox=None, **options):
         proxmox = {"pve_dir": f"{self.root}/pve", "cgroup_dir": f"{self.root}/cgroup", **(proxmox or {})}
+        options["constants"] = {**self.hosts["pve1"].as_node(), **(options.get("constants") or {})}
         return Daemon(self.hosts["pve1"], inside=["nsenter", "-t", str(self.holders["pve1"].pid), "-n", "-m"], connect=self.connect,
                       proxmox=proxmox, **options)
 
@@ -7152,7 +7231,7 @@ def test_every_curl_of_the_readme_answers_as_printed(launch, host):
     host.path(106).unlink()
     host.add(106, "db-01", running=True, cores=4, memory=8192)
     host.add(107, "batch", cores=None)
-    api, block = launch(), re.search(r"```console\n(\$ curl.*?)```", README, re.DOTALL)[1]
+    api, block = launch(constants=host.as_node()), re.search(r"```console\n(\$ curl.*?)```", README, re.DOTALL)[1]
     examples = re.findall(r"^\$ (curl .*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
     paths = {re.search(r"127\.0\.0\.1:5000(/[a-z/.]+)", command)[1] for command, _ in examples}
     assert paths == {route.path for route in module.ROUTES}
