@@ -2047,13 +2047,13 @@ def internal_error(error):
 
 # The host
 
-CONTAINER_USAGE = (                         # metric, key of Proxmox.usage
+CONTAINER = "lxc_autoscale_container_"       # how the names of their metrics begin
+CONTAINER_USAGE = (                         # the rest of a metric's name, key of Proxmox.usage
     ("cpu_seconds_total", "cpu"), ("memory_usage_bytes", "memory"), ("disk_read_bytes_total", "disk_read"),
     ("disk_write_bytes_total", "disk_write"), ("oom_kills_total", "oom_kills"), ("pids", "pids"),
     ("swap_usage_bytes", "swap"), ("memory_shared_bytes", "shared"),
 )
-ONE_NUMBER = r"\A(\S+)\n"                  # with its line's end, for half a number is none
-
+OPEN_TO_READ = os.O_RDONLY | os.O_CLOEXEC
 
 # ENODEV is said of a cgroup that has just gone, EOPNOTSUPP of a pressure file where the kernel
 # measures none: the file is there even then (systemd, is_pressure_supported).
@@ -2067,7 +2067,7 @@ def read_text(path):
     """
     fd = None
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, OPEN_TO_READ)
         data = chunk = os.read(fd, 65536)
         while len(chunk) > 2000:            # the kernel's own files come a page at a time
             chunk = os.read(fd, 65536)
@@ -2110,15 +2110,33 @@ def find_number(pattern, text):
     return number(match[1]) if match else None
 
 
-def find_sum(key, text):
-    """The sum of key=N over the devices in an io.stat, or None where it is none.
+# In these, a number counts with its line's end only, for half a number is none. Patterns would
+# take most of the time of a scrape here.
+
+def only_number(text):
+    """The number that is all of a cgroup's file, or None."""
+    return number(text[:-1]) if text and text[-1] == "\n" else None
+
+
+def row_number(key, text):
+    """The number in the row `key N` of a cgroup's file, or None."""
+    value, end, _ = f"\n{text}".partition(f"\n{key} ")[2].partition("\n")
+    return number(value) if end else None
+
+
+IO_STAT = re.compile(r"([0-9]+:[0-9]+\b.*\n)?", re.DOTALL)
+IO_BYTES = [re.compile(rf" {key}=(\S*)") for key in ("rbytes", "wbytes")]
+
+
+def parse_io(text):
+    """A cgroup's io.stat -> (bytes read, bytes written) over all devices, or Nones.
 
     The file is empty until the first I/O, on ZFS often for ever; a device may have a name only.
     """
-    if text is None or not re.fullmatch(r"([0-9]+:[0-9]+\b.*\n)?", text, re.DOTALL):
-        return None
-    found = [number(each) for each in re.findall(rf" {key}=(\S*)", text)]
-    return None if None in found else sum(found)
+    if text is None or not IO_STAT.fullmatch(text):
+        return None, None
+    found = ([number(each) for each in pattern.findall(text)] for pattern in IO_BYTES)
+    return tuple(None if None in numbers else sum(numbers) for numbers in found)
 
 
 def is_init(status):
@@ -2186,6 +2204,16 @@ def listed_container(vm_id, node, name, status, cores, memory, uptime, onboot, m
             "lock": lock, "template": template, "onboot": onboot, "tags": tags}
 
 
+def described_by(vm_id, document):
+    """What a container's configuration says in /metrics -> (its labels, whether it is a template, its samples)."""
+    values, one = parse_config(document).values, (str(vm_id),)
+    (cores, memory, _), (lock, template, _) = allotted(values), marks(values)
+    samples = [("info", (*one, container_name(vm_id, values)), 1), ("locked", (*one, lock), lock and 1),
+               ("cpu_cores", one, cores), ("memory_mb", one, memory),
+               ("memory_limit_bytes", one, memory and memory * MIB)]
+    return one, template, [(CONTAINER + name, labels, value) for name, labels, value in samples if value is not None]
+
+
 class Proxmox:
     """What the API needs from the host and, if `clustered`, its cluster. Ids are integers; what fails is a Problem.
 
@@ -2197,6 +2225,7 @@ class Proxmox:
         self.pve_dir, self.cgroup_dir, self.clustered = pve_dir, cgroup_dir, clustered
         self.probed = (-math.inf, False, "")
         self.seen = set()                   # ids of containers that were found somewhere
+        self.described = {}                 # by id, what the last scrape read in the configurations
 
     def ask(self, node, *argv):
         return checked(argv, self.commands.read(node, *argv)).stdout
@@ -2306,10 +2335,14 @@ class Proxmox:
 
     def confs(self, node=None):
         """{id: Conf} of all containers of a node whose files are there."""
+        return {vm_id: parse_config(document) for vm_id, document in self.documents(node)}
+
+    def documents(self, node=None):
+        """(id, text of its configuration) of the same, by id."""
         names = names_in(self.conf_folder(node))
         ids = sorted(int(name[:-5]) for name in names if re.fullmatch(r"[1-9][0-9]{2,8}\.conf", name))
         documents = ((vm_id, read_text(self.conf_path(vm_id, node))) for vm_id in ids)
-        return {vm_id: parse_config(document) for vm_id, document in documents if document is not None}    # one may vanish
+        return ((vm_id, document) for vm_id, document in documents if document is not None)     # one may vanish
 
     def read_texts(self, vm_ids, node):
         """{id: text of its configuration on a node, or None}; Problem 404 if the first is known to be none."""
@@ -2439,7 +2472,7 @@ class Proxmox:
     def cpu_clock(self, node, vm_id):
         """(processor time used, time) so far, in seconds, from the container's cgroup (v2), or None."""
         stat = self.text_at(node, f"{self.cgroup_dir}/lxc/{vm_id}/cpu.stat")
-        used = find_number(r"^usage_usec (\S+)\n", stat)
+        used = row_number("usage_usec", stat)
         return None if used is None else (used / 1e6, time.monotonic())
 
     def usage(self, vm_id):
@@ -2453,15 +2486,15 @@ class Proxmox:
             return None
         stat, swap, disk, events, pids = (read_text(folder + name) for name in (
             "memory.stat", "memory.swap.current", "io.stat", "memory.events", "pids.current"))
-        used, cached = find_number(ONE_NUMBER, memory), find_number(r"^file (\S+)\n", stat)
-        seconds = find_number(r"^usage_usec (\S+)\n", cpu)
+        used, cached = only_number(memory), row_number("file", stat)
+        seconds = row_number("usage_usec", cpu)
+        came, went = parse_io(disk)
         return {
             "cpu": seconds and seconds / 1e6,
             "memory": None if None in (used, cached) else max(0, used - cached),    # as pct counts it
-            "shared": find_number(r"^shmem (\S+)\n", stat), "swap": find_number(ONE_NUMBER, swap),
-            "disk_read": find_sum("rbytes", disk), "disk_write": find_sum("wbytes", disk),
-            "oom_kills": find_number(r"^oom_kill (\S+)\n", events),
-            "pids": find_number(ONE_NUMBER, pids),
+            "shared": row_number("shmem", stat), "swap": only_number(swap),
+            "disk_read": came, "disk_write": went,
+            "oom_kills": row_number("oom_kill", events), "pids": only_number(pids),
             "pressure": {name: parse_pressure(read_text(f"{folder}{name}.pressure"))
                          for name in PRESSURES},
         }
@@ -2533,29 +2566,34 @@ class Proxmox:
         return self.files.read(self.read_gauges)
 
     def read_gauges(self):
-        families = {name: {} for name in FAMILIES if name.startswith("lxc_autoscale_container_")}
+        """What the last scrape knew of a configuration is used again if its text is the same.
 
-        def tell(name, value, *labels):
-            if value is not None:
-                families["lxc_autoscale_container_" + name][labels] = value
+        Its inode and times would not tell: pmxcfs counts whole seconds (cfs-plug-memdb.c).
+        """
+        families = {name: {} for name in FAMILIES if name.startswith(CONTAINER)}
+        used = [(families[CONTAINER + name], key) for name, key in CONTAINER_USAGE]
+        waited = [(families[f"{CONTAINER}pressure_{name}_waiting_seconds_total"], name) for name in PRESSURES]
+        network = [families[f"{CONTAINER}network_{way}_bytes_total"] for way in ("receive", "transmit")]
         self.see_that_it_is_mounted()
-        has_cgroups, traffic = self.has_cgroups(), self.traffic()
-        for vm_id, (_, values, _) in self.confs().items():
-            label, usage, (cores, memory, _) = str(vm_id), self.usage(vm_id), allotted(values)
-            lock, template, _ = marks(values)
-            tell("info", 1, label, container_name(vm_id, values))
-            tell("up", int(usage is not None) if has_cgroups and not template else None, label)
-            tell("locked", lock and 1, label, lock)
-            tell("cpu_cores", cores, label)
-            tell("memory_mb", memory, label)
-            tell("memory_limit_bytes", memory and memory * MIB, label)
-            for name, key in CONTAINER_USAGE if usage else ():
-                tell(name, usage[key], label)
-            for name in PRESSURES if usage else ():
-                tell(f"pressure_{name}_waiting_seconds_total", usage["pressure"][name][1], label)
-            came, went = traffic.get(vm_id, (None, None))
-            tell("network_receive_bytes_total", came, label)
-            tell("network_transmit_bytes_total", went, label)
+        has_cgroups, traffic, described = self.has_cgroups(), self.traffic(), {}
+        for vm_id, document in self.documents():
+            known = self.described.get(vm_id)
+            if not known or known[0] != document:
+                known = document, *described_by(vm_id, document)
+            described[vm_id] = known
+            _, one, template, samples = known
+            usage = self.usage(vm_id)
+            if has_cgroups and not template:
+                families[CONTAINER + "up"][one] = int(usage is not None)
+            for name, labels, value in samples:
+                families[name][labels] = value
+            for family, key in used if usage else ():
+                family[one] = usage[key]
+            for family, name in waited if usage else ():
+                family[one] = usage["pressure"][name][1]
+            for family, count in zip(network, traffic.get(vm_id, ())):
+                family[one] = count
+        self.described = described
         return families
 
     def snapshots(self, vm_id):
@@ -3253,9 +3291,7 @@ class Metrics:
                       for name, each in self.series.items()}
         lines = []
         for name, family in FAMILIES.items():
-            found = gauges.get(name) or series[name]
-            samples = [line for labels, value in sorted(found.items())
-                       for line in exposition(name, family, labels, value)]
+            samples = exposition(name, family, gauges.get(name) or dict(sorted(series[name].items())))
             if samples:
                 lines += [f"# HELP {name} {family.help}", f"# TYPE {name} {family.kind}", *samples]
         return "\n".join(lines) + "\n"
@@ -3278,19 +3314,22 @@ def process_metrics():
     return {"process_" + name: {(): value} for name, value in values.items()}
 
 
-def exposition(name, family, values, value):
-    """One series -> its lines; none if a value is no number, for which a whole scrape is refused."""
-    labels = label_pairs(family.labels, values)
-    if family.kind != "histogram":
-        return [f"{name}{braces(labels)} {value}"] if is_number(value) else []
-    if not all(map(is_number, value)):
+def exposition(name, family, series):
+    """A family's series {labels: value} -> their lines; none of what is no number, for which a whole scrape is refused."""
+    if family.kind == "histogram":
+        return [line for labels, counts in series.items() for line in histogram(name, family, labels, counts)]
+    return [f"{name}{braced(family.labels, labels)} {value}" for labels, value in series.items() if is_number(value)]
+
+
+def histogram(name, family, labels, counts):
+    if not all(map(is_number, counts)):
         return []
-    lines, total = [], 0
-    for bound, count in zip([*family.buckets, "+Inf"], value):
+    lines, total, below = [], 0, (*family.labels, "le")
+    for bound, count in zip([*family.buckets, "+Inf"], counts):
         total += count
-        bounded = ",".join(filter(None, [labels, f'le="{bound}"']))
-        lines.append(f"{name}_bucket{braces(bounded)} {total}")
-    return [*lines, f"{name}_sum{braces(labels)} {value[-1]}", f"{name}_count{braces(labels)} {total}"]
+        lines.append(f"{name}_bucket{braced(below, (*labels, str(bound)))} {total}")
+    labels = braced(family.labels, labels)
+    return [*lines, f"{name}_sum{labels} {counts[-1]}", f"{name}_count{labels} {total}"]
 
 
 def is_number(value):
@@ -3300,14 +3339,11 @@ def is_number(value):
         return False
 
 
-def braces(labels):
-    return "{" + labels + "}" if labels else ""
-
-
-@lru_cache(maxsize=4096)
-def label_pairs(names, values):
-    """Labels as they stand in braces; kept, for most families of a container have the same."""
-    return ",".join(f'{name}="{escape_label(text)}"' for name, text in zip(names, values))
+@lru_cache(maxsize=16384)
+def braced(names, values):
+    """Labels in their braces, or nothing; kept, for most families of a container have the same."""
+    pairs = ",".join(f'{name}="{escape_label(text)}"' for name, text in zip(names, values))
+    return "{" + pairs + "}" if pairs else ""
 
 
 def escape_label(text):

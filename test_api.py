@@ -2289,6 +2289,8 @@ READERS = [     # (what is read, by what, what may stand before the filling, fil
        for word in re.findall(r"[\w' ]{9,}", pattern)] + ["CT is locked (", "CT 1 ", "CT 1", "CT 1 already", "'/"], ["", "x"]),
     ("reply", lambda text: module.parse_reply(text.encode()), ["", "\n", "\n1 1 1"], ["\n1 1 1", "1 "], ["", "\n"]),
     ("number", lambda text: module.find_number(r"^file (\d+)", text), ["", "file 1"], ["file ", "file x\n"], ["", "x"]),
+    ("row", lambda text: module.row_number("file", text), ["", "file 1"], ["file ", "file x\n", "\nfile", "file"], ["", "x"]),
+    ("disks", module.parse_io, ["", "8:0 rbytes=1"], ["8:0", " rbytes=", " rbytes=1", "\n", "rbytes"], ["", "\n"]),
     ("number", module.number, ["", "1", "-1."], [], [""]),
     ("decimal", module.decimal, ["", "1", "-1."], [], [""]),
 ]
@@ -6177,6 +6179,20 @@ def test_the_traffic_of_all_containers_is_read_once(host, monkeypatch):
     assert gauges["lxc_autoscale_container_network_receive_bytes_total"] == {("104",): 208, ("106",): 212}
     assert gauges["lxc_autoscale_container_network_transmit_bytes_total"] == {("104",): 104, ("106",): 106}
     assert (read["dev"], read["memory.stat"]) == (1, 2)         # of 104 and 107; 106 is stopped
+
+
+def test_a_scrape_parses_what_has_changed_and_nothing_else(host, monkeypatch):
+    parsed, real = [], module.parse_config
+    monkeypatch.setattr(module, "parse_config", lambda document: parsed.append(document) or real(document))
+    proxmox, cores = module.Proxmox(None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True), "lxc_autoscale_container_cpu_cores"
+    assert proxmox.gauges()[cores] == proxmox.gauges()[cores] == {("104",): 2, ("106",): 2} and len(parsed) == 2
+    before, stat = host.path(104).read_text(), host.path(104).stat()
+    host.path(104).write_text(before.replace("cores: 2", "cores: 3"))
+    os.utime(host.path(104), ns=(stat.st_atime_ns, stat.st_mtime_ns))       # as within one second on pmxcfs
+    after = host.path(104).stat()
+    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    host.path(106).unlink()
+    assert proxmox.gauges()[cores] == {("104",): 3} and len(parsed) == 3 and list(proxmox.described) == [104]
 
 
 USED = {                                        # file of a cgroup: what stands on it in /metrics, and in the status
