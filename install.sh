@@ -101,7 +101,15 @@ put_back() {
         fi
     done
     rmdir "$DESTDIR$UNIT.d" 2>/dev/null || true
+    drop_bytecode
     drop_old
+}
+
+# The bytecode of the module, for whatever Python. Of another version of the module it would be
+# passed over, for it says of which time and size its source was.
+drop_bytecode() {
+    rm -f "$DESTDIR${MODULE%/*}/__pycache__/$NAME".*.pyc
+    rmdir "$DESTDIR${MODULE%/*}/__pycache__" 2>/dev/null || true
 }
 
 drop_old() {
@@ -117,6 +125,8 @@ install_files() {
     install_credential
     put 0755 "$HERE/$NAME.py" "$MODULE"
     say "installed $DESTDIR$MODULE"
+    drop_bytecode
+    "$PYTHON" -m py_compile "$DESTDIR$MODULE" || true       # a start does without, and takes longer
     put 0644 "$HERE/$NAME.service" "$UNIT"
     say "installed $DESTDIR$UNIT"
 }
@@ -348,6 +358,7 @@ uninstall() {
         rm -f "$DESTDIR$UNIT"
     fi
     rm -f "$DESTDIR$MODULE" "$DESTDIR$LOGROTATE"
+    drop_bytecode
     for file in $FILES; do
         rm -f "$DESTDIR$file.tmp" "$DESTDIR$file.old"
     done

@@ -6708,7 +6708,7 @@ def test_an_installation_is_repeatable_and_keeps_the_key(tmp_path):
     assert again.returncode == 0 and f"kept {config}" in again.stdout
     assert module.read_config(config).keys == [key]
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(
-        [MODULE_PATH, CONFIG_PATH, UNIT_PATH, LOGROTATE_PATH])
+        [MODULE_PATH, CONFIG_PATH, UNIT_PATH, LOGROTATE_PATH, *bytecode(tmp_path)]) and len(bytecode(tmp_path)) == 1
     assert (tmp_path / MODULE_PATH).read_bytes() == MODULE.read_bytes()
     config.write_text(config.read_text().replace("port: 5000", "port: 5001"))
     changed = config.read_text()
@@ -6716,6 +6716,47 @@ def test_an_installation_is_repeatable_and_keeps_the_key(tmp_path):
     assert config.read_text() == changed
     assert (tmp_path / (CONFIG_PATH + ".new")).read_bytes() == (HERE / "lxc_autoscale_api.yaml").read_bytes()
     assert key not in first.stdout + first.stderr
+
+
+def bytecode(folder):
+    return [str(path.relative_to(folder)) for path in folder.glob("usr/local/bin/__pycache__/lxc_autoscale_api.cpython-*.pyc")]
+
+
+def started_as_the_unit_says(folder, *options):
+    """What the installed unit's command says, given options to end at once, with the files below a folder."""
+    line = re.search(r"^ExecStart=(.*)", (folder / UNIT_PATH).read_text(), re.MULTILINE)[1]
+    command = [word.replace("/usr/local/bin", f"{folder}/usr/local/bin") for word in shlex.split(line)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd="/", env={"PATH": os.environ["PATH"]})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_unit_starts_from_bytecode_and_without_it_from_the_source(tmp_path):
+    assert install(tmp_path).returncode == 0
+    version = (0, f"lxc_autoscale_api {module.VERSION}\n", "")
+    assert started_as_the_unit_says(tmp_path, "--version") == version
+    assert started_as_the_unit_says(tmp_path, "--what")[2].startswith("usage: lxc_autoscale_api.py [-h]")
+    path, (pyc,) = tmp_path / MODULE_PATH, bytecode(tmp_path)
+    source, times = path.read_bytes(), path.stat()
+    path.write_bytes(b"?" * len(source))                    # so that only bytecode can run
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert started_as_the_unit_says(tmp_path, "--version") == version
+    path.write_bytes(source)
+    (tmp_path / pyc).write_bytes(b"of another Python")
+    assert started_as_the_unit_says(tmp_path, "--version") == version
+    shutil.rmtree((tmp_path / pyc).parent)
+    (tmp_path / pyc).parent.write_text("nothing can be written into a file")
+    assert started_as_the_unit_says(tmp_path, "--version") == version
+
+
+def test_bytecode_goes_with_its_module_and_other_bytecode_stays(tmp_path):
+    assert install(tmp_path).returncode == 0
+    (tmp_path / bytecode(tmp_path)[0]).with_name("lxc_autoscale_api.cpython-399.pyc").write_bytes(b"of another Python")
+    other = (tmp_path / bytecode(tmp_path)[0]).with_name("lxc_autoscale.cpython-311.pyc")
+    other.write_bytes(b"")
+    assert install(tmp_path, "--uninstall").returncode == 0
+    assert list((tmp_path / "usr/local/bin").rglob("*")) == [other.parent, other]
+    other.unlink()
+    assert install(tmp_path, "--uninstall").returncode == 0 and not other.parent.exists()
 
 
 SYSTEMCTL = r"""#!/bin/sh
@@ -6899,14 +6940,14 @@ def printed_key(done):
 def test_the_printed_line_finds_the_key_however_it_is_written(installed):
     folder, install, port = installed
     done, config = install(), folder / CONFIG_PATH
-    text, plain = config.read_text(), "plain-key-0123456789"
+    text, plain, made = config.read_text(), "plain-key-0123456789", bytecode(folder)
     for written, key in [
             (f'api_key: "{KEY}"', KEY), (f"api_key: '{KEY}'", KEY), (f"api_key: {plain}", plain), (f"api_key:   {plain}   # a comment", plain),
             ("api_key: \"k\\x65y-'$(id)'-0123456789\" # a \"comment\"", "key-'$(id)'-0123456789"), ("api_key: 'it''s-a-key-0123456789'", "it's-a-key-0123456789"),
             (f'api_keys: ["{plain}", "{KEY}"]', plain), (f"api_keys:\n    - {plain}\n    - '{KEY}'", plain), ("enabled: false", "")]:
         config.write_text(text.replace(f'api_key: "{KEY}"', written))
         assert printed_key(done) == key, written
-    assert not list(folder.rglob("__pycache__"))
+    assert [str(path.relative_to(folder)) for path in folder.rglob("__pycache__/*")] == made
 
 
 OLD_MODULE, OLD_UNIT = "the really old version\n", "[Service]\nExecStart=/usr/bin/python3 /usr/local/bin/lxc_autoscale_api.py\nLoadCredential=api_key:/etc/key\n"
@@ -6985,6 +7026,7 @@ def test_whatever_the_umask_nothing_that_is_made_is_writable_by_others(tmp_path,
     assert {name: modes.pop(name) for name in (CONFIG_PATH, CONFIG_PATH + ".new", UNIT_PATH, UNIT_PATH + ".d/credential.conf", MODULE_PATH, LOGROTATE_PATH)} == {
         CONFIG_PATH: "600", CONFIG_PATH + ".new": "600", UNIT_PATH: "644", UNIT_PATH + ".d/credential.conf": "600", MODULE_PATH: "755", LOGROTATE_PATH: "644"}
     modes.pop("etc/key")
+    assert modes.pop(bytecode(tmp_path)[0]) == "644"
     assert set(modes.values()) == {"755"}, modes
 
 
@@ -7181,6 +7223,8 @@ def test_the_shipped_logrotate_file_names_the_shipped_logs(tmp_path):
     assert (tmp_path / LOGROTATE_PATH).read_text().splitlines()[0].split() == [*defaults, "{"]
 
 
+EXEC_START = ("/usr/bin/python3 -c \"import sys; del sys.argv[0]; sys.path[0] = '/usr/local/bin'; from lxc_autoscale_api import main; "
+              "sys.exit(main())\" /usr/local/bin/lxc_autoscale_api.py")
 # Every directive of the unit, with what makes sure that it cannot stand in a command's way. What is not here must
 # not be there: most of what systemd offers reaches pct, and through it storage tools and hook scripts.
 DIRECTIVES = {
@@ -7189,7 +7233,7 @@ DIRECTIVES = {
     "Wants": "network-online.target: the same",
     "StartLimitIntervalSec": "0: when the daemon starts again",
     "Type": "notify: how the daemon tells that it is there",
-    "ExecStart": "/usr/bin/python3 /usr/local/bin/lxc_autoscale_api.py: the daemon",
+    "ExecStart": EXEC_START + ": the daemon",
     "ExecReload": "/bin/kill -HUP $MAINPID: a signal to the daemon alone",
     "Restart": "on-failure: when the daemon starts again",
     "RestartSec": "5: the same; five starts in ten seconds, systemd's own limit, are never reached",
@@ -7218,7 +7262,7 @@ def test_the_unit_is_accepted_by_systemd(tmp_path):
     if not shutil.which("systemd-analyze"):
         pytest.skip("systemd-analyze is not installed")
     (tmp_path / "lxc_autoscale_api.service").write_text((HERE / "lxc_autoscale_api.service").read_text().replace(
-        "/usr/bin/python3 /usr/local/bin/lxc_autoscale_api.py", "/bin/true"))
+        "ExecStart=/usr/bin/python3 ", "ExecStart=/bin/true "))
     done = subprocess.run(["systemd-analyze", "verify", str(tmp_path / "lxc_autoscale_api.service")], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
