@@ -5730,14 +5730,14 @@ def test_a_change_that_waits_is_begun_without_its_client_only_if_it_asked_for_th
             waiting = wait_until(lambda: operations(api)[0]["state"] == "waiting" and operations(api)[0])
             assert untimed(waiting) == {
                 "endpoint": "/scale/storage/increase", "parameters": {"vm_id": 104, "disk_size": 5, "disk": "rootfs"},
-                "client": "127.0.0.1", "state": "waiting", "outcome": None, "status": None, "error": None, "warnings": []}
+                "client": ASKER, "state": "waiting", "outcome": None, "status": None, "error": None, "warnings": []}
             assert (waiting["began"], waiting["ended"]) == (None, None)
         if not prefer:                          # it is noticed before the snapshot has ended
             wait_until(lambda: operations(api)[0]["state"] == "failed")
         host.go()
         assert first.result().status == 200
     row = wait_until(lambda: operations(api)[0]["ended"] and operations(api)[0])
-    title = "change POST /scale/storage/increase vm_id=104 disk_size=5 disk=rootfs by 127.0.0.1: "
+    title = f"change POST /scale/storage/increase vm_id=104 disk_size=5 disk=rootfs by {ASKER}: "
     if prefer:
         assert (row["state"], row["outcome"], row["status"], row["error"]) == ("done", None, 200, None)
         assert host.conf(104)["rootfs"].endswith("size=13G") and title + "done, after" in api.log()
@@ -5758,7 +5758,7 @@ def test_who_does_not_want_to_wait_finds_what_came_of_it(api, host):
     assert (reply.headers["Preference-Applied"], reply.headers["Location"]) == ("respond-async", f"/operations?id={id}")
     row = wait_until(lambda: operations(api, f"?id={id}")[0]["ended"] and operations(api, f"?id={id}")[0])
     assert untimed(row) == {
-        "endpoint": "/snapshot/rollback", "parameters": {"vm_id": 104, "snapshot_name": "s1"}, "client": "127.0.0.1",
+        "endpoint": "/snapshot/rollback", "parameters": {"vm_id": 104, "snapshot_name": "s1"}, "client": ASKER,
         "state": "failed", "outcome": "incomplete", "status": 500, "error": "pct rollback 104 failed: odd", "warnings": [
             "VM 104 is left with the lock 'rollback'; if no task of it runs, mend it with: pct unlock 104",
             "VM 104 ran before and is stopped now; start it with: pct start 104"]}
