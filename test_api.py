@@ -641,6 +641,7 @@ CODE = main()
 sys.stdout.flush()
 HIDES = CONF % FAULTS.get(ARGV[1], {}).get("hides")
 if os.path.exists(HIDES) and not CODE:          # a file that nobody can read any more
+    open(ROOT + "/hidden.soon", "w").close()
     os.rename(HIDES, HIDES + ".hidden")
     os.mkfifo(HIDES)
 note(event="end", code=CODE)
@@ -5317,11 +5318,14 @@ BEFALLS = {                                     # a step -> what befalls it
     "hangs": lambda step: {"pause": True} if step == "status" else {"delay": True},
     "lost": lambda step: {"pause": True} if step == "status" else {"delay": True},
 }
-SOON = {                                        # deadlines that are short while there is a file that says so
+SOON = {                                        # deadlines that are short for what hangs, and for nothing that is only slow
     "Changes.answer": "(lambda real: lambda self, change, client, seconds: real(self, change, client, "
                       "0.1 if daemon.os.path.exists('{0}/answers.soon') else seconds))(daemon.Changes.answer)",
     "Commands.look": "lambda self, node, argv, places=None: self.execute(node, [str(each) for each in argv], "
-                     "0.5 if daemon.os.path.exists('{0}/reads.soon') else 15, places)",
+                     "0.5 if any(daemon.os.path.exists('{0}/' + daemon.os.path.basename(str(each)) + '.soon') "
+                     "for each in argv[:2]) else 15, places)",
+    "wait": "(lambda real: lambda futures, seconds, *how: real(futures, 0.5 if not how and "
+            "daemon.os.path.exists('{0}/hidden.soon') else seconds, *how))(daemon.wait)",
 }
 CALM = ("arch: amd64\ncores: 2\nhostname: web\nmemory: 2048\nmp0: local-lvm:vm-{0}-disk-1,mp=/data,size=4G\n"
         "net0: name=eth0,bridge=vmbr0,hwaddr=BC:24:11:00:00:01,type=veth,ip=dhcp\n{1}"
@@ -5363,7 +5367,7 @@ class Stage:
         self.host, self.first, self.cut, self.api = host, first, None, None
 
     def constants(self):
-        return {"FILE_SECONDS": 0.2, **{name: Code(patch.format(self.host.root)) for name, patch in SOON.items()}}
+        return {name: Code(patch.format(self.host.root)) for name, patch in SOON.items()}
 
     def set(self):
         """All as at the beginning, whatever was left."""
@@ -5413,6 +5417,7 @@ class Stage:
 
     def unhide(self):
         """Let whoever reads a file that hangs go on with what it should have had."""
+        (self.host.root / "hidden.soon").unlink(missing_ok=True)
         for hidden in self.host.path(RUNS).parent.glob("*.hidden"):
             path, pipe = hidden.with_suffix(""), hidden.with_suffix(".pipe")
             path.rename(pipe)
@@ -5434,8 +5439,8 @@ class Stage:
         befalls = BEFALLS[fault](step)
         if "hides" in befalls:
             befalls["hides"] = str(befallen + self.first)
-        soon = "" if fault not in ("hangs", "unread") else "answers" if (fault, step) in (
-            ("unread", "status"), ("unread", "snapshot")) or (fault == "hangs" and step != "status") else "reads"
+        soon = "answers" if (fault, step) in (("unread", "status"), ("unread", "snapshot")) else {
+            "unread": f"{befallen + self.first}.conf", "hangs": "status" if step == "status" else "answers"}.get(fault, "nothing")
         self.set()
         before = self.scaled()
         self.host.faults(**{step: befalls})
