@@ -1179,14 +1179,14 @@ def statuses(data):
 
 
 class Sharing:
-    """A part of pytest by which a helper runs some of the tests, for they are many and mostly wait.
+    """A part of pytest by which helpers run some of the tests, for they are many and mostly wait.
 
-    Both go through all tests, from different ones on, and each is run by the one that first makes a folder for it.
-    The helper leaves its reports there, which the other hands on as if it had run the test.
+    All go through all tests, from different ones on, and each is run by the one that first makes a folder for it.
+    A helper leaves its reports there, which the first process hands on as if it had run the test.
     """
 
-    def __init__(self, config, folder, helper=None):
-        self.config, self.folder, self.helper = config, folder, helper
+    def __init__(self, config, folder, helpers=()):
+        self.config, self.folder, self.helpers = config, folder, helpers
         self.claimed, self.lent, self.failed = {}, [], False
 
     def path(self, nodeid):
@@ -1200,17 +1200,17 @@ class Sharing:
     def pytest_runtest_protocol(self, item, nextitem):
         """-> None to let pytest run a test, or True."""
         self.claim(item)
-        if self.helper:
+        if self.helpers:
             if item.nodeid not in self.claimed:
                 self.lent.append(item)
             self.hand_on(wait=nextitem is None)
         return None if item.nodeid in self.claimed else True
 
     def hand_on(self, wait):
-        """Report the helper's tests that have ended, or wait for all of them."""
+        """Report the helpers' tests that have ended, or wait for all of them."""
         while self.lent and (wait or (self.path(self.lent[0].nodeid) / "reports.json").exists()):
             item, done = self.lent[0], self.path(self.lent[0].nodeid) / "reports.json"
-            wait_until(lambda: done.exists() or self.helper.poll() is not None, 300)
+            wait_until(lambda: done.exists() or None not in [each.poll() for each in self.helpers], 300)
             assert done.exists(), (self.folder / "output").read_text()
             item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
             for data in json.loads(done.read_text()):
@@ -1221,11 +1221,11 @@ class Sharing:
             del self.lent[0]
 
     def pytest_runtest_logreport(self, report):
-        if not self.helper and report.nodeid in self.claimed:
+        if not self.helpers and report.nodeid in self.claimed:
             self.claimed[report.nodeid].append(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
 
     def pytest_runtest_logfinish(self, nodeid):
-        if not self.helper and nodeid in self.claimed:
+        if not self.helpers and nodeid in self.claimed:
             scratch = self.path(nodeid) / "reports.new"
             scratch.write_text(json.dumps(self.claimed[nodeid]))
             scratch.rename(scratch.with_suffix(".json"))
@@ -1233,27 +1233,30 @@ class Sharing:
 
 @pytest.fixture(scope="module", autouse=True)
 def sharing(request, tmp_path_factory):
-    """Let a helper begin with the tests on a cluster, before which about half of the time goes by."""
+    """Let helpers begin with the tests that use these fixtures, before each of which much of the time goes by."""
     config, items, folder = request.config, request.session.items, os.environ.get("SHARED_TESTS")
+    begins, asked = ("lab", "stage_here", "stage_there"), config.invocation_params
     if folder:
-        begin = next((number for number, item in enumerate(items) if "lab" in item.fixturenames), len(items) // 2) or 1
+        fixture = os.environ["SHARED_TESTS_FROM"]
+        begin = next((number for number, item in enumerate(items) if fixture in item.fixturenames), len(items) // 2) or 1
         items[1:] = items[begin:] + items[1:begin]              # the first is under way, and not the helper's
         config.pluginmanager.register(Sharing(config, Path(folder)))
     if folder or len(items) < 200 or config.getoption("usepdb"):
         yield
         return
-    folder, asked = tmp_path_factory.mktemp("sharing"), config.invocation_params
-    with open(folder / "output", "w") as output:
-        helper = subprocess.Popen([sys.executable, "-m", "pytest", *asked.args, "-p", "no:cacheprovider"], cwd=asked.dir,
-                                  env={**os.environ, "SHARED_TESTS": str(folder)}, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-    mine = Sharing(config, folder, helper)
+    folder = tmp_path_factory.mktemp("sharing")
+    with open(folder / "output", "a") as output:
+        helpers = [subprocess.Popen([sys.executable, "-m", "pytest", *asked.args, "-p", "no:cacheprovider"], cwd=asked.dir,
+                                    env={**os.environ, "SHARED_TESTS": str(folder), "SHARED_TESTS_FROM": fixture},
+                                    stdin=subprocess.DEVNULL, stdout=output, stderr=output) for fixture in begins]
+    mine = Sharing(config, folder, helpers)
     for item in (items[0], items[-1]):              # after the last one, what all have used is put away
         mine.claim(item)
     config.pluginmanager.register(mine)
     yield
     for item in items:                              # nothing is left to run after an early end
         mine.claim(item)
-    code = helper.wait(120)
+    code = max(each.wait(120) for each in helpers)
     assert mine.lent or code == int(mine.failed), (folder / "output").read_text()
 
 
