@@ -1187,7 +1187,7 @@ class Sharing:
 
     def __init__(self, config, folder, helpers=()):
         self.config, self.folder, self.helpers = config, folder, helpers
-        self.claimed, self.lent, self.failed = {}, [], False
+        self.claimed, self.lent, self.failed, self.codes = {}, [], False, {}
 
     def path(self, nodeid):
         return self.folder / hashlib.sha256(nodeid.encode()).hexdigest()
@@ -1206,11 +1206,19 @@ class Sharing:
             self.hand_on(wait=nextitem is None)
         return None if item.nodeid in self.claimed else True
 
+    def ended(self):
+        """-> whether all helpers have ended."""
+        for helper in set(self.helpers) - set(self.codes):
+            pid, status = os.waitpid(helper, os.WNOHANG)
+            if pid:
+                self.codes[pid] = os.waitstatus_to_exitcode(status)
+        return len(self.codes) == len(self.helpers)
+
     def hand_on(self, wait):
         """Report the helpers' tests that have ended, or wait for all of them."""
         while self.lent and (wait or (self.path(self.lent[0].nodeid) / "reports.json").exists()):
             item, done = self.lent[0], self.path(self.lent[0].nodeid) / "reports.json"
-            wait_until(lambda: done.exists() or None not in [each.poll() for each in self.helpers], 300)
+            wait_until(lambda: done.exists() or self.ended(), 300)
             assert done.exists(), (self.folder / "output").read_text()
             item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
             for data in json.loads(done.read_text()):
@@ -1231,24 +1239,35 @@ class Sharing:
             scratch.rename(scratch.with_suffix(".json"))
 
 
+def become_helper(config, items, folder, fixture):
+    """Go on, as a process just forked, with the tests from the first one on that uses a fixture."""
+    begin = next((number for number, item in enumerate(items) if fixture in item.fixturenames), len(items) // 2) or 1
+    items[1:] = items[begin:] + items[1:begin]                  # the first is under way, and not the helper's
+    capture = config.pluginmanager.getplugin("capturemanager")
+    capture.stop_global_capturing()
+    sys.stdout.flush()
+    with open(folder / "output", "a") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    capture.start_global_capturing()
+    config.pluginmanager.register(Sharing(config, folder))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def sharing(request, tmp_path_factory):
-    """Let helpers begin with the tests that use these fixtures, before each of which much of the time goes by."""
-    config, items, folder = request.config, request.session.items, os.environ.get("SHARED_TESTS")
-    begins, asked = ("lab", "stage_here", "stage_there"), config.invocation_params
-    if folder:
-        fixture = os.environ["SHARED_TESTS_FROM"]
-        begin = next((number for number, item in enumerate(items) if fixture in item.fixturenames), len(items) // 2) or 1
-        items[1:] = items[begin:] + items[1:begin]              # the first is under way, and not the helper's
-        config.pluginmanager.register(Sharing(config, Path(folder)))
-    if folder or len(items) < 200 or config.getoption("usepdb"):
+    """Fork helpers, which begin with the tests that use these fixtures: before each of them much of the time goes by."""
+    config, items, helpers = request.config, request.session.items, []
+    if len(items) < 200 or config.getoption("usepdb"):
         yield
         return
     folder = tmp_path_factory.mktemp("sharing")
-    with open(folder / "output", "a") as output:
-        helpers = [subprocess.Popen([sys.executable, "-m", "pytest", *asked.args, "-p", "no:cacheprovider"], cwd=asked.dir,
-                                    env={**os.environ, "SHARED_TESTS": str(folder), "SHARED_TESTS_FROM": fixture},
-                                    stdin=subprocess.DEVNULL, stdout=output, stderr=output) for fixture in begins]
+    sys.stdout.flush()
+    for fixture in ("lab", "stage_here", "stage_there"):
+        helpers.append(os.fork())
+        if not helpers[-1]:
+            become_helper(config, items, folder, fixture)
+            yield
+            return
     mine = Sharing(config, folder, helpers)
     for item in (items[0], items[-1]):              # after the last one, what all have used is put away
         mine.claim(item)
@@ -1256,8 +1275,8 @@ def sharing(request, tmp_path_factory):
     yield
     for item in items:                              # nothing is left to run after an early end
         mine.claim(item)
-    code = max(each.wait(120) for each in helpers)
-    assert mine.lent or code == int(mine.failed), (folder / "output").read_text()
+    wait_until(mine.ended, 120)
+    assert mine.lent or max(mine.codes.values()) == int(mine.failed), (folder / "output").read_text()
 
 
 @pytest.fixture
