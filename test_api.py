@@ -4034,16 +4034,16 @@ def test_a_connection_ends_as_tls_wants_it_so_that_nobody_takes_it_for_cut_off(s
 
 
 def test_a_handshake_is_part_of_the_first_request_s_time(launch):
-    api = launch(tls=True, constants={"REQUEST_SECONDS": 1})
+    api = launch(tls=True, constants={"REQUEST_SECONDS": 2})
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     tls = api.tls.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
     with api.connect_plainly(5) as sock:
         started = time.monotonic()
         with pytest.raises(ssl.SSLWantReadError):
             tls.do_handshake()
-        for byte in outgoing.read():                # half a second long
+        for byte in outgoing.read():                # for a second
             sock.sendall(bytes([byte]))
-            time.sleep(0.001)
+            time.sleep(0.002 if time.monotonic() - started < 1 else 0)
         while True:
             with contextlib.suppress(ssl.SSLWantReadError):
                 tls.do_handshake()
@@ -4056,16 +4056,16 @@ def test_a_handshake_is_part_of_the_first_request_s_time(launch):
                 answer = tls.read(65536)
                 break
             incoming.write(sock.recv(65536))
-        assert statuses(answer) == ([408], error("The request did not arrive within 1 s"))
-        assert 0.8 < time.monotonic() - started < 1.4
+        assert statuses(answer) == ([408], error("The request did not arrive within 2 s"))
+        assert 1.8 < time.monotonic() - started < 2.8
     with api.connect_plainly(0.02) as sock:         # bytes of a handshake without end
         started, received = time.monotonic(), None
-        while received is None and time.monotonic() - started < 3:
+        while received is None and time.monotonic() - started < 5:
             with contextlib.suppress(ConnectionError):
                 sock.sendall(b"\x16\x03\x01\x40\x00" if time.monotonic() - started < 0.02 else b"\x00")
             with contextlib.suppress(socket.timeout, ConnectionError):
                 received = sock.recv(1000)
-        assert not received and 0.8 < time.monotonic() - started < 1.4
+        assert not received and 1.8 < time.monotonic() - started < 2.8
 
 
 def test_what_the_network_takes_in_pieces_arrives_whole(tmp_path):
@@ -6654,7 +6654,14 @@ def test_an_error_or_a_refusal_does_not_feed_the_watchdog(launch, manager, tls):
 def test_the_watchdog_is_fed_while_all_places_are_taken(launch, host, manager, tls):
     host.faults(list={"pause": True})
     api = launch(tls=tls, env={"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "300000"}, server={"max_connections": 2})
-    held = [api.connect(source=f"127.0.0.{number}") for number in (2, 3)]
+
+    def place(source):
+        """A connection that has a place, or None while those that have been closed still take it."""
+        with contextlib.suppress(OSError):
+            sock = api.connect(source=source)
+            sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
+            return sock if read_answer(sock).status == 200 else sock.close()
+    held = [wait_until(lambda: place(source)) for source in ("127.0.0.2", "127.0.0.3")]
     for sock in held:
         sock.sendall(HEALTH)
     with contextlib.suppress(ConnectionError, ssl.SSLError):       # with TLS it is closed without a word
