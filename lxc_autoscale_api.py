@@ -858,6 +858,7 @@ class Conf(namedtuple("Conf", "values current snapshots")):
     """
 
 
+CONF_NAME = re.compile(r"[1-9][0-9]{2,8}\.conf")
 CONF_KEY = re.compile(r"[a-z][a-z_]*\d*")
 
 
@@ -2065,21 +2066,20 @@ def read_text(path):
 
     Far cheaper than open() where a thousand are read.
     """
-    fd = None
     try:
         fd = os.open(path, OPEN_TO_READ)
-        data = chunk = os.read(fd, 65536)
-        while len(chunk) > 2000:            # the kernel's own files come a page at a time
-            chunk = os.read(fd, 65536)
-            data += chunk
+        try:
+            data = chunk = os.read(fd, 65536)
+            while len(chunk) > 2000:        # the kernel's own files come a page at a time
+                chunk = os.read(fd, 65536)
+                data += chunk
+        finally:
+            os.close(fd)
     except OSError as error:
         if error.errno in NOT_THERE:
             return None
         error.filename = path               # os.read does not say which
         raise
-    finally:
-        if fd is not None:
-            os.close(fd)
     return data.decode("utf-8", "replace")
 
 
@@ -2339,9 +2339,9 @@ class Proxmox:
 
     def documents(self, node=None):
         """(id, text of its configuration) of the same, by id."""
-        names = names_in(self.conf_folder(node))
-        ids = sorted(int(name[:-5]) for name in names if re.fullmatch(r"[1-9][0-9]{2,8}\.conf", name))
-        documents = ((vm_id, read_text(self.conf_path(vm_id, node))) for vm_id in ids)
+        folder = self.conf_folder(node)
+        ids = sorted(int(name[:-5]) for name in names_in(folder) if CONF_NAME.fullmatch(name))
+        documents = ((vm_id, read_text(f"{folder}/{vm_id}.conf")) for vm_id in ids)
         return ((vm_id, document) for vm_id, document in documents if document is not None)     # one may vanish
 
     def read_texts(self, vm_ids, node):
