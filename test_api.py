@@ -676,6 +676,11 @@ PROC_FILES = {
 }
 
 
+class Code(str):
+    """What stands in a patch as it is, and not as a string."""
+    __repr__ = str.__str__
+
+
 class Host:
     """A folder that a simulated Proxmox host lives in; hosts of one cluster have `shared` in common."""
 
@@ -959,11 +964,6 @@ BFG5tF39kk4dNF22ZyU9RYnFsQTXSNCRLgIrBNuP+111xOq2uAa63nRFMlQo+lI=
 -----END ENCRYPTED PRIVATE KEY-----
 """
 Reply = namedtuple("Reply", "status body headers")
-
-
-class Code(str):
-    """What stands in a patch as it is, and not as a string."""
-    __repr__ = str.__str__
 
 
 # Run by a process that has imported the module, and that forks a daemon or looks whether one has ended whenever it is
