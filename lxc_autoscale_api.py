@@ -2723,6 +2723,12 @@ AT_ONCE = re.compile(
     rf"|(?:{'|'.join(POWER)}): VM \d+ is (?:not|already) running")
 
 
+# What a resize says after the volume has grown already, of the file in which the size is to be
+# noted (PVE::API2::LXC, resize_vm: volume_resize, then write_config): so the file does not tell
+# that nothing was done.
+CONFIG_UNWRITTEN = re.compile(r"'/etc/pve/[^']*\.conf\.tmp\b")
+
+
 class Change:
     """What somebody asked to be changed: by whom, where, how far it came, and what it leaves.
 
@@ -2780,7 +2786,10 @@ class Change:
         problem = failed(argv, result)
         at_once = problem.status in (400, 404) or AT_ONCE.match(f"{argv[1]}: {problem.error}")
         passing = problem.status == 503 or (problem.status != 500 and argv[1] not in POWER)
-        if at_once or (passing and len(self.steps) == 1 and self.is_as_before()):
+        if argv[1] == "resize" and CONFIG_UNWRITTEN.search(result.stderr):
+            self.leave(f"The volume of VM {self.vm_id} may have grown, though its configuration does not have the new size; "
+                       f"to enter what it has{self.there()}: pct rescan --vmid {self.vm_id}")
+        elif at_once or (passing and len(self.steps) == 1 and self.is_as_before()):
             self.steps.pop()
         return problem
 
@@ -2903,7 +2912,10 @@ class Change:
                 notes.append(f"VM {self.vm_id} ran before")
         else:
             outcome, status = INCOMPLETE, 409 if problem.status == 409 else 500
-            self.left += self.remains()
+            try:
+                self.left += self.remains()
+            except Exception:               # nobody must wait for ever for want of this
+                log.exception("internal error in %s", self.title)
         error = problem.error.partition("; try again")[0]       # that would be done twice
         concluded = Problem(status, error, outcome=outcome, **problem.fields)
         concluded.add_details(*notes, *self.left)
@@ -2956,15 +2968,16 @@ class Change:
 
     def row(self):
         """What /operations tells of it."""
-        moments = [when and utc(int(when)) for when in (self.requested, self.began, self.ended)]
-        problem = self.problem
-        state = ("failed" if problem else "done") if self.ended else "running" if self.began else "waiting"
+        began, ended = self.began, self.ended               # once, for its thread sets them meanwhile
+        problem = self.problem if ended else None           # set before `ended`, and so read after it
+        moments = [when and utc(int(when)) for when in (self.requested, began, ended)]
+        state = ("failed" if problem else "done") if ended else "running" if began else "waiting"
         outcome = problem.fields["outcome"] if problem else RUNNING if state == "running" else None
         return {"id": self.id, "endpoint": self.route.path,
                 "parameters": {name: value for name, value in self.values.items() if value is not None},
                 "client": self.client, "state": state, "outcome": outcome,
                 "requested": moments[0], "began": moments[1], "ended": moments[2],
-                "status": None if not self.ended else problem.status if problem else 200,
+                "status": None if not ended else problem.status if problem else 200,
                 "error": problem and problem.error, "warnings": list(dict.fromkeys(self.warnings + self.left))}
 
 
@@ -3025,14 +3038,15 @@ class Changes:
             log.exception("internal error in %s", change.title)
             change.lost = change.steps[:]
             change.problem = change.conclude(internal_error(error))
-        self.asked.discard(change)
         if change.future.cancelled():       # and ended by cancel()
+            self.asked.discard(change)
             return
         if change.future.running() or change.future.set_running_or_notify_cancel():
-            self.end(change)
+            self.end(change)                # before a daemon that stops may take it for ended
             change.future.set_exception(change.problem) if change.problem else change.future.set_result(answer)
             if not change.started.done():
                 change.started.set_result(None)
+        self.asked.discard(change)
 
     def run(self, change):
         """Run a change in its containers' turn -> its Answer, or None if it was cancelled before it began."""
@@ -3060,8 +3074,10 @@ class Changes:
             return change.run()
 
     def cancel(self, change, problem):
-        """Let a change never begin, unless it has."""
-        if change.future.cancel():
+        """Let a change never begin, unless it has; its client may leave while the daemon stops, and one of them is first."""
+        with self.lock:
+            first = not change.future.cancelled() and change.future.cancel()
+        if first:
             change.problem = change.conclude(problem)
             self.end(change)
             change.started.set_result(None)
@@ -3491,7 +3507,10 @@ def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full
     options = ["--hostname", new_vm_name.replace("_", "-")]
     options += ["--storage", storage] if storage else []
     options += ["--full", int(full)] if full is not None else []
-    if change.runs():                       # pct clones a running container from a snapshot only
+    if change.runs() and full is False:     # on RBD it needs that snapshot for good (PVE::Storage::RBDPlugin, clone_image)
+        raise Problem(409, f"VM {vm_id} runs, and a linked clone would need its temporary snapshot for good; "
+                           "stop it first, or leave out full")
+    if change.ran:                          # pct clones a running container from a snapshot only
         with change.temporary_snapshot() as name:
             change.pct("clone", new_vm_id, *options, "--snapname", name)
             made(change, new_vm_id)
@@ -4553,7 +4572,7 @@ class Server(ThreadingHTTPServer):
         """Give back the places of those who have left while their request waits."""
         late = time.monotonic() - LOOK_SECONDS
         waiting = {client.sock.fileno(): client for client in list(self.clients.values())
-                   if client.asking and client.asking < late}
+                   if (client.asking or math.inf) < late}       # read once: its own thread sets it to None
         poll = select.poll()
         for number in waiting:
             if number >= 0:                 # else it has just been closed

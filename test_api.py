@@ -5930,6 +5930,55 @@ def test_what_the_caller_hears_if_a_step_fails_on_another_node(stage_there, name
     check_row(stage_there, name, step, fault, " on node 'pve2'")
 
 
+@pytest.mark.parametrize("says", [
+    "unable to open file '/etc/pve/nodes/proxmox/lxc/104.conf.tmp.99' - Permission denied",
+    "unable to write '/etc/pve/nodes/proxmox/lxc/104.conf.tmp.99' - Transport endpoint is not connected"])
+def test_a_resize_whose_size_could_not_be_noted_may_have_grown_the_volume(api, host, says):
+    """PVE::API2::LXC, resize_vm, grows the volume first and writes its size then; pct ends with 0 even so."""
+    host.faults(resize={"exit": 0, "stderr": says + "\n"})
+    reply = api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 5})
+    assert (reply.status, reply.headers.get("Retry-After"), reply.body["outcome"]) == (500, None, "incomplete")
+    assert reply.body["details"] == says + (
+        "\nThe volume of VM 104 may have grown, though its configuration does not have the new size; "
+        "to enter what it has: pct rescan --vmid 104")
+
+
+def test_a_linked_clone_of_a_running_container_is_refused_before_a_snapshot_is_taken(api, host):
+    reply = api.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x", "full": False})
+    assert (reply.status, reply.body) == (409, refused(
+        "VM 104 runs, and a linked clone would need its temporary snapshot for good; stop it first, or leave out full"))
+    assert host.calls() == ["pct status 104"] and host.snapshots(104) == []
+
+
+def test_a_stop_bears_a_waiting_change_whose_client_has_left(launch, host):
+    host.faults(clone={"delay": True})
+    api = launch(constants={"LOOK_SECONDS": 0.05})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        clone = pool.submit(api.post, "/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
+        wait_until(lambda: any(" clone " in call for call in host.calls()))
+        body = '{"vm_id": 104, "cores": 4}'
+        with api.connect() as sock:
+            sock.sendall(framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, f"Content-Length: {len(body)}", body=body))
+            wait_until(lambda: len(api.get("/operations").body["data"]) == 2)
+        wait_until(lambda: "change POST /scale/cores" in api.log())
+        api.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not answers(api.port))
+        host.go()
+        assert clone.result().status == 200
+    assert api.process.wait(5) == 0 and host.snapshots(104) == []
+    ended = [line.partition(": ")[2] for line in api.log().splitlines() if "change POST /scale/cores" in line]
+    assert len(ended) == 1 and ended[0].startswith("499 The client left before this began (nothing_done), after ")
+    assert api.log().endswith("INFO stopped\n") and "Traceback" not in api.said()
+
+
+def test_a_change_is_not_called_done_before_its_end_is_known():
+    change = change_of("/scale/cores", vm_id=104, cores=4)
+    change.began = time.time()
+    change.problem = change.conclude(module.Problem(409, "locked"))        # its thread has come so far
+    row = change.row()
+    assert (row["state"], row["outcome"], row["ended"], row["status"], row["error"]) == ("running", "running", None, None, None)
+
+
 def test_a_template_whose_snapshot_is_not_deleted_is_left_locked_and_that_is_told(api, host):
     """PVE::AbstractConfig, snapshot_delete, sets its lock before it looks whether this is a template."""
     host.add(107, template=1)
