@@ -5461,7 +5461,8 @@ class Stage:
         befalls = BEFALLS[fault](step)
         if "hides" in befalls:
             befalls["hides"] = str(befallen + self.first)
-        soon = "answers" if (fault, step) in (("unread", "status"), ("unread", "snapshot")) else {
+        goes_on = fault == "unread" and step in ("status", "snapshot") and not story.steps.endswith(step)
+        soon = "answers" if goes_on else {
             "unread": f"{befallen + self.first}.conf", "hangs": "status" if step == "status" else "answers"}.get(fault, "nothing")
         self.set()
         before = self.scaled()
