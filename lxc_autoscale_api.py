@@ -2740,20 +2740,26 @@ class Change:
     """
 
     def __init__(self, route, values, client, host):
-        self.id, self.route, self.values, self.client, self.host = os.urandom(8).hex(), route, values, client, host
+        self.id, self.route, self.values, self.client, self.host = (
+            os.urandom(8).hex(), route, values, client, host)
         self.vm_id, self.containers = values["vm_id"], tuple(values[name] for name in route.changes)
-        shown = "".join(f" {name}={value!r}" if isinstance(value, str) and not value.isprintable() else f" {name}={value}"
-                        for name, value in values.items() if value is not None)
+        shown = "".join(
+            f" {name}={value!r}" if isinstance(value, str) and not value.isprintable()
+            else f" {name}={value}"
+            for name, value in values.items() if value is not None)
         self.title = f"{route.method} {route.path}{shown}"
         self.long = route.limit == LONG_LIMIT
         self.requested, self.began, self.ended = time.time(), None, None
         self.started, self.future = Future(), Future()
         self.node = self.places = self.before = self.ran = self.problem = None
-        self.steps, self.lost, self.killed = [], [], False      # one that was killed may leave its task at work
+        # One that was killed may leave its task at work.
+        self.steps, self.lost, self.killed = [], [], False
         self.warnings, self.data = [], {}   # of the answer, if all goes well
-        self.notes, self.left = [], []      # what was done, for who hears of a failure, and what stays behind
+        # What was done, for who hears of a failure, and what stays behind.
+        self.notes, self.left = [], []
         self.addressed = False              # whether the clone has the address that it was to get
-        self.made, self.told = None, set()  # the clone's id, once it is whole, and containers whose lock is told in `left`
+        # The clone's id, once it is whole, and containers whose lock is told in `left`.
+        self.made, self.told = None, set()
 
     # For the handlers
 
@@ -2771,7 +2777,8 @@ class Change:
                 problem.error = f"{' '.join(argv[:3])} was not begun: {problem.error}"
             raise
         self.lost.pop()
-        self.killed |= result.exit < 0 or (self.node is not None and result.exit == 128 + signal.SIGKILL)
+        self.killed |= result.exit < 0 or (
+            self.node is not None and result.exit == 128 + signal.SIGKILL)
         if result.exit:
             raise self.failed(argv, result)
         self.warnings += result.warnings
@@ -2787,8 +2794,10 @@ class Change:
         at_once = problem.status in (400, 404) or AT_ONCE.match(f"{argv[1]}: {problem.error}")
         passing = problem.status == 503 or (problem.status != 500 and argv[1] not in POWER)
         if argv[1] == "resize" and CONFIG_UNWRITTEN.search(result.stderr):
-            self.leave(f"The volume of VM {self.vm_id} may have grown, though its configuration does not have the new size; "
-                       f"to enter what it has{self.there()}: pct rescan --vmid {self.vm_id}")
+            self.leave(
+                f"The volume of VM {self.vm_id} may have grown, though its configuration does not "
+                f"have the new size; to enter what it has{self.there()}: "
+                f"pct rescan --vmid {self.vm_id}")
         elif at_once or (passing and len(self.steps) == 1 and self.is_as_before()):
             self.steps.pop()
         return problem
@@ -2799,16 +2808,23 @@ class Change:
             return read()
         except Problem as problem:
             self.lost.append(self.steps[-1])
-            problem.error = f"{' '.join(self.steps[-1][:3])} has ended, but what it did cannot be read: {problem.error}"
+            problem.error = (f"{' '.join(self.steps[-1][:3])} has ended, "
+                             f"but what it did cannot be read: {problem.error}")
             raise
 
     def runs(self):
-        """Ask whether the container runs; if it does not any more at the end of a failure, that is told."""
+        """Ask whether the container runs.
+
+        If it does not any more at the end of a failure, that is told.
+        """
         self.ran = self.state() == "running"
         return self.ran
 
     def conf(self, vm_id=None):
-        """The container's Conf as its node has it: what was changed there is seen here some milliseconds later."""
+        """The container's Conf as its node has it.
+
+        What was changed there is seen here some milliseconds later.
+        """
         vm_id = vm_id or self.vm_id
         text = self.texts(vm_id)[vm_id]
         return parse_config(text if text is not None else self.ask("pct", "config", vm_id))
@@ -2825,10 +2841,12 @@ class Change:
                 self.remove_temporary(name)
 
     def remove_temporary(self, name):
-        what, how = f"The temporary snapshot '{name}' of VM {self.vm_id}", f"remove it{self.there()} with: "
+        what, how = (f"The temporary snapshot '{name}' of VM {self.vm_id}",
+                     f"remove it{self.there()} with: ")
         command, why, locked = f"pct delsnapshot {self.vm_id} {name}", "", None
         if self.lost:
-            return self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, {how}{command}")
+            return self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, "
+                              f"{how}{command}")
         try:
             if name not in self.conf().snapshots:
                 return
@@ -2839,11 +2857,13 @@ class Change:
                 return
         except Problem as problem:
             if self.lost:
-                return self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, {how}{command}")
+                return self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, "
+                                  f"{how}{command}")
             why, locked = f" ({problem.error})", self.own_lock()
         if locked:
             self.told.add(self.vm_id)
-            how, command = f"if no task of VM {self.vm_id} runs, {how}", f"pct unlock {self.vm_id} && {command}"
+            how, command = (f"if no task of VM {self.vm_id} runs, {how}",
+                            f"pct unlock {self.vm_id} && {command}")
         self.leave(f"{what} could not be removed{why}; {how}{command}")
 
     def leave(self, text):
@@ -2860,12 +2880,18 @@ class Change:
         return parse_status(self.ask("pct", "status", vm_id or self.vm_id)).get("status")
 
     def texts(self, *vm_ids):
-        """{id: text of its configuration on the node, or None} of some or all of the containers that are changed."""
+        """The containers' configurations, as the node has them -> {id: text, or None}.
+
+        They are those of some or all of the containers that are changed.
+        """
         paths = {vm_id: self.host.conf_path(vm_id) for vm_id in vm_ids or self.containers}
         if not self.node:
-            return self.host.files.read(lambda: {vm_id: read_text(path) for vm_id, path in paths.items()})
-        results = {vm_id: self.host.commands.look(self.node, ["cat", path], self.places) for vm_id, path in paths.items()}
-        return {vm_id: result.stdout if result.exit == 0 else None for vm_id, result in results.items()}
+            return self.host.files.read(
+                lambda: {vm_id: read_text(path) for vm_id, path in paths.items()})
+        results = {vm_id: self.host.commands.look(self.node, ["cat", path], self.places)
+                   for vm_id, path in paths.items()}
+        return {vm_id: result.stdout if result.exit == 0 else None
+                for vm_id, result in results.items()}
 
     def own_lock(self):
         """The container's lock, if it is one that a step has set and left."""
@@ -2877,9 +2903,13 @@ class Change:
         return lock if lock in own else None
 
     def is_as_before(self):
-        """Whether the containers are as they were before the first step, as far as their files and state tell."""
+        """Whether the containers are as they were before the first step.
+
+        This is known as far as their files and state tell.
+        """
         try:
-            return self.texts() == self.before and (self.ran is None or (self.state() == "running") == self.ran)
+            return self.texts() == self.before and (
+                self.ran is None or (self.state() == "running") == self.ran)
         except Problem:
             return False
 
@@ -2889,7 +2919,10 @@ class Change:
     # Its life
 
     def begin(self, node, places):
-        """Look at the containers on the node where the steps will run; Problem 404 if there is none."""
+        """Look at the containers on the node where the steps will run.
+
+        If there is none, this is Problem 404.
+        """
         self.node, self.places, self.steps, self.lost = node, places, [], []
         self.before = self.host.files.read(self.host.read_texts, self.containers, node)
 
@@ -2908,7 +2941,8 @@ class Change:
         notes = [f"VM {self.made} was cloned"] * bool(self.made) + self.notes
         if self.lost:
             outcome, status = UNKNOWN, 504 if isinstance(problem, Lost) else 500
-            if self.ran and self.lost[-1][1] in ("rollback", "destroy", "reboot"):      # which stop it first
+            # These three stop it first.
+            if self.ran and self.lost[-1][1] in ("rollback", "destroy", "reboot"):
                 notes.append(f"VM {self.vm_id} ran before")
         else:
             outcome, status = INCOMPLETE, 409 if problem.status == 409 else 500
@@ -2922,9 +2956,13 @@ class Change:
         return concluded
 
     def remains(self):
-        """What the steps have left behind, as texts: locks, a half-made container, who runs and who does not."""
+        """What the steps have left behind, as texts.
+
+        That is locks, a half-made container, who runs and who does not.
+        """
         last = self.steps[-1][1]
-        asked = [self.vm_id] * bool(self.ran or last in POWER and not self.made) + [self.made] * bool(self.made)
+        asked = ([self.vm_id] * bool(self.ran or last in POWER and not self.made)
+                 + [self.made] * bool(self.made))
         try:
             texts = self.texts()
             states = {vm_id: self.state(vm_id) for vm_id in asked if texts[vm_id] is not None}
@@ -2934,11 +2972,14 @@ class Change:
         start = "if no task of it runs, start it" if self.killed else "start it"
         for vm_id, state in states.items():
             how = f"{start}{self.there()} with: pct start {vm_id}"
-            if vm_id == self.made and state != "running" and self.values["ip"] and not self.addressed:
-                start = start.replace("start", "remove")        # it may have an address that is another's
-                found.append(f"VM {vm_id} is {state}, without its address; {start}{self.there()} with: pct destroy {vm_id}")
+            if (vm_id == self.made and state != "running"
+                    and self.values["ip"] and not self.addressed):
+                start = start.replace("start", "remove")        # it may have another's address
+                found.append(f"VM {vm_id} is {state}, without its address; "
+                             f"{start}{self.there()} with: pct destroy {vm_id}")
             elif vm_id == self.made and state != "running":
-                found.append(f"VM {vm_id} is {state}; {how}, or remove it with: pct destroy {vm_id}")
+                found.append(f"VM {vm_id} is {state}; {how}, "
+                             f"or remove it with: pct destroy {vm_id}")
             elif self.ran and state != "running" and last not in ("stop", "shutdown"):
                 found.append(f"VM {vm_id} ran before and is {state} now; {how}")
             elif vm_id == self.made or (last in POWER and not self.made):
@@ -2949,11 +2990,13 @@ class Change:
 
     def lock_left(self, vm_id, text):
         """What to say of a lock that a container has now and had not before."""
-        lock, had = (parse_config(each or "").current.get("lock") for each in (text, self.before[vm_id]))
+        lock, had = (parse_config(each or "").current.get("lock")
+                     for each in (text, self.before[vm_id]))
         if not lock or lock == had or vm_id in self.told:
             return []
         if vm_id != self.vm_id and lock == "create" and self.ran_any("clone"):
-            return [f"VM {vm_id} is left half-made; if no task of it runs, remove it{self.there()} with: "
+            return [f"VM {vm_id} is left half-made; if no task of it runs, "
+                    f"remove it{self.there()} with: "
                     f"pct unlock {vm_id} && pct destroy {vm_id}"]
         for step in self.steps:
             own, mend = OWN_LOCKS.get(step[1], (None, ""))
@@ -2968,17 +3011,19 @@ class Change:
 
     def row(self):
         """What /operations tells of it."""
-        began, ended = self.began, self.ended               # once, for its thread sets them meanwhile
-        problem = self.problem if ended else None           # set before `ended`, and so read after it
+        began, ended = self.began, self.ended       # once, for its thread sets them meanwhile
+        problem = self.problem if ended else None   # set before `ended`, and so read after it
         moments = [when and utc(int(when)) for when in (self.requested, began, ended)]
         state = ("failed" if problem else "done") if ended else "running" if began else "waiting"
         outcome = problem.fields["outcome"] if problem else RUNNING if state == "running" else None
         return {"id": self.id, "endpoint": self.route.path,
-                "parameters": {name: value for name, value in self.values.items() if value is not None},
+                "parameters": {name: value for name, value in self.values.items()
+                               if value is not None},
                 "client": self.client, "state": state, "outcome": outcome,
                 "requested": moments[0], "began": moments[1], "ended": moments[2],
                 "status": None if not ended else problem.status if problem else 200,
-                "error": problem and problem.error, "warnings": list(dict.fromkeys(self.warnings + self.left))}
+                "error": problem and problem.error,
+                "warnings": list(dict.fromkeys(self.warnings + self.left))}
 
 
 class Changes:
@@ -2994,7 +3039,10 @@ class Changes:
         self.asked, self.recent = set(), deque(maxlen=MAX_OPERATIONS)
 
     def take(self, change):
-        """Let a change begin as soon as its containers are free; self.count(change) is called at its end."""
+        """Let a change begin as soon as its containers are free.
+
+        At its end, self.count(change) is called.
+        """
         with self.lock:                     # either refuse_waiting sees it, or it has been called
             if self.stopping:
                 raise stopping()
@@ -3009,13 +3057,15 @@ class Changes:
         self.recent.appendleft(change)
 
     def answer(self, change, client, seconds):
-        """Wait for a change -> its Answer; Problem 504 if it takes longer than so many seconds once it has begun.
+        """Wait for a change -> its Answer.
 
-        If the client leaves before it has begun, it will not begin.
+        If it takes longer than so many seconds once it has begun, this is Problem 504. If the
+        client leaves before it has begun, it will not begin.
         """
         try:
             client.wait(change.started)
-            client.changing = True          # whoever half-closes the connection now still hears its end
+            # Whoever half-closes the connection now still hears its end.
+            client.changing = True
             client.wait(change.future, self.ending, seconds=seconds)
         except Gone:
             self.cancel(change, Problem(CLIENT_LEFT, "The client left before this began"))
@@ -3024,9 +3074,12 @@ class Changes:
             raise stopping()
         if change.future.done():
             return change.future.result()
-        why = "has not finished, and the daemon stops" if self.ending.done() else f"did not finish in {seconds} s"
-        raise Problem(504, f"{change.title} {why}; it is still running in Proxmox, and its container stays reserved until "
-                           "it ends. Ask for the container's state before trying again", outcome=RUNNING, operation=change.id)
+        why = ("has not finished, and the daemon stops" if self.ending.done()
+               else f"did not finish in {seconds} s")
+        raise Problem(504, f"{change.title} {why}; it is still running in Proxmox, "
+                           "and its container stays reserved until it ends. "
+                           "Ask for the container's state before trying again",
+                      outcome=RUNNING, operation=change.id)
 
     def work(self, change):
         answer = None
@@ -3043,18 +3096,25 @@ class Changes:
             return
         if change.future.running() or change.future.set_running_or_notify_cancel():
             self.end(change)                # before a daemon that stops may take it for ended
-            change.future.set_exception(change.problem) if change.problem else change.future.set_result(answer)
+            (change.future.set_exception(change.problem) if change.problem
+             else change.future.set_result(answer))
             if not change.started.done():
                 change.started.set_result(None)
         self.asked.discard(change)
 
     def run(self, change):
-        """Run a change in its containers' turn -> its Answer, or None if it was cancelled before it began."""
+        """Run a change in its containers' turn -> its Answer.
+
+        If it was cancelled before it began, there is None.
+        """
         asked, who = time.monotonic(), f"{change.title}, since {utc(int(time.time()))}"
-        self.host.ready(change.vm_id, asked)            # or it would wait behind one that waits for a dead node
+        # Without this it would wait behind one that waits for a dead node.
+        self.host.ready(change.vm_id, asked)
         with ExitStack() as held:
-            for vm_id in sorted({*change.containers}):  # in one order, so that no two wait for each other
-                held.enter_context(self.turns.turn(vm_id, asked + TURN_SECONDS - time.monotonic(), who))
+            # All go in one order, so that no two wait for each other.
+            for vm_id in sorted({*change.containers}):
+                held.enter_context(self.turns.turn(
+                    vm_id, asked + TURN_SECONDS - time.monotonic(), who))
             node = self.host.ready(change.vm_id, asked)
             slot = held.enter_context(ExitStack())
             places = slot.enter_context(self.host.commands.place(node, asked, change.long))
@@ -3066,15 +3126,20 @@ class Changes:
                 change.begin(node, places)
                 return change.run()
             except Problem as problem:
-                moved = self.host.locate(change.vm_id) if problem.status == 404 and not change.steps else node
+                moved = (self.host.locate(change.vm_id)
+                         if problem.status == 404 and not change.steps else node)
                 if moved == node:
                     raise
             slot.close()                    # it has moved meanwhile, and is asked for once more
-            change.begin(moved, slot.enter_context(self.host.commands.place(moved, asked, change.long)))
+            change.begin(moved, slot.enter_context(
+                self.host.commands.place(moved, asked, change.long)))
             return change.run()
 
     def cancel(self, change, problem):
-        """Let a change never begin, unless it has; its client may leave while the daemon stops, and one of them is first."""
+        """Let a change never begin, unless it has.
+
+        Its client may leave while the daemon stops, and one of them is first.
+        """
         with self.lock:
             first = not change.future.cancelled() and change.future.cancel()
         if first:
@@ -3085,11 +3150,14 @@ class Changes:
     def end(self, change):
         """Log and count a change's end, before its caller is told."""
         change.ended, change.before, problem = time.time(), None, change.problem
-        outcome = f"{problem.status} {problem.error} ({problem.fields['outcome']})" if problem else "done"
-        log.info("change %s by %s: %s, after %.1f s", change.title, change.client, outcome, change.ended - change.requested)
+        outcome = (f"{problem.status} {problem.error} ({problem.fields['outcome']})" if problem
+                   else "done")
+        log.info("change %s by %s: %s, after %.1f s",
+                 change.title, change.client, outcome, change.ended - change.requested)
         if problem and change.steps:
             told = "; ".join(filter(None, (problem.error, problem.fields.get("details"))))
-            log.warning("%s: %s by %s: %s", problem.fields["outcome"], change.title, change.client, told)
+            log.warning("%s: %s by %s: %s",
+                        problem.fields["outcome"], change.title, change.client, told)
         self.count(change)
 
     def refuse_waiting(self):
@@ -3102,7 +3170,8 @@ class Changes:
 
     def are_running(self):
         """Whether changes run that were not left alone."""
-        return not self.ending.done() and any(change.future.running() for change in list(self.asked))
+        return not self.ending.done() and any(
+            change.future.running() for change in list(self.asked))
 
     def leave_running(self):
         """The daemon ends: tell who still waits that Proxmox goes on, and log what was left."""
@@ -3112,7 +3181,10 @@ class Changes:
         self.ending.set_result(None)
 
     def rows(self, id=None, vm_id=None):
-        """What is known of the changes, newest first; of one, or of one container's, if asked for."""
+        """What is known of the changes, newest first.
+
+        If asked for, that is of one of them, or of one container's.
+        """
         return [change.row() for change in list(self.recent)
                 if id in (None, change.id) and (vm_id is None or vm_id in change.containers)]
 
@@ -3135,7 +3207,7 @@ class RateLimiter:
         self.clients = OrderedDict()        # times of counted requests, who counted last at the end
 
     def admit(self, client):
-        """-> (admitted, how many more would be, seconds until the oldest counted request leaves)."""
+        """-> (admitted, how many more would be, seconds until the oldest counted one leaves)."""
         with self.lock:
             now = self.clock()
             self.forget(now)
@@ -3192,7 +3264,9 @@ def hop_address(text):
 
 
 def client_of(headers, address, trusted):
-    """A request's headers and the other end's address -> (the client's address, whether it is never limited).
+    """A request's headers and the other end's address -> (the client's address, local).
+
+    `local` says whether it is never limited.
 
     Only a proxy in `trusted` may speak for others: by the rightmost address in
     X-Forwarded-For that is not a trusted proxy itself, or else by X-Real-IP. Whoever
@@ -3218,46 +3292,62 @@ def client_of(headers, address, trusted):
 # Metrics
 
 class Family(namedtuple("Family", "kind labels help buckets", defaults=[()])):
-    """A metric: counter, gauge or histogram, its labels' names, what it tells, and a histogram's upper bounds."""
+    """A metric: its kind, its labels' names, what it tells, and a histogram's upper bounds.
+
+    The kind is counter, gauge or histogram.
+    """
 
 
 REQUEST_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
 COMMAND_BUCKETS = (0.3, 0.6, 1, 2, 5, 10, 15, 30, 60, 300, 900, 3600)
 ONE = ("container_id",)
 FAMILIES = {
-    "lxc_autoscale_api_build_info": Family("gauge", ("version", "python_version"), "The daemon's version; always 1."),
+    "lxc_autoscale_api_build_info": Family(
+        "gauge", ("version", "python_version"), "The daemon's version; always 1."),
     "lxc_autoscale_api_requests_total": Family(
         "counter", ("method", "endpoint", "status"), "HTTP requests answered."),
     "lxc_autoscale_api_request_duration_seconds": Family(
-        "histogram", ("method", "endpoint"), "Time from a request's head to its answer.", REQUEST_BUCKETS),
-    "lxc_autoscale_api_requests_in_progress": Family("gauge", (), "HTTP requests that are being answered."),
-    "lxc_autoscale_api_rate_limited_total": Family("counter", (), "Requests refused because of the rate limit."),
-    "lxc_autoscale_api_auth_failures_total": Family("counter", (), "Requests refused without a valid API key."),
+        "histogram", ("method", "endpoint"), "Time from a request's head to its answer.",
+        REQUEST_BUCKETS),
+    "lxc_autoscale_api_requests_in_progress": Family(
+        "gauge", (), "HTTP requests that are being answered."),
+    "lxc_autoscale_api_rate_limited_total": Family(
+        "counter", (), "Requests refused because of the rate limit."),
+    "lxc_autoscale_api_auth_failures_total": Family(
+        "counter", (), "Requests refused without a valid API key."),
     "lxc_autoscale_api_connections_refused_total": Family(
         "counter", (), "Connections refused because server.max_connections were open."),
     "lxc_autoscale_api_commands_total": Family(
         "counter", ("command", "result"), "Commands run: ok, failed, timeout or not_started."),
     "lxc_autoscale_api_command_duration_seconds": Family(
         "histogram", ("command",), "Time that commands took.", COMMAND_BUCKETS),
-    "lxc_autoscale_api_commands_in_progress": Family("gauge", (), "Places for commands that are taken."),
+    "lxc_autoscale_api_commands_in_progress": Family(
+        "gauge", (), "Places for commands that are taken."),
     "lxc_autoscale_api_commands_waiting": Family("gauge", (), "Commands that wait for a place."),
     "lxc_autoscale_scaling_actions_total": Family(
         "counter", ("container_id", "resource", "action"), "Scaling actions done."),
     "lxc_autoscale_scaling_failures_total": Family(
         "counter", ("container_id", "resource", "reason"), "Scaling actions failed."),
-    "lxc_autoscale_container_info": Family("gauge", ("container_id", "name"), "A container and its hostname; always 1."),
+    "lxc_autoscale_container_info": Family(
+        "gauge", ("container_id", "name"), "A container and its hostname; always 1."),
     "lxc_autoscale_container_up": Family(
         "gauge", ONE, "Whether the container runs; absent for a template, which cannot."),
     "lxc_autoscale_container_locked": Family(
         "gauge", ("container_id", "lock"), "1 while Proxmox holds the container locked."),
-    "lxc_autoscale_container_cpu_cores": Family("gauge", ONE, "CPU cores allotted; absent where there is no limit."),
+    "lxc_autoscale_container_cpu_cores": Family(
+        "gauge", ONE, "CPU cores allotted; absent where there is no limit."),
     "lxc_autoscale_container_memory_mb": Family("gauge", ONE, "Memory allotted, in MB."),
     "lxc_autoscale_container_memory_limit_bytes": Family("gauge", ONE, "Memory allotted."),
-    "lxc_autoscale_container_memory_usage_bytes": Family("gauge", ONE, "Memory used, without the page cache."),
-    "lxc_autoscale_container_cpu_seconds_total": Family("counter", ONE, "Processor time used since the container's start."),
-    "lxc_autoscale_container_disk_read_bytes_total": Family("counter", ONE, "Bytes read from block devices."),
-    "lxc_autoscale_container_disk_write_bytes_total": Family("counter", ONE, "Bytes written to block devices."),
-    "lxc_autoscale_container_oom_kills_total": Family("counter", ONE, "Processes killed for want of memory."),
+    "lxc_autoscale_container_memory_usage_bytes": Family(
+        "gauge", ONE, "Memory used, without the page cache."),
+    "lxc_autoscale_container_cpu_seconds_total": Family(
+        "counter", ONE, "Processor time used since the container's start."),
+    "lxc_autoscale_container_disk_read_bytes_total": Family(
+        "counter", ONE, "Bytes read from block devices."),
+    "lxc_autoscale_container_disk_write_bytes_total": Family(
+        "counter", ONE, "Bytes written to block devices."),
+    "lxc_autoscale_container_oom_kills_total": Family(
+        "counter", ONE, "Processes killed for want of memory."),
     "lxc_autoscale_container_pids": Family("gauge", ONE, "Processes and threads."),
     "lxc_autoscale_container_network_receive_bytes_total": Family(
         "counter", ONE, "Bytes that the container has received."),
@@ -3269,12 +3359,14 @@ FAMILIES = {
     **{f"lxc_autoscale_container_pressure_{name}_waiting_seconds_total": Family(
         "counter", ONE, f"Time in which some process waited for {what}.")
        for name, what in (("cpu", "a processor"), ("memory", "memory"), ("io", "a disk"))},
-    "process_cpu_seconds_total": Family("counter", (), "Total user and system CPU time spent in seconds."),
+    "process_cpu_seconds_total": Family(
+        "counter", (), "Total user and system CPU time spent in seconds."),
     "process_open_fds": Family("gauge", (), "Number of open file descriptors."),
     "process_max_fds": Family("gauge", (), "Maximum number of open file descriptors."),
     "process_virtual_memory_bytes": Family("gauge", (), "Virtual memory size in bytes."),
     "process_resident_memory_bytes": Family("gauge", (), "Resident memory size in bytes."),
-    "process_start_time_seconds": Family("gauge", (), "Start time of the process since unix epoch in seconds."),
+    "process_start_time_seconds": Family(
+        "gauge", (), "Start time of the process since unix epoch in seconds."),
 }
 
 
@@ -3293,7 +3385,10 @@ class Metrics:
             series[labels] = series.get(labels, 0) + 1
 
     def observe(self, name, value, *labels):
-        """Count a value in its bucket; a series is the buckets' own counts, one for what is above all, and the sum."""
+        """Count a value in its bucket.
+
+        A series is the buckets' own counts, one for what is above all, and the sum.
+        """
         buckets = FAMILIES[name].buckets
         with self.lock:
             counts = self.series[name].setdefault(labels, [0] * (len(buckets) + 1) + [0.0])
@@ -3301,13 +3396,18 @@ class Metrics:
             counts[-1] += value
 
     def render(self, gauges):
-        """The exposition, with the families `gauges` {name: {labels: value}} that were read just now."""
+        """The exposition, with the families that were read just now.
+
+        These are `gauges`: {name: {labels: value}}.
+        """
         with self.lock:
-            series = {name: {labels: list(value) if isinstance(value, list) else value for labels, value in each.items()}
+            series = {name: {labels: list(value) if isinstance(value, list) else value
+                             for labels, value in each.items()}
                       for name, each in self.series.items()}
         lines = []
         for name, family in FAMILIES.items():
-            samples = exposition(name, family, gauges.get(name) or dict(sorted(series[name].items())))
+            samples = exposition(
+                name, family, gauges.get(name) or dict(sorted(series[name].items())))
             if samples:
                 lines += [f"# HELP {name} {family.help}", f"# TYPE {name} {family.kind}", *samples]
         return "\n".join(lines) + "\n"
@@ -3319,11 +3419,16 @@ def platform_version():
 
 def process_metrics():
     """The process_* families, as Prometheus's own clients read them from /proc."""
-    fields = read_text("/proc/self/stat").rpartition(")")[2].split()       # from field 3 of proc(5) on
-    boot, tick = int(re.search(r"^btime (\d+)", read_text("/proc/stat"), re.MULTILINE)[1]), os.sysconf("SC_CLK_TCK")
+    # They begin with field 3 of proc(5).
+    fields = read_text("/proc/self/stat").rpartition(")")[2].split()
+    boot, tick = (
+        int(re.search(r"^btime (\d+)", read_text("/proc/stat"), re.MULTILINE)[1]),
+        os.sysconf("SC_CLK_TCK"))
     values = {
         "cpu_seconds_total": (int(fields[11]) + int(fields[12])) / tick,
-        "open_fds": len(os.listdir("/proc/self/fd")) - 1, "max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0], "virtual_memory_bytes": int(fields[20]),
+        "open_fds": len(os.listdir("/proc/self/fd")) - 1,
+        "max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "virtual_memory_bytes": int(fields[20]),
         "resident_memory_bytes": int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
         "start_time_seconds": boot + int(fields[19]) / tick,
     }
@@ -3331,10 +3436,15 @@ def process_metrics():
 
 
 def exposition(name, family, series):
-    """A family's series {labels: value} -> their lines; none of what is no number, for which a whole scrape is refused."""
+    """A family's series {labels: value} -> their lines.
+
+    There are none of what is no number, for which a whole scrape is refused.
+    """
     if family.kind == "histogram":
-        return [line for labels, counts in series.items() for line in histogram(name, family, labels, counts)]
-    return [f"{name}{braced(family.labels, labels)} {value}" for labels, value in series.items() if is_number(value)]
+        return [line for labels, counts in series.items()
+                for line in histogram(name, family, labels, counts)]
+    return [f"{name}{braced(family.labels, labels)} {value}"
+            for labels, value in series.items() if is_number(value)]
 
 
 def histogram(name, family, labels, counts):
@@ -3377,14 +3487,18 @@ def check_health(api):
 
 
 def show_metrics(api):
-    gauges = {**api.host.gauges(), **api.host.commands.gauges(), **api.host.files.read(process_metrics),
+    gauges = {**api.host.gauges(),
+              **api.host.commands.gauges(),
+              **api.host.files.read(process_metrics),
               "lxc_autoscale_api_requests_in_progress": {(): api.in_progress()}}
-    return Answer(200, api.metrics.render(gauges), content_type="text/plain; version=0.0.4; charset=utf-8")
+    return Answer(200, api.metrics.render(gauges),
+                  content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def list_routes(api):
     return Answer(200, {"status": "success", "routes": [
-        {"endpoint": path, "methods": [route.method], "description": route.summary} for path, route in PATHS.items()]})
+        {"endpoint": path, "methods": [route.method], "description": route.summary}
+        for path, route in PATHS.items()]})
 
 
 def set_cores(change, vm_id, cores):
@@ -3411,24 +3525,29 @@ def grow_storage(change, vm_id, disk_size, disk, current_size):
     if disk != "rootfs" and disk not in change.conf().values:
         raise Problem(409, f"VM {vm_id} has no {disk}")
     if current_size not in (None, size_in_gb(before)):
-        raise Problem(409, f"The {disk} of VM {vm_id} has {size_in_gb(before)} GB now, and not {current_size}")
+        raise Problem(409, f"The {disk} of VM {vm_id} has {size_in_gb(before)} GB now, "
+                           f"and not {current_size}")
     result = change.pct("resize", disk, growth(before, disk_size, relative=current_size is None))
     after = change.verify(size)
     if "disk is already at specified size" in result.stderr or (
             (size_in_bytes(after) or 0) < (size_in_bytes(before) or 0) + disk_size * GIB):
         problem = change.failed(change.steps[-1], result)
         if problem.status == 500:
-            problem.error = f"The {disk} of VM {vm_id} was not grown as asked; its size is now {after or 'unknown'}"
+            problem.error = (f"The {disk} of VM {vm_id} was not grown as asked; "
+                             f"its size is now {after or 'unknown'}")
         raise problem
     said = result.stdout + result.stderr
     if FILE_SYSTEM_STAYED.search(said):
-        raise Problem(500, f"The {disk} of VM {vm_id} has grown to {after}, but its file system has not followed",
+        raise Problem(500, f"The {disk} of VM {vm_id} has grown to {after}, "
+                           "but its file system has not followed",
                       details=said.strip()[-MAX_DETAILS:])
     return f"Storage increased by {disk_size} GB for VM {vm_id}"
 
 
 def growth(before, gigabytes, relative):
-    """How pct is told to grow a disk: by so much, so that two callers at once both count, or to a size.
+    """How pct is told to grow a disk: by so much, or to a size.
+
+    The first is said so that two callers at once both count.
 
     A size makes a request that is repeated harmless even while the first one is still at work
     for a daemon that has gone: pct looks at the volume again under the container's lock, and
@@ -3437,7 +3556,9 @@ def growth(before, gigabytes, relative):
     if relative:
         return f"+{gigabytes}G"
     size = int(size_in_bytes(before)) + gigabytes * GIB
-    return next(f"{size // unit}{name}" for unit, name in ((GIB, "G"), (MIB, "M"), (1024, "K"), (1, "")) if not size % unit)
+    return next(f"{size // unit}{name}"
+                for unit, name in ((GIB, "G"), (MIB, "M"), (1024, "K"), (1, ""))
+                if not size % unit)
 
 
 def create_snapshot(change, vm_id, snapshot_name, description):
@@ -3463,13 +3584,18 @@ def made(change, new_vm_id):
 
 
 def set_address(change, new_vm_id, ip):
-    """Change the address in the clone's net0, and nothing else: without its hwaddr, pct would make a new one."""
+    """Change the address in the clone's net0, and nothing else.
+
+    Without its hwaddr, pct would make a new one.
+    """
     name = "ip6" if ":" in ip else "ip"
     try:
         net = with_option(change.conf(new_vm_id).current.get("net0", ""), name, ip)
-        change.pct("set", "--net0", with_option(net, "gw", None) if ip == "dhcp" else net, vm_id=new_vm_id)
+        change.pct("set", "--net0", with_option(net, "gw", None) if ip == "dhcp" else net,
+                   vm_id=new_vm_id)
     except Problem as problem:
-        what = "whether it got its address is not known" if isinstance(problem, Lost) else "did not get its address"
+        what = ("whether it got its address is not known" if isinstance(problem, Lost)
+                else "did not get its address")
         problem.error = f"VM {new_vm_id} was cloned, but {what}: {problem.error}"
         raise
     change.addressed = True
@@ -3477,7 +3603,10 @@ def set_address(change, new_vm_id, ip):
 
 
 def start_clone(change, new_vm_id, start):
-    """Start a clone if that was asked for, or if nothing was asked and its addresses are nobody else's."""
+    """Start a clone if that was asked for, or if it does no harm.
+
+    If nothing was asked, it is started if its addresses are nobody else's.
+    """
     if start is False:
         return
     try:
@@ -3485,8 +3614,9 @@ def start_clone(change, new_vm_id, start):
         for address, holder in twice:
             change.leave(f"VM {new_vm_id} has the static address {address}, as VM {holder} has")
         if twice and start is None:
-            change.leave(f"VM {new_vm_id} was not started, for its address would be on the network twice; give it another "
-                         f"(ip), and start it{change.there()} with: pct start {new_vm_id}")
+            change.leave(f"VM {new_vm_id} was not started, for its address would be on the network "
+                         "twice; give it another (ip), "
+                         f"and start it{change.there()} with: pct start {new_vm_id}")
             return
         change.pct("start", vm_id=new_vm_id)
     except Problem as problem:
@@ -3507,9 +3637,10 @@ def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full
     options = ["--hostname", new_vm_name.replace("_", "-")]
     options += ["--storage", storage] if storage else []
     options += ["--full", int(full)] if full is not None else []
-    if change.runs() and full is False:     # on RBD it needs that snapshot for good (PVE::Storage::RBDPlugin, clone_image)
-        raise Problem(409, f"VM {vm_id} runs, and a linked clone would need its temporary snapshot for good; "
-                           "stop it first, or leave out full")
+    # On RBD it needs that snapshot for good (PVE::Storage::RBDPlugin, clone_image).
+    if change.runs() and full is False:
+        raise Problem(409, f"VM {vm_id} runs, and a linked clone would need its temporary snapshot "
+                           "for good; stop it first, or leave out full")
     if change.ran:                          # pct clones a running container from a snapshot only
         with change.temporary_snapshot() as name:
             change.pct("clone", new_vm_id, *options, "--snapname", name)
@@ -3526,7 +3657,8 @@ def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full
 def addresses_twice(change, vm_id):
     """-> [(static address of a container, the id of another that has it)]"""
     holders = change.host.address_holders(but=vm_id)
-    return [(address[2], holders[address]) for address in static_addresses(change.conf(vm_id).current)
+    return [(address[2], holders[address])
+            for address in static_addresses(change.conf(vm_id).current)
             if address in holders]
 
 
@@ -3548,7 +3680,8 @@ def stop_container(change, vm_id):
 
 
 def shut_down_container(change, vm_id, timeout):
-    unless_so_already(change, f"VM {vm_id} is not running", "shutdown", "--timeout", timeout, "--forceStop", 0)
+    unless_so_already(change, f"VM {vm_id} is not running",
+                      "shutdown", "--timeout", timeout, "--forceStop", 0)
     return f"Shut down VM {vm_id}"
 
 
@@ -3559,7 +3692,10 @@ def reboot_container(change, vm_id, timeout):
 
 
 def unless_so_already(change, refusal, *command):
-    """Run a command that is refused where the container is in that state already: then this is a warning only."""
+    """Run a command that is refused where the container is in that state already.
+
+    Then this is a warning only.
+    """
     change.ran = command[0] != "start"      # or it is refused
     try:
         change.pct(*command)
@@ -3752,25 +3888,35 @@ SCHEMAS = {
     "Changed": record(
         "What there is to say of a change that succeeded.", ("warnings",),
         warnings={"type": "array", "items": {"type": "string"},
-                  "description": "What pct printed on stderr though it succeeded, or what was left behind."}),
+                  "description": "What pct printed on stderr though it succeeded, "
+                                 "or what was left behind."}),
     "Cloned": record(
         "What became of a clone.", ("warnings",), vm_id=shown("integer", "The clone's id."),
         started=shown("boolean", "Whether it was started."),
-        warnings={"type": "array", "items": {"type": "string"}, "description": "What there is to say."}),
+        warnings={"type": "array", "items": {"type": "string"},
+                  "description": "What there is to say."}),
     "Accepted": record(
-        "A change that will be begun, and may be asked for in /operations.", status={"const": "accepted"},
-        message=shown("string", "What was accepted."), operation=shown("string", "Its id in /operations.")),
+        "A change that will be begun, and may be asked for in /operations.",
+        status={"const": "accepted"},
+        message=shown("string", "What was accepted."),
+        operation=shown("string", "Its id in /operations.")),
     "Operation": record(
-        "A change, and what became of it.", id=shown("string", "Its id."), endpoint=shown("string", "Its path."),
+        "A change, and what became of it.",
+        id=shown("string", "Its id."),
+        endpoint=shown("string", "Its path."),
         parameters={"type": "object", "description": "What was asked for."},
         client=shown("string", "The address that asked for it, and the fingerprint of its key."),
-        state={"type": "string", "enum": ["waiting", "running", "done", "failed"], "description": "How far it is."},
-        outcome=shown("string?", "What was done, if it failed or still runs.", enum=[*OUTCOMES, None]),
+        state={"type": "string", "enum": ["waiting", "running", "done", "failed"],
+               "description": "How far it is."},
+        outcome=shown("string?", "What was done, if it failed or still runs.",
+                      enum=[*OUTCOMES, None]),
         requested=shown("string", "When it was asked for, in UTC.", format="date-time"),
         began=shown("string?", "When it began, in UTC.", format="date-time"),
         ended=shown("string?", "When it ended, in UTC.", format="date-time"),
-        status=shown("integer?", "The HTTP status of its answer."), error=shown("string?", "What was wrong."),
-        warnings={"type": "array", "items": {"type": "string"}, "description": "What there is to say."}),
+        status=shown("integer?", "The HTTP status of its answer."),
+        error=shown("string?", "What was wrong."),
+        warnings={"type": "array", "items": {"type": "string"},
+                  "description": "What there is to say."}),
     "Error": record("An error.", ("details",), **FAILED),
     "ChangeError": record(
         "An error of a change.", ("details", "operation"), **FAILED,
@@ -3786,9 +3932,10 @@ SCHEMAS = {
 CHANGED = success_with(called("Changed"), ("data",))
 
 
-class Route(namedtuple("Route", "method path handler parameters summary changes limit scaling key limited also shared "
-                      "monitored answer",
-                      defaults=[(), "change_timeout_seconds", (), True, True, "", None, False, CHANGED])):
+class Route(namedtuple(
+        "Route", "method path handler parameters summary changes limit scaling key limited also "
+                 "shared monitored answer",
+        defaults=[(), "change_timeout_seconds", (), True, True, "", None, False, CHANGED])):
     """One endpoint.
 
     `changes` names the parameters whose containers it changes, `limit` the setting of its
@@ -3807,51 +3954,76 @@ def always(api):
 
 LONG_LIMIT = "long_change_timeout_seconds"
 ROUTES = (
-    Route("GET", "/health/check", check_health, (), "Whether Proxmox's commands work.", key=False,
+    Route("GET", "/health/check", check_health, (),
+          "Whether Proxmox's commands work.", key=False,
           shared=lambda api: api.host.must_probe(), monitored=True, answer=called("Health")),
-    Route("GET", "/metrics", show_metrics, (), "Metrics for Prometheus.", key=False, limited=False,
-          shared=always, monitored=True, answer=None),
-    Route("GET", "/routes", list_routes, (), "This list.",
+    Route("GET", "/metrics", show_metrics, (),
+          "Metrics for Prometheus.", key=False,
+          limited=False, shared=always, monitored=True, answer=None),
+    Route("GET", "/routes", list_routes, (),
+          "This list.",
           answer=record("The endpoints.", status={"const": "success"}, routes=list_of("Endpoint"))),
-    Route("GET", "/openapi.json", show_openapi, (), "This API's description in OpenAPI 3.1.",
+    Route("GET", "/openapi.json", show_openapi, (),
+          "This API's description in OpenAPI 3.1.",
           answer={"type": "object", "description": "An OpenAPI document."}),
-    Route("POST", "/scale/cores", set_cores, (VM_ID, CORES), "Set a container's number of CPU cores.",
+    Route("POST", "/scale/cores", set_cores, (VM_ID, CORES),
+          "Set a container's number of CPU cores.",
           changes=("vm_id",), scaling=("cpu", "set")),
-    Route("POST", "/scale/ram", set_memory, (VM_ID, MEMORY), "Set a container's memory, in MB.",
+    Route("POST", "/scale/ram", set_memory, (VM_ID, MEMORY),
+          "Set a container's memory, in MB.",
           changes=("vm_id",), scaling=("ram", "set")),
     Route("POST", "/scale/storage/increase", grow_storage, (VM_ID, DISK_SIZE, DISK, CURRENT_SIZE),
           "Grow a container's disk by so many GB.",
           changes=("vm_id",), scaling=("storage", "increase")),
-    Route("POST", "/snapshot/create", create_snapshot, (VM_ID, SNAPSHOT_NAME, DESCRIPTION), "Take a snapshot of a container.",
+    Route("POST", "/snapshot/create", create_snapshot, (VM_ID, SNAPSHOT_NAME, DESCRIPTION),
+          "Take a snapshot of a container.",
           changes=("vm_id",), limit=LONG_LIMIT),
     Route("GET", "/snapshot/list", list_snapshots, (VM_ID,),
-          "List a container's snapshots, oldest first.", answer=success_with(list_of("Snapshot"))),
-    Route("DELETE", "/snapshot/delete", delete_snapshot, (VM_ID, SNAPSHOT_NAME), "Delete a snapshot of a container.",
+          "List a container's snapshots, oldest first.",
+          answer=success_with(list_of("Snapshot"))),
+    Route("DELETE", "/snapshot/delete", delete_snapshot, (VM_ID, SNAPSHOT_NAME),
+          "Delete a snapshot of a container.",
           changes=("vm_id",), limit=LONG_LIMIT),
-    Route("POST", "/snapshot/rollback", roll_back, (VM_ID, SNAPSHOT_NAME), "Roll a container back to a snapshot.",
+    Route("POST", "/snapshot/rollback", roll_back, (VM_ID, SNAPSHOT_NAME),
+          "Roll a container back to a snapshot.",
           changes=("vm_id",), limit=LONG_LIMIT),
-    Route("POST", "/clone/create", create_clone, (VM_ID, NEW_VM_ID, NEW_VM_NAME, START, IP, STORAGE, FULL),
+    Route("POST", "/clone/create", create_clone,
+          (VM_ID, NEW_VM_ID, NEW_VM_NAME, START, IP, STORAGE, FULL),
           "Clone a container, running or not.",
           changes=("vm_id", "new_vm_id"), limit=LONG_LIMIT, answer=success_with(called("Cloned"))),
-    Route("DELETE", "/clone/delete", delete_clone, (VM_ID,), "Destroy a container, running or not.",
+    Route("DELETE", "/clone/delete", delete_clone, (VM_ID,),
+          "Destroy a container, running or not.",
           changes=("vm_id",), limit=LONG_LIMIT),
-    Route("POST", "/power/start", start_container, (VM_ID,), "Start a container.", changes=("vm_id",)),
-    Route("POST", "/power/stop", stop_container, (VM_ID,), "Stop a container at once.", changes=("vm_id",)),
-    Route("POST", "/power/shutdown", shut_down_container, (VM_ID, TIMEOUT), "Let a container shut itself down.",
+    Route("POST", "/power/start", start_container, (VM_ID,),
+          "Start a container.",
           changes=("vm_id",)),
-    Route("POST", "/power/reboot", reboot_container, (VM_ID, TIMEOUT), "Let a container reboot itself.", changes=("vm_id",)),
-    Route("GET", "/operations", list_operations, (OPERATION, ANY_VM_ID), "The last changes, newest first.",
+    Route("POST", "/power/stop", stop_container, (VM_ID,),
+          "Stop a container at once.",
+          changes=("vm_id",)),
+    Route("POST", "/power/shutdown", shut_down_container, (VM_ID, TIMEOUT),
+          "Let a container shut itself down.",
+          changes=("vm_id",)),
+    Route("POST", "/power/reboot", reboot_container, (VM_ID, TIMEOUT),
+          "Let a container reboot itself.",
+          changes=("vm_id",)),
+    Route("GET", "/operations", list_operations, (OPERATION, ANY_VM_ID),
+          "The last changes, newest first.",
           answer=success_with(list_of("Operation"))),
-    Route("GET", "/resource/vm/list", list_containers, (), "All containers, in a cluster of all nodes.",
-          also="/resource/lxc/list", shared=always, answer=success_with(list_of("Container"))),
-    Route("GET", "/resource/vm/status", show_status, (VM_ID,), "A container's state and what it uses.",
-          also="/resource/lxc/status", shared=always, answer=success_with(called("ContainerStatus"))),
-    Route("GET", "/resource/vm/config", show_config, (VM_ID,), "A container's allotment, and the limits for scaling it.",
-          also="/resource/lxc/config", answer=success_with(called("ContainerConfig"))),
-    Route("GET", "/resource/node/status", show_node, (NODE_NAME,), "A node's load, memory and disk.", shared=always,
-          answer=success_with(called("NodeStatus"))),
-    Route("GET", "/resource/cluster/status", show_cluster, (), "The cluster's nodes and quorum.", shared=always,
-          answer=success_with(called("ClusterStatus"))),
+    Route("GET", "/resource/vm/list", list_containers, (),
+          "All containers, in a cluster of all nodes.", also="/resource/lxc/list",
+          shared=always, answer=success_with(list_of("Container"))),
+    Route("GET", "/resource/vm/status", show_status, (VM_ID,),
+          "A container's state and what it uses.", also="/resource/lxc/status",
+          shared=always, answer=success_with(called("ContainerStatus"))),
+    Route("GET", "/resource/vm/config", show_config, (VM_ID,),
+          "A container's allotment, and the limits for scaling it.", also="/resource/lxc/config",
+          answer=success_with(called("ContainerConfig"))),
+    Route("GET", "/resource/node/status", show_node, (NODE_NAME,),
+          "A node's load, memory and disk.",
+          shared=always, answer=success_with(called("NodeStatus"))),
+    Route("GET", "/resource/cluster/status", show_cluster, (),
+          "The cluster's nodes and quorum.",
+          shared=always, answer=success_with(called("ClusterStatus"))),
 )
 PATHS = {path: route for route in ROUTES for path in (route.path, route.also) if path}
 CHANGING = ("POST", "DELETE")
@@ -3866,11 +4038,16 @@ def allowed_methods(route):
 # The table as OpenAPI 3.1
 
 STATUSES = {                                # every answer but success, and what it means
-    400: "A parameter is missing, unknown or invalid, or Proxmox refuses it.", 401: "The key is missing or wrong.",
+    400: "A parameter is missing, unknown or invalid, or Proxmox refuses it.",
+    401: "The key is missing or wrong.",
     403: "The configuration forbids changing this container, or the key may only read.",
     404: "No such container, snapshot or node.",
-    405: "Wrong method.", 408: "The request did not arrive in time.", 409: "The container's state does not allow it.",
-    411: "The request has no Content-Length.", 413: "The body is too large.", 414: "The request line is too long.",
+    405: "Wrong method.",
+    408: "The request did not arrive in time.",
+    409: "The container's state does not allow it.",
+    411: "The request has no Content-Length.",
+    413: "The body is too large.",
+    414: "The request line is too long.",
     415: "The body is not plain JSON in UTF-8.", 417: "An expectation that is not met here.",
     429: "Too many requests.",
     431: "The headers are too long.", 500: "A command failed.", 503: "Not now; nothing was done.",
@@ -3879,9 +4056,11 @@ STATUSES = {                                # every answer but success, and what
 
 
 HEADERS = {                                 # of answers: the type and meaning
-    "X-RateLimit-Limit": shown("integer", "Requests that are taken in a window; absent for local clients."),
+    "X-RateLimit-Limit": shown("integer", "Requests that are taken in a window; "
+                                          "absent for local clients."),
     "X-RateLimit-Remaining": shown("integer", "How many more would be; absent for local clients."),
-    "X-RateLimit-Reset": shown("integer", "Epoch seconds at which the oldest counted request leaves the window; "
+    "X-RateLimit-Reset": shown("integer", "Epoch seconds at which the oldest counted request "
+                                          "leaves the window; "
                                           "absent for local clients."),
     "Retry-After": shown("integer", "Seconds after which to try again."),
     "WWW-Authenticate": shown("string", "How a key is asked for."),
@@ -3900,8 +4079,10 @@ def openapi():
     """ROUTES -> the API's description."""
     return {
         "openapi": "3.1.0",
-        "info": {"title": "lxc_autoscale_api", "version": VERSION, "description": __doc__.partition("\n")[0]},
-        "paths": {path: {route.method.lower(): describe_route(path, route)} for path, route in PATHS.items()},
+        "info": {"title": "lxc_autoscale_api", "version": VERSION,
+                 "description": __doc__.partition("\n")[0]},
+        "paths": {path: {route.method.lower(): describe_route(path, route)}
+                  for path, route in PATHS.items()},
         "components": {
             "securitySchemes": {"header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
                                 "query": {"type": "apiKey", "in": "query", "name": "api_key"}},
@@ -3930,7 +4111,8 @@ def describe_route(path, route):
     headers = describe_headers(RATE_HEADERS if route.limited else ())
     error = "ChangeError" if route.changes else "Error"
     described = {
-        "operationId": path.strip("/").replace("/", "_").replace(".", "_"), "summary": route.summary,
+        "operationId": path.strip("/").replace("/", "_").replace(".", "_"),
+        "summary": route.summary,
         "security": [{"header": []}, {"query": []}] if route.key else [],
         "responses": {"200": {"description": "Done.", "headers": headers, "content": good},
                       **{str(status): {"$ref": f"#/components/responses/{error}{status}"}
@@ -3942,15 +4124,17 @@ def describe_route(path, route):
             "headers": describe_headers([*RATE_HEADERS, "Retry-After"])}
     if route.method == "GET":
         described["parameters"] = [
-            {"name": each.name, "in": "query", "required": each.default is REQUIRED, "description": describe_parameter(each),
+            {"name": each.name, "in": "query", "required": each.default is REQUIRED,
+             "description": describe_parameter(each),
              "schema": each.schema()} for each in route.parameters]
     else:
         accepted = {"application/json": {"schema": called("Accepted")}}
         described["responses"]["202"] = {
             "description": "Accepted, for the client does not want to wait.", "content": accepted,
             "headers": {**headers, **describe_headers(("Location", "Preference-Applied"))}}
-        described["parameters"] = [{"name": "Prefer", "in": "header", "required": False, "schema": {"type": "string"},
-                                    "description": "respond-async: do not wait for the change's end (RFC 7240)."}]
+        described["parameters"] = [
+            {"name": "Prefer", "in": "header", "required": False, "schema": {"type": "string"},
+             "description": "respond-async: do not wait for the change's end (RFC 7240)."}]
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": {
             "type": "object", "additionalProperties": False,
             "required": [each.name for each in route.parameters if each.default is REQUIRED],
@@ -3970,7 +4154,8 @@ class Api:
     """Request -> Answer; the one place where a Problem becomes an Answer."""
 
     def __init__(self, config, host, metrics, workers=None):
-        self.host, self.metrics, self.workers, self.flights = host, metrics, workers, Flights(workers)
+        self.host, self.metrics, self.workers, self.flights = (
+            host, metrics, workers, Flights(workers))
         self.changes = Changes(host, workers, self.count_scaling)
         self.limiter = self.bounds = None
         self.in_progress = lambda: 1            # the server says how many, once there is one
@@ -3979,7 +4164,8 @@ class Api:
     def configure(self, config):
         """Take over settings; a limiter whose bounds stay goes on counting."""
         rates = config.rate_limiting
-        bounds = (rates.max_requests_per_minute, rates.time_window_seconds) if rates.enabled else None
+        bounds = ((rates.max_requests_per_minute, rates.time_window_seconds) if rates.enabled
+                  else None)
         if bounds != self.bounds:
             self.limiter = RateLimiter(*bounds) if bounds else None
         self.config, self.bounds = config, bounds
@@ -4007,10 +4193,12 @@ class Api:
     def count(self, method, endpoint, status, seconds):
         method = method if method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS") else "other"
         self.metrics.add("lxc_autoscale_api_requests_total", method, endpoint, str(status))
-        self.metrics.observe("lxc_autoscale_api_request_duration_seconds", seconds, method, endpoint)
+        self.metrics.observe("lxc_autoscale_api_request_duration_seconds", seconds,
+                             method, endpoint)
 
     def dispatch(self, request, route, headers):
-        if not route or route.limited or self.needs_key(route):     # nobody guesses keys without end
+        # Where a key is needed, nobody guesses it without end.
+        if not route or route.limited or self.needs_key(route):
             self.limit(request, headers)
         query = self.authenticate(request, route)
         if not route:
@@ -4027,8 +4215,8 @@ class Api:
         if route.method == "GET":
             values = parse_parameters(route.parameters, query)
         elif query:
-            raise Problem(400, f"Unknown query parameter; {route.method} {route.path} takes its parameters "
-                               "from a JSON body")
+            raise Problem(400, f"Unknown query parameter; {route.method} {route.path} "
+                               "takes its parameters from a JSON body")
         else:
             values = parse_parameters(route.parameters, read_object(request))
         if route.changes:
@@ -4045,12 +4233,14 @@ class Api:
         if client.local or not limiter:
             return
         admitted, remaining, wait = limiter.admit(client.address)
-        headers.update({"X-RateLimit-Limit": str(limiter.limit), "X-RateLimit-Remaining": str(remaining),
+        headers.update({"X-RateLimit-Limit": str(limiter.limit),
+                        "X-RateLimit-Remaining": str(remaining),
                         "X-RateLimit-Reset": str(math.ceil(time.time() + wait))})
         if not admitted:
             self.metrics.add("lxc_autoscale_api_rate_limited_total")
             seconds = max(1, math.ceil(wait))
-            raise Problem(429, "Rate limit exceeded", {"Retry-After": str(seconds)}, retry_after_seconds=seconds,
+            raise Problem(429, "Rate limit exceeded", {"Retry-After": str(seconds)},
+                          retry_after_seconds=seconds,
                           limit=limiter.limit, window_seconds=limiter.window)
 
     def needs_key(self, route):
@@ -4060,12 +4250,16 @@ class Api:
         return login.enabled and (not route or route.key)
 
     def authenticate(self, request, route):
-        """-> the query's pairs without the key (or the ValueError that it cannot be read with); Problem 401 or 403."""
+        """-> the query's pairs without the key; Problem 401 or 403.
+
+        If the query cannot be read, the ValueError that says so stands in their place.
+        """
         try:
             pairs = parse_query(request.query) if request.query else []
         except ValueError as error:
             undecodable = isinstance(error, UnicodeDecodeError)
-            pairs, query = [], ValueError("not percent-encoded UTF-8" if undecodable else str(error))
+            pairs, query = [], ValueError(
+                "not percent-encoded UTF-8" if undecodable else str(error))
         else:
             query = [pair for pair in pairs if pair[0] != "api_key"]
         request.client.key = None
@@ -4076,10 +4270,12 @@ class Api:
             keys = [value for name, value in pairs if name == "api_key"]
             given = keys[0] if len(keys) == 1 else ""
         given = digest(given.encode("utf-8", "surrogateescape"))
-        found = [may_change for known, may_change in self.known if hmac.compare_digest(given, known)]
+        found = [may_change for known, may_change in self.known
+                 if hmac.compare_digest(given, known)]
         if not found:                       # all were compared
             self.metrics.add("lxc_autoscale_api_auth_failures_total")
-            raise Problem(401, "Missing or invalid API key", {"WWW-Authenticate": 'ApiKey realm="lxc_autoscale_api"'})
+            raise Problem(401, "Missing or invalid API key",
+                          {"WWW-Authenticate": 'ApiKey realm="lxc_autoscale_api"'})
         request.client.key = fingerprint(given)
         if request.method in ("POST", "DELETE") and not found[0]:
             raise Problem(403, "This key may only read")
@@ -4090,15 +4286,16 @@ class Api:
         rules = self.config.containers
         for name in route.changes:
             if values[name] in rules.protected:
-                raise Problem(403, f"VM {values[name]} is protected: containers.protected in the daemon's "
-                                   "configuration names it")
+                raise Problem(403, f"VM {values[name]} is protected: "
+                                   "containers.protected in the daemon's configuration names it")
             if rules.allowed and values[name] not in rules.allowed:
-                raise Problem(403, f"VM {values[name]} must not be changed: containers.allowed in the daemon's "
-                                   "configuration does not name it")
+                raise Problem(403, f"VM {values[name]} must not be changed: containers.allowed "
+                                   "in the daemon's configuration does not name it")
         for parameter, setting in ((CORES, "max_cores"), (MEMORY, "max_memory_mb")):
             if values.get(parameter.name, 0) > getattr(rules, setting):
-                raise Problem(400, f"Invalid {parameter.name}: must be an integer between {parameter.low} and "
-                                   f"{getattr(rules, setting)} (containers.{setting} in the daemon's configuration)")
+                raise Problem(400, f"Invalid {parameter.name}: must be an integer "
+                                   f"between {parameter.low} and {getattr(rules, setting)} "
+                                   f"(containers.{setting} in the daemon's configuration)")
 
     def change(self, request, route, values):
         """Run a handler that changes containers, in their turn."""
@@ -4106,8 +4303,11 @@ class Api:
         change = Change(route, values, request.client.who, self.host)
         self.changes.take(change)
         if prefers_async(request):
-            return Answer(202, {"status": "accepted", "message": f"{change.title} was accepted", "operation": change.id},
-                          {"Preference-Applied": "respond-async", "Location": f"/operations?id={change.id}"})
+            return Answer(202, {"status": "accepted",
+                                "message": f"{change.title} was accepted",
+                                "operation": change.id},
+                          {"Preference-Applied": "respond-async",
+                           "Location": f"/operations?id={change.id}"})
         seconds = getattr(self.config.proxmox, route.limit) + values.get("timeout", 0)
         return self.changes.answer(change, request.client, seconds)
 
@@ -4115,7 +4315,8 @@ class Api:
         vm_id, scaling, problem = change.vm_id, change.route.scaling, change.problem
         if scaling and not problem:
             self.metrics.add("lxc_autoscale_scaling_actions_total", str(vm_id), *scaling)
-        elif scaling:                       # an id that no container has would make series without end
+        elif scaling:
+            # An id that no container has would make series without end.
             container = str(vm_id) if vm_id in self.host.seen else "unknown"
             self.metrics.add("lxc_autoscale_scaling_failures_total", container, scaling[0],
                              FAILURE_LABELS.get(problem.status, "failed"))
@@ -4128,7 +4329,10 @@ def prefers_async(request):
 
 
 def digest(key):
-    """Keys are compared by their digests, so that neither their length nor their bytes tell in time."""
+    """A key's digest, by which keys are compared.
+
+    So neither their length nor their bytes tell in time.
+    """
     return hashlib.sha256(key).digest()
 
 
@@ -4152,7 +4356,10 @@ def check_media_type(value):
 
 
 def read_object(request):
-    """The pairs of a request's JSON body, or Problem; the body is read only when it will be taken."""
+    """The pairs of a request's JSON body, or Problem.
+
+    The body is read only when it will be taken.
+    """
     if request.length is None:
         raise Problem(411, "Missing Content-Length: send the parameters as a JSON object, "
                            "with Content-Type: application/json")
@@ -4166,14 +4373,18 @@ def read_object(request):
 
 
 def loggable_path(path):
-    """A path for the log: of one that is no endpoint only what cannot hold a key behind some mistyped '?'."""
+    """A path for the log.
+
+    Of one that is no endpoint, that is only what cannot hold a key behind some mistyped '?'.
+    """
     return path if path in PATHS else re.split(r"[^A-Za-z0-9/._~-]", path, maxsplit=1)[0][:100]
 
 
 # HTTP/1.1
 
 AUTHORITY = r"(?:\[[0-9A-Za-z.:%_-]+\]|[0-9A-Za-z._%-]+)(?::[0-9]*)?"       # RFC 3986, without user
-HOST = re.compile(f"(?:{AUTHORITY})?")      # empty where the target names none (RFC 9112 section 3.2)
+# A Host field: empty where the target names none (RFC 9112 section 3.2).
+HOST = re.compile(f"(?:{AUTHORITY})?")
 REQUEST_LINE = re.compile(
     rb"(?P<method>[!#$%%&'*+.^_`|~0-9A-Za-z-]{1,32}) (?:(?i:https?)://%b(?=[/? ])|(?=/))"
     rb"(?P<target>[!-~]*) HTTP/1\.(?P<minor>[0-9])" % AUTHORITY.encode())
@@ -4184,7 +4395,9 @@ FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")
 BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {phrase}\r\n"
                 for status, (phrase, _) in BaseHTTPRequestHandler.responses.items()}
-COMMON_HEADERS = f"Server: lxc_autoscale_api/{VERSION}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+COMMON_HEADERS = (f"Server: lxc_autoscale_api/{VERSION}\r\n"
+                  "Cache-Control: no-store\r\n"
+                  "X-Content-Type-Options: nosniff\r\n")
 
 
 def timeval(seconds):
@@ -4275,17 +4488,21 @@ class Handler(BaseHTTPRequestHandler):
             return self.respond(problem.answer(self.method in CHANGING), "-", "-", 0)
         except (Gone, OSError):
             return None
-        speaks_for = client_of(request.headers, self.peer, self.server.api.config.server.trusted_proxies)
+        speaks_for = client_of(
+            request.headers, self.peer, self.server.api.config.server.trusted_proxies)
         if not self.server.begin(self.client, *speaks_for):
             lost_place = busy("The daemon is stopping, or this connection has lost its place", 1)
-            return self.respond(lost_place.answer(request.method in CHANGING), request.method, request.path, 0)
+            return self.respond(lost_place.answer(request.method in CHANGING),
+                                request.method, request.path, 0)
         started = time.perf_counter()
         answer = self.server.api.answer(request)
         if answer is None:
             self.note(request.method, request.path, CLIENT_LEFT, 0, started)
             return self.server.end(self.client)
-        self.close_connection = (self.server.stopping or self.wants_close(request) or not self.can_drain()
-                                 or answer.status in (408, 411))       # where its body ends is not known
+        # With 408 or 411, where its body ends is not known.
+        self.close_connection = (
+            self.server.stopping or self.wants_close(request) or not self.can_drain()
+            or answer.status in (408, 411))
         self.client.waited_for = time.monotonic()       # to take the answer
         self.respond(answer, request.method, request.path, started)
         self.server.end(self.client)
@@ -4294,7 +4511,8 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def wants_close(self, request):
-        options = {each.strip() for each in request.headers.get("connection", "").lower().split(",")}
+        options = {each.strip()
+                   for each in request.headers.get("connection", "").lower().split(",")}
         return "close" in options or (self.minor == 0 and "keep-alive" not in options)
 
     def read_request(self):
@@ -4326,7 +4544,8 @@ class Handler(BaseHTTPRequestHandler):
             if end > limit or len(self.buffer) > limit + len(marker):
                 raise problem
             if BARE_LINE_END.search(self.buffer, max(start, seen - 1)):
-                raise Problem(400, "Bad line ending: a line ends in CR LF, and neither stands alone")
+                raise Problem(400, "Bad line ending: a line ends in CR LF, "
+                                   "and neither stands alone")
             seen = len(self.buffer)
             self.receive()
 
@@ -4404,7 +4623,10 @@ class Handler(BaseHTTPRequestHandler):
         return body
 
     def can_drain(self):
-        """Whether the rest of this request's body may be read and dropped, to keep the connection."""
+        """Whether the rest of this request's body may be read and dropped.
+
+        That is done to keep the connection.
+        """
         self.linger = bool(self.unread)
         return self.unread <= MAX_BODY and not (self.unread and self.continues)
 
@@ -4426,7 +4648,8 @@ class Handler(BaseHTTPRequestHandler):
             headers += "Connection: close\r\n"
         elif self.minor == 0:
             headers += "Connection: keep-alive\r\n"
-        head = f"{STATUS_LINES[answer.status]}Date: {http_date(int(time.time()))}\r\n{COMMON_HEADERS}{headers}\r\n"
+        head = (f"{STATUS_LINES[answer.status]}Date: {http_date(int(time.time()))}\r\n"
+                f"{COMMON_HEADERS}{headers}\r\n")
         head, sent = head.encode("latin-1"), b"" if method == "HEAD" else body
         try:
             if len(sent) > LARGE:           # its bytes are shared, and not copied for each client
@@ -4442,10 +4665,14 @@ class Handler(BaseHTTPRequestHandler):
     def note(self, method, path, status, size, started):
         """Log a request."""
         milliseconds = (time.perf_counter() - started) * 1000 if started else 0
-        access_log.add(f"{self.client.address} {method} {loggable_path(path)} {status} {size} {milliseconds:.1f} ms")
+        access_log.add(f"{self.client.address} {method} {loggable_path(path)} {status} {size} "
+                       f"{milliseconds:.1f} ms")
 
     def send(self, data):
-        """Send all; OSError if the client takes no byte for REQUEST_SECONDS, or not all in twice that."""
+        """Send all, or OSError.
+
+        It is raised if the client takes no byte for REQUEST_SECONDS, or not all in twice that.
+        """
         deadline = time.monotonic() + REQUEST_SECONDS
         sent = self.channel.send(data)
         while sent < len(data):
@@ -4454,7 +4681,10 @@ class Handler(BaseHTTPRequestHandler):
             sent += self.channel.send(memoryview(data)[sent:])
 
     def finish(self):
-        """Let the answer arrive: closing with bytes unread resets the connection and may destroy it."""
+        """Let the answer arrive.
+
+        Closing with bytes unread resets the connection and may destroy it.
+        """
         deadline = time.monotonic() + LINGER_SECONDS
         try:
             if self.channel is not self.request:
@@ -4477,7 +4707,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, config, api):
         server = config.server
         self.api, self.places, self.tls = api, server.max_connections, config.tls
-        api.in_progress = lambda: sum(client.asking is not None for client in list(self.clients.values()))
+        api.in_progress = lambda: sum(
+            client.asking is not None for client in list(self.clients.values()))
         self.address_family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
         self.changed = threading.Condition()
         self.clients = {}                   # {socket: Client}
@@ -4494,7 +4725,8 @@ class Server(ThreadingHTTPServer):
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(0.1)             # it stays in the backlog; asking again at once would only burn CPU
+                # It stays in the backlog; asking again at once would only burn CPU.
+                time.sleep(0.1)
             raise
 
     def process_request(self, request, client_address):
@@ -4513,24 +4745,26 @@ class Server(ThreadingHTTPServer):
             self.turn_away(request)
 
     def make_room(self, address):
-        """Take a place from the address that holds most -> whether there is one for a client from `address`.
+        """Take a place from the address that holds most -> whether there is one.
 
-        If that is one of those which hold most, only a connection that has been there for
-        some time already gives way, and none whose change has begun.
+        It is for a client from `address`. If that is one of those which hold most, only a
+        connection that has been there for some time already gives way, and none whose change
+        has begun.
         """
         holders = [(client, networks_of(client.address)[0]) for client in self.clients.values()]
         newcomer = networks_of(address)[0]
         held = Counter([newcomer, *(holder for _, holder in holders)])
         most = max(held.values())
         greedy = [client for client, holder in holders if held[holder] == most]
-        least = min(greedy, key=lambda client: (client.changing, client.waited_for or client.asking))
+        least = min(greedy, key=lambda client: (
+            client.changing, client.waited_for or client.asking))
         waits = time.monotonic() - (least.waited_for or least.asking)
         if held[newcomer] == most and (least.changing or waits < YIELD_SECONDS):
             return False
         if held[newcomer] < most and time.monotonic() - self.complained > COMPLAINT_SECONDS:
             self.complained = time.monotonic()
-            log.warning("%s holds %d of %d connections; one of them gives way to %s", least.address, most,
-                        self.places, address)
+            log.warning("%s holds %d of %d connections; one of them gives way to %s",
+                        least.address, most, self.places, address)
         self.dismiss(least)
         return True
 
@@ -4541,7 +4775,10 @@ class Server(ThreadingHTTPServer):
         client.leave()
 
     def hang_up(self, client):
-        """Wake a connection's thread: it reads an end. What is sent to one that asks for nothing still goes out."""
+        """Wake a connection's thread: it reads an end.
+
+        What is sent to one that asks for nothing still goes out.
+        """
         try:
             client.sock.shutdown(socket.SHUT_RDWR if client.asking else socket.SHUT_RD)
         except OSError:
@@ -4558,7 +4795,8 @@ class Server(ThreadingHTTPServer):
             if len(self.sending) > MAX_SENDING:
                 held = Counter(networks_of(each.address)[0] for each in self.sending)
                 most = max(held.values())
-                slow = next(each for each in self.sending if held[networks_of(each.address)[0]] == most)
+                slow = next(each for each in self.sending
+                            if held[networks_of(each.address)[0]] == most)
                 self.sending.remove(slow)
                 self.dismiss(slow)
         try:
@@ -4571,8 +4809,9 @@ class Server(ThreadingHTTPServer):
     def notice_departures(self):
         """Give back the places of those who have left while their request waits."""
         late = time.monotonic() - LOOK_SECONDS
+        # `asking` is read once: its own thread sets it to None.
         waiting = {client.sock.fileno(): client for client in list(self.clients.values())
-                   if (client.asking or math.inf) < late}       # read once: its own thread sets it to None
+                   if (client.asking or math.inf) < late}
         poll = select.poll()
         for number in waiting:
             if number >= 0:                 # else it has just been closed
@@ -4611,7 +4850,10 @@ class Server(ThreadingHTTPServer):
             self.refused.popleft()[1].close()
 
     def begin(self, client, address, local):
-        """A whole request has come from a client, which speaks for an address -> whether it may be answered."""
+        """A whole request has come from a client -> whether it may be answered.
+
+        The client speaks for an address.
+        """
         with self.changed:
             if self.stopping or client.sock not in self.clients:
                 return False
@@ -4642,11 +4884,13 @@ class Server(ThreadingHTTPServer):
             with socket.socket(self.address_family) as sock:
                 sock.settimeout(REQUEST_SECONDS)
                 sock.bind((host, 0))
-                self.own_address = sock.getsockname()[:2]   # it is let in even if all places are taken
+                # It is let in even if all places are taken.
+                self.own_address = sock.getsockname()[:2]
                 sock.connect((host, port))
                 with unverified().wrap_socket(sock) if self.tls else sock as stream:
                     stream.sendall(b"OPTIONS /health/check HTTP/1.0\r\n\r\n")
-                    return stream.recv(12) in (b"HTTP/1.1 204", b"HTTP/1.1 429")    # from a thread of its own
+                    # The answer comes from a thread of its own.
+                    return stream.recv(12) in (b"HTTP/1.1 204", b"HTTP/1.1 429")
         except OSError:
             return False
 
@@ -4658,19 +4902,22 @@ class Server(ThreadingHTTPServer):
                 if not client.asking:
                     self.hang_up(client)
         try:
-            self.socket.shutdown(socket.SHUT_RD)        # on Linux this ends a listening socket at once
+            # On Linux this ends a listening socket at once.
+            self.socket.shutdown(socket.SHUT_RD)
         except OSError:
             pass
         self.shutdown()
         self.server_close()
 
     def wait_for_answers(self, seconds):
-        """-> whether all requests in work were answered, and all changes ended, within so many seconds.
+        """Wait for so many seconds at most -> whether all was done.
 
-        A change may go on though its client has left, and its steps must not end half-way.
+        That is: all requests in work were answered, and all changes ended. A change may go on
+        though its client has left, and its steps must not end half-way.
         """
         def in_work():
-            return self.api.changes.are_running() or any(client.asking for client in self.clients.values())
+            return self.api.changes.are_running() or any(
+                client.asking for client in self.clients.values())
         deadline = time.monotonic() + seconds
         with self.changed:
             while in_work() and time.monotonic() < deadline:
@@ -4680,7 +4927,8 @@ class Server(ThreadingHTTPServer):
 
 TOO_MANY_BODY = '{"status": "error", "error": "Too many connections; try again later"}\n'
 TOO_MANY = (f"{STATUS_LINES[503]}Retry-After: 1\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(TOO_MANY_BODY)}\r\nConnection: close\r\n\r\n{TOO_MANY_BODY}").encode()
+            f"Content-Length: {len(TOO_MANY_BODY)}\r\nConnection: close\r\n\r\n"
+            f"{TOO_MANY_BODY}").encode()
 
 
 # Logs
@@ -4704,7 +4952,9 @@ def open_again(file):
     if file.fd is not None:
         os.close(file.fd)
     file.fd = None
-    file.fd = os.open(file.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o600)
+    file.fd = os.open(
+        file.path,
+        os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o600)
 
 
 class LogFile(logging.Handler):
@@ -4730,7 +4980,8 @@ class LogFile(logging.Handler):
         self.setLevel(level)
         if path == self.path:
             return
-        with self.changed:                  # the thread of another path may hang, and ends by itself
+        # The thread of another path may hang, and ends by itself.
+        with self.changed:
             self.path, self.hangs = path, False
             self.thread = threading.Thread(target=self.run, args=(path,), name="log", daemon=True)
             self.thread.start()
@@ -4777,7 +5028,8 @@ class LogFile(logging.Handler):
                 lines, lost = list(self.lines), self.lost
                 self.lines.clear()
                 self.backlog = self.lost = 0
-            notice = [f"{utc(int(time.time()))} WARNING {lost} lines before this one were lost"] if lost else []
+            notice = ([f"{utc(int(time.time()))} WARNING {lost} lines before this one were lost"]
+                      if lost else [])
             started = time.monotonic()
             failed = self.write(file, lines + notice)
             with self.changed:
@@ -4819,7 +5071,8 @@ main_log, error_log, access_log = LogFile(), LogFile(), LogFile(gather=0.05)
 
 def complain(text):
     try:
-        print(text + "\n", end="", file=sys.stderr, flush=True)       # in one write, for threads complain at once
+        # All in one write, for threads complain at once.
+        print(text + "\n", end="", file=sys.stderr, flush=True)
     except OSError:
         pass
 
@@ -4841,7 +5094,8 @@ def build(config):
     settings = config.proxmox
     workers = Workers()
     commands = Commands(settings.max_commands, settings.read_timeout_seconds, workers, metrics)
-    host = Proxmox(commands, Files(workers), settings.pve_dir, settings.cgroup_dir, settings.cluster)
+    host = Proxmox(
+        commands, Files(workers), settings.pve_dir, settings.cgroup_dir, settings.cluster)
     return Server(config, Api(config, host, metrics, workers))
 
 
@@ -4873,17 +5127,25 @@ class Signals:
 
 
 def list_keys(config):
-    """A line for each key: the setting that it stands in, its fingerprint, and whether it may only read."""
+    """A line for each key.
+
+    It has the setting that the key stands in, its fingerprint, and whether it may only read.
+    """
     login = config.authentication
-    settings = {login.api_key: "authentication.api_key", **dict.fromkeys(login.api_keys, "authentication.api_keys")}
+    settings = {login.api_key: "authentication.api_key",
+                **dict.fromkeys(login.api_keys, "authentication.api_keys")}
     for key in config.keys:
         yield f"{settings.get(key, 'credential api_key')}: key {fingerprint(digest(key.encode()))}"
     for key in config.read_only_keys:
-        yield f"authentication.read_only_keys: key {fingerprint(digest(key.encode()))}, may only read"
+        yield (f"authentication.read_only_keys: key {fingerprint(digest(key.encode()))}, "
+               "may only read")
 
 
 def notify(state):
-    """Tell systemd, if it started us, as sd_notify(3) does; an address with @ is an abstract one."""
+    """Tell systemd, if it started us, as sd_notify(3) does.
+
+    An address with @ is an abstract one.
+    """
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path[:1] not in ("/", "@"):
         return
@@ -4937,13 +5199,17 @@ def warn_of_certificate(config):
 def warn_of_forgotten_snapshots(host):
     try:
         for command in host.forgotten_snapshots():
-            log.warning("a temporary snapshot was left by an earlier stop; once no clone runs, remove it with: %s", command)
+            log.warning("a temporary snapshot was left by an earlier stop; "
+                        "once no clone runs, remove it with: %s", command)
     except Problem as problem:
         log.warning("not looked for snapshots that an earlier stop left: %s", problem.error)
 
 
 def feed_watchdog(server, seconds, stopping):
-    """Tell systemd that the daemon is alive as long as it answers itself; not if it does not ask (None)."""
+    """Tell systemd that the daemon is alive as long as it answers itself.
+
+    If systemd does not ask (None), it is not told.
+    """
     while seconds and not stopping.wait(seconds):
         if server.answers():
             notify("WATCHDOG=1")
@@ -4954,9 +5220,11 @@ def serve(server, signals, config_path):
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     log.info("lxc_autoscale_api %s listens on %s port %d", VERSION, *server.server_address[:2])
     notify("READY=1")
-    threading.Thread(target=warn_of_forgotten_snapshots, args=(server.api.host,), daemon=True).start()
+    threading.Thread(
+        target=warn_of_forgotten_snapshots, args=(server.api.host,), daemon=True).start()
     stopping = threading.Event()
-    threading.Thread(target=feed_watchdog, args=(server, watchdog_seconds(), stopping), daemon=True).start()
+    threading.Thread(
+        target=feed_watchdog, args=(server, watchdog_seconds(), stopping), daemon=True).start()
     number = signals.next()
     while number == signal.SIGHUP:
         reload(server, config_path)
@@ -4978,7 +5246,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", metavar="PATH", default=CONFIG_PATH,
                         help="configuration file (default: %(default)s)")
-    parser.add_argument("--check-config", action="store_true", help="check the configuration file and exit")
+    parser.add_argument("--check-config", action="store_true",
+                        help="check the configuration file and exit")
     parser.add_argument("--version", action="version", version=f"lxc_autoscale_api {VERSION}")
     arguments = parser.parse_args()
     try:
@@ -4995,7 +5264,8 @@ def main():
     try:
         server = build(config)
     except OSError as error:
-        complain(f"cannot listen on {config.server.host} port {config.server.port}: {error.strerror}")
+        complain(f"cannot listen on {config.server.host} port {config.server.port}: "
+                 f"{error.strerror}")
         return 1
     serve(server, signals, arguments.config)
     return 0
