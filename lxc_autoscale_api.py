@@ -4056,15 +4056,15 @@ STATUSES = {                                # every answer but success, and what
 
 
 HEADERS = {                                 # of answers: the type and meaning
-    "X-RateLimit-Limit": shown("integer", "Requests that are taken in a window; "
+    "X-RateLimit-Limit": ("integer", "Requests that are taken in a window; "
                                           "absent for local clients."),
-    "X-RateLimit-Remaining": shown("integer", "How many more would be; absent for local clients."),
-    "X-RateLimit-Reset": shown("integer", "Epoch seconds at which the oldest counted request "
+    "X-RateLimit-Remaining": ("integer", "How many more would be; absent for local clients."),
+    "X-RateLimit-Reset": ("integer", "Epoch seconds at which the oldest counted request "
                                           "leaves the window; "
                                           "absent for local clients."),
-    "Retry-After": shown("integer", "Seconds after which to try again."),
-    "WWW-Authenticate": shown("string", "How a key is asked for."),
-    "Allow": shown("string", "The methods that are taken here."),
+    "Retry-After": ("integer", "Seconds after which to try again."),
+    "WWW-Authenticate": ("string", "How a key is asked for."),
+    "Allow": ("string", "The methods that are taken here."),
     "Location": ("string", "Where the change may be asked for: a path of /operations."),
     "Preference-Applied": ("string", "The preference that was followed: respond-async."),
 }

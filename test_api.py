@@ -6521,6 +6521,9 @@ def test_the_description_has_every_route_parameter_and_code(steady):
         matches = bool(re.search(name["pattern"], value)) and name["minLength"] <= len(value) <= name["maxLength"]
         assert matches == bool(module.SNAPSHOT_NAME.pattern.fullmatch(value))
     assert document["paths"]["/health/check"]["get"]["security"] == []
+    headers = document["components"]["headers"]
+    assert headers["Retry-After"] == {"description": "Seconds after which to try again.", "schema": {"type": "integer"}}
+    assert {each["schema"]["type"] for each in headers.values()} == {"integer", "string"}
 
 
 JSON_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "number": (int, float), "integer": int, "null": type(None)}
