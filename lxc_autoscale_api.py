@@ -4057,11 +4057,10 @@ STATUSES = {                                # every answer but success, and what
 
 HEADERS = {                                 # of answers: the type and meaning
     "X-RateLimit-Limit": ("integer", "Requests that are taken in a window; "
-                                          "absent for local clients."),
+                                     "absent for local clients."),
     "X-RateLimit-Remaining": ("integer", "How many more would be; absent for local clients."),
     "X-RateLimit-Reset": ("integer", "Epoch seconds at which the oldest counted request "
-                                          "leaves the window; "
-                                          "absent for local clients."),
+                                     "leaves the window; absent for local clients."),
     "Retry-After": ("integer", "Seconds after which to try again."),
     "WWW-Authenticate": ("string", "How a key is asked for."),
     "Allow": ("string", "The methods that are taken here."),
