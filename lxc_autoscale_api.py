@@ -7,7 +7,7 @@ How a request travels:
            -> Handler     bytes, perhaps through Tls, to a strictly framed Request, in time
            -> Api         rate limit, key, row of ROUTES, parameters to values
            -> Changes     a change only: its containers' turn, a thread of its own, a Change
-           -> a handler   a few lines an endpoint: the steps of a Change, or what is asked of Proxmox
+           -> a handler   a few lines an endpoint: a Change's steps, or what is asked of Proxmox
            -> Proxmox     the host: files under /etc/pve and /sys/fs/cgroup, pct, pvesh
            -> Commands    the one place that starts a process, here or by ssh on another node
 
@@ -55,7 +55,7 @@ from urllib.parse import parse_qsl, unquote
 VERSION = "1.0.0"
 CONFIG_PATH = "/etc/lxc_autoscale_ml/lxc_autoscale_api.yaml"
 SAMPLE_KEY = "your-secret-api-key"
-RUN_DIR = "/run/lxc_autoscale_api"           # of the sockets by which commands share an SSH connection
+RUN_DIR = "/run/lxc_autoscale_api"           # of the sockets of SSH connections that commands share
 TEMPORARY_SNAPSHOT = "autoscale_clone_"      # and eight hexadecimal digits
 PROC = "/proc"                               # where the kernel tells how a node fares
 PVECFG = "/usr/share/perl5/PVE/pvecfg.pm"    # where pve-manager has its version, for pvesh too
@@ -75,7 +75,7 @@ MAX_FLIGHTS = 256           # questions that are being answered at once
 MAX_HUNG = 16               # reads that hang; while there are so many, no further one is begun
 MAX_OPERATIONS = 1000       # changes that wait or run at once, and that are remembered
 MAX_SENDING = 32            # large answers that are on their way at once
-MAX_SESSIONS = 8            # commands at once on another node: its sshd takes 10 on a connection (MaxSessions)
+MAX_SESSIONS = 8            # commands at once on another node (sshd's MaxSessions: 10 a connection)
 
 REQUEST_SECONDS = 10        # for a whole request to arrive, and for an answer to leave
 IDLE_SECONDS = 30           # between two requests on one connection
@@ -91,7 +91,7 @@ REACH_SECONDS = 4           # for another node to answer over SSH
 NEWS_SECONDS = 60           # what nodes broadcast every 10 s is believed
 LOOK_SECONDS = 0.5          # between two looks at who has left
 COMPLAINT_SECONDS = 60      # between two lines about an address that holds too many connections
-LOG_SECONDS = 0.5           # for a line of the main or error log to be written before its caller goes on
+LOG_SECONDS = 0.5           # for a main or error log line to be written before its caller goes on
 STOP_SECONDS = 30           # for requests in work to be answered when the daemon stops
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -130,7 +130,8 @@ class Problem(Exception):
 
     def add_details(self, *texts):
         if texts:
-            self.fields["details"] = "\n".join([*filter(None, [self.fields.get("details")]), *texts])
+            self.fields["details"] = "\n".join(
+                [*filter(None, [self.fields.get("details")]), *texts])
 
     def answer(self, changing=False):
         """-> the Answer; to a request that would have changed something, it says what was done.
@@ -142,11 +143,15 @@ class Problem(Exception):
             fields = {"outcome": NOTHING_DONE, **fields}
             if self.status == 503:
                 error = f"Nothing was done: {error}"
-        return Answer(self.status, {"status": "error", "error": error, **fields}, dict(self.headers))
+        return Answer(
+            self.status, {"status": "error", "error": error, **fields}, dict(self.headers))
 
 
 class NotBegun(Problem):
-    """A command that was not begun: 503, for its program, its node or a place for it is missing now."""
+    """A command that was not begun.
+
+    It is a 503, for its program, its node or a place for it is missing now.
+    """
 
 
 class Lost(Problem):
@@ -178,7 +183,8 @@ class Client:
 
     def __init__(self, sock, address):
         self.sock, self.address, self.local, self.key = sock, address, False, None
-        self.waited_for, self.asking, self.changing, self.left = time.monotonic(), None, False, Future()
+        self.waited_for, self.asking, self.changing, self.left = (
+            time.monotonic(), None, False, Future())
 
     @property
     def who(self):
@@ -186,7 +192,10 @@ class Client:
         return f"{self.address} with key {self.key}" if self.key else self.address
 
     def wait(self, *futures, seconds=None):
-        """Wait until one of some Futures is done, for so many seconds if given; Gone if the client leaves before."""
+        """Wait until one of some Futures is done, for so many seconds if given.
+
+        It raises Gone if the client leaves before that.
+        """
         wait([*futures, self.left], seconds, FIRST_COMPLETED)
         if self.left.done() and not any(future.done() for future in futures):
             raise Gone
@@ -247,17 +256,23 @@ YAML_TOKEN, YAML_ITEM = (re.compile(rf"""
                 (?:[^\s:#{marks}]|:(?=\S)|(?<=\S)\#|[ ]+(?=[^\s#]))*)
 """, re.VERBOSE) for lead, marks in (("?:", ""), (":", r",\[\]{}?")))
 YAML_GAP, YAML_COMMENT = re.compile(" *"), re.compile(" +(?:#|$)")
-YAML_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
+YAML_ESCAPE = re.compile(
+    r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
 YAML_ESCAPES = dict(zip('0abtnvfre "/\\N_LP', '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029'))
-YAML_UNREADABLE = re.compile("[^\n\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+YAML_UNREADABLE = re.compile(
+    "[^\n\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd"
+    "\U00010000-\U0010ffff]")
 YAML_WORDS = {word: value for words, value in (
     ("~ null Null NULL", None), ("true True TRUE yes Yes YES on On ON", True),
     ("false False FALSE no No NO off Off OFF", False)) for word in words.split()}
 YAML_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)")
 YAML_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+][0-9]+)?|\.[0-9]+(?:[eE][-+][0-9]+)?)")
-YAML_EXOTIC = re.compile(                # what YAML 1.1 takes for a number, a date or a merge as well
-    r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|[1-9][0-9_]*(?::[0-5]?[0-9])*|[0-9][0-9_]*(?::[0-5]?[0-9])+\.[0-9_]*"
-    r"|[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9_]+(?:[eE][-+][0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
+# What YAML 1.1 takes for a number, a date or a merge as well.
+YAML_EXOTIC = re.compile(
+    r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+"
+    r"|[1-9][0-9_]*(?::[0-5]?[0-9])*|[0-9][0-9_]*(?::[0-5]?[0-9])+\.[0-9_]*"
+    r"|[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9_]+(?:[eE][-+][0-9]+)?"
+    r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
     r"|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}.*|<<|=")
 
 
@@ -269,9 +284,11 @@ def load_yaml(text):
     everything else raises ConfigError with its line.
     """
     text = re.sub(r"\r\n?", "\n", text[1:] if text.startswith("\ufeff") else text)
-    unreadable = YAML_UNREADABLE.search(re.sub(r"(?m)^[ \t]*#.*", lambda m: m[0].replace("\t", " "), text))
+    unreadable = YAML_UNREADABLE.search(
+        re.sub(r"(?m)^[ \t]*#.*", lambda m: m[0].replace("\t", " "), text))
     if unreadable:
-        what = "a tab is not taken here; use spaces" if unreadable[0] == "\t" else "a control character is not taken here"
+        what = ("a tab is not taken here; use spaces" if unreadable[0] == "\t"
+                else "a control character is not taken here")
         raise ConfigError(text.count("\n", 0, unreadable.start()) + 1, what)
     document, where = {}, {}
     levels = []                             # (indentation, container, path) of what is open
@@ -289,7 +306,8 @@ def load_yaml(text):
         if line.startswith(("---", "...", "%")) and re.match(r"(?:---|\.\.\.)(?: |$)|%", line):
             raise ConfigError(number, "document marks are taken as a first line only")
         item = content == "-" or content.startswith("- ")
-        if hole and (indent > hole[0] or (item and indent == hole[0] and isinstance(hole[1], dict))):
+        if hole and (indent > hole[0] or
+                     (item and indent == hole[0] and isinstance(hole[1], dict))):
             container = [] if item else {}
             hole[1][hole[2]] = container
             levels.append((indent, container, hole[3]))
@@ -297,13 +315,16 @@ def load_yaml(text):
                 raise ConfigError(number, "nested too deeply")
         hole = None
         while levels and (levels[-1][0] > indent or
-                          (levels[-1][0] == indent and not item and isinstance(levels[-1][1], list))):
+                          (levels[-1][0] == indent and not item
+                           and isinstance(levels[-1][1], list))):
             levels.pop()
         if not levels or levels[-1][0] != indent:
-            raise ConfigError(number, "the indentation fits no line above (values on several lines are not taken)")
+            raise ConfigError(number, "the indentation fits no line above "
+                                      "(values on several lines are not taken)")
         _, container, path = levels[-1]
         if item != isinstance(container, list):
-            raise ConfigError(number, "a list item among keys" if item else "a key among list items")
+            raise ConfigError(
+                number, "a list item among keys" if item else "a key among list items")
         if item:
             where[path + (len(container),)] = number
             container.append(yaml_value(content[1:].strip(" "), number, flow_list=False))
@@ -320,9 +341,11 @@ def load_yaml(text):
 
 def yaml_key(content, line):
     """'key: rest' -> (key, 'rest')."""
-    match = re.match(r"""([A-Za-z_][\w.-]*|"[^"\\]{1,99}"|'[^']{1,99}') *:(?= |$)""", content, re.ASCII)
+    match = re.match(
+        r"""([A-Za-z_][\w.-]*|"[^"\\]{1,99}"|'[^']{1,99}') *:(?= |$)""", content, re.ASCII)
     if not match:
-        raise ConfigError(line, "expected 'key: value' (a key is a word, with a space after its colon)")
+        raise ConfigError(line, "expected 'key: value' "
+                                "(a key is a word, with a space after its colon)")
     key = match[1].strip("\"'")
     if key == match[1] and key in YAML_WORDS:
         raise ConfigError(line, "this key is a YAML boolean or null; put it in quotes")
@@ -338,7 +361,8 @@ def yaml_value(text, line, flow_list=True):
     else:
         value, end = yaml_scalar(text, 0, line, YAML_TOKEN)
     if end < len(text) and not YAML_COMMENT.match(text, end):
-        raise ConfigError(line, "unexpected text behind the value (a quoted text ends at its quote; "
+        raise ConfigError(line, "unexpected text behind the value "
+                                "(a quoted text ends at its quote; "
                                 "'#' needs a space before it; ': ' needs quotes)")
     return value
 
@@ -361,8 +385,8 @@ def yaml_scalar(text, at, line, token):
     """The scalar that begins at a place in `text` -> (value, where it ends)."""
     match = token.match(text, at)
     if not match:
-        raise ConfigError(line, "not taken: anchors, tags, mappings in braces, nested lists, values on several "
-                                "lines, or a text that needs quotes")
+        raise ConfigError(line, "not taken: anchors, tags, mappings in braces, nested lists, "
+                                "values on several lines, or a text that needs quotes")
     if match["double"] is not None:
         value = YAML_ESCAPE.sub(lambda escape: yaml_escape(escape, line), match["double"])
         return value, match.end()
@@ -379,7 +403,8 @@ def yaml_scalar(text, at, line, token):
     if YAML_FLOAT.fullmatch(plain):
         return float(plain), end
     if YAML_EXOTIC.fullmatch(plain):
-        raise ConfigError(line, "YAML reads this as an unusual number, a date or a merge; put it in quotes if it is text")
+        raise ConfigError(line, "YAML reads this as an unusual number, a date or a merge; "
+                                "put it in quotes if it is text")
     return YAML_WORDS.get(plain, plain), end
 
 
@@ -440,7 +465,8 @@ def networks(value):
     try:
         return tuple(ipaddress.ip_network(text(each), strict=False) for each in listed(value))
     except ValueError:
-        raise ValueError('must be a list of IP addresses or networks, such as ["127.0.0.1", "::1"]') from None
+        raise ValueError("must be a list of IP addresses or networks, "
+                         'such as ["127.0.0.1", "::1"]') from None
 
 
 def listed(value):
@@ -452,7 +478,8 @@ def listed(value):
 def api_key(value):
     """A key; it never becomes part of a message."""
     if text(value) == SAMPLE_KEY:
-        raise ValueError("is still the sample value; set a key of your own, such as from: openssl rand -hex 32")
+        raise ValueError("is still the sample value; set a key of your own, "
+                         "such as from: openssl rand -hex 32")
     if value and not re.fullmatch(r"[!-~]{16,}", value):
         raise ValueError("must be at least 16 visible ASCII characters without spaces, "
                          "such as from: openssl rand -hex 32")
@@ -548,8 +575,10 @@ def load_config(document, credential=None):
     except ConfigError as error:
         faults.append(error)
     if bool(config.server.tls_certificate) != bool(config.server.tls_key):
-        given, missing = ("certificate", "key") if config.server.tls_certificate else ("key", "certificate")
-        faults.append(ConfigError(where["server", f"tls_{given}"], f"server.tls_{given} needs server.tls_{missing} beside it"))
+        given, missing = (
+            ("certificate", "key") if config.server.tls_certificate else ("key", "certificate"))
+        faults.append(ConfigError(where["server", f"tls_{given}"],
+                                  f"server.tls_{given} needs server.tls_{missing} beside it"))
     if faults:
         first, *others = sorted(faults, key=lambda fault: fault.line)
         raise ConfigError(first.line, first.text, others)
@@ -584,9 +613,10 @@ def unknown_keys(given, known, where, path):
 
 
 def keys_in_force(login, credential, where):
-    """The `authentication` section -> (the API keys that are valid, those that may only read), or ConfigError.
+    """The `authentication` section -> (the valid API keys, those that may only read).
 
-    Of a section in which something is wrong already (None) nothing more is said.
+    What is wrong with them raises ConfigError. Of a section in which something is wrong already
+    (None) nothing more is said.
     """
     if None in (login.enabled, login.api_key, login.api_keys, login.read_only_keys):
         return [], []
@@ -602,7 +632,8 @@ def keys_in_force(login, credential, where):
                                 "set one, such as from: openssl rand -hex 32")
     readers = [key for key in login.read_only_keys if key]
     if set(readers) & set(keys):
-        raise ConfigError(where["authentication", "read_only_keys"], "authentication.read_only_keys holds a key that "
+        raise ConfigError(where["authentication", "read_only_keys"],
+                          "authentication.read_only_keys holds a key that "
                           "is also one that may change containers")
     return keys, readers
 
@@ -631,7 +662,8 @@ def read_config(path, files=None):
 def read_credential():
     """The key that systemd passes with LoadCredential=api_key:…, or None."""
     try:
-        with open(os.path.join(os.environ["CREDENTIALS_DIRECTORY"], "api_key"), encoding="utf-8") as file:
+        with open(os.path.join(os.environ["CREDENTIALS_DIRECTORY"], "api_key"),
+                  encoding="utf-8") as file:
             return file.read().strip()
     except (KeyError, OSError, UnicodeDecodeError):
         return None
@@ -667,7 +699,8 @@ class Name:
     def __init__(self, name, marks, longest, also=()):
         self.name, self.also, self.marks, self.longest = name, also, marks, longest
         self.pattern = re.compile(rf"(?!-)[A-Za-z0-9{re.escape(marks)}]{{1,{longest}}}")
-        self.rule = (f"must be 1 to {longest} letters, digits or {' '.join(marks)} (ASCII), and must not start with -")
+        self.rule = (f"must be 1 to {longest} letters, digits or {' '.join(marks)} (ASCII), "
+                     "and must not start with -")
 
     def schema(self):
         marks = self.marks.replace(".", "\\.").replace("-", "\\-")
@@ -699,7 +732,10 @@ class Flag:
 
 
 class Text:
-    """An optional text of which check(text) says whether it is taken; `default` where it is not given."""
+    """An optional text of which check(text) says whether it is taken.
+
+    It is `default` where it is not given.
+    """
     also = ()
 
     def __init__(self, name, check, rule, default=None, **schema):
@@ -738,13 +774,15 @@ def is_interface_address(text):
     if text == "dhcp":
         return True
     try:
-        return bool(re.fullmatch(r"[0-9A-Fa-f:.]{2,45}/[0-9]{1,3}", text) and ipaddress.ip_interface(text))
+        return bool(re.fullmatch(r"[0-9A-Fa-f:.]{2,45}/[0-9]{1,3}", text)
+                    and ipaddress.ip_interface(text))
     except ValueError:
         return False
 
 
 def is_description(text):
-    return len(text) <= 1024 and not re.search(r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", text)
+    return len(text) <= 1024 and not re.search(
+        r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", text)
 
 
 def matches(pattern):
@@ -756,21 +794,25 @@ NEW_VM_ID = Integer("new_vm_id", 100, 999999, also=("new_lxc_id",))
 NEW_VM_NAME = Name("new_vm_name", "_.-", 63, also=("new_lxc_name", "hostname"))
 CORES = Integer("cores", 1, 128)
 MEMORY = Integer("memory", 64, 1048576)
-DISK_SIZE = Integer("disk_size", 1, 16384)  # what ext4 holds by default; more breaks the file system
+DISK_SIZE = Integer("disk_size", 1, 16384)  # ext4's default bound; more breaks the file system
 SNAPSHOT_NAME = Name("snapshot_name", "_-", 100)
 NODE_NAME = Name("node_name", "_-", 50)
 START, FULL = Flag("start"), Flag("full")
 STORAGE = Text("storage", matches(r"[A-Za-z][A-Za-z0-9._-]{1,99}"),
-               "must be a storage id: a letter, then letters, digits, - _ or . (ASCII), 2 to 100 characters",
+               "must be a storage id: a letter, then letters, digits, - _ or . (ASCII), "
+               "2 to 100 characters",
                pattern="^[A-Za-z][A-Za-z0-9._\\-]{1,99}$")
-IP = Text("ip", is_interface_address, "must be dhcp, or an address with its prefix length, such as 192.0.2.5/24")
+IP = Text("ip", is_interface_address,
+          "must be dhcp, or an address with its prefix length, such as 192.0.2.5/24")
 DISK = Text("disk", matches(r"rootfs|mp(?:[0-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"),
             "must be rootfs, or mp0 to mp255", "rootfs", pattern="^(rootfs|mp[0-9]{1,3})$")
 CURRENT_SIZE = Size("current_size")
 TIMEOUT = Integer("timeout", 1, 3600, default=60)
 DESCRIPTION = Text("description", is_description,
-                   "must be at most 1024 characters, without control characters but line ends", maxLength=1024)
-OPERATION = Text("id", matches(r"[0-9a-f]{16}"), "must be 16 hexadecimal digits", pattern="^[0-9a-f]{16}$")
+                   "must be at most 1024 characters, without control characters but line ends",
+                   maxLength=1024)
+OPERATION = Text("id", matches(r"[0-9a-f]{16}"),
+                 "must be 16 hexadecimal digits", pattern="^[0-9a-f]{16}$")
 ANY_VM_ID = Integer("vm_id", 100, 999999, also=("lxc_id", "container_id"), default=None)
 
 
@@ -842,7 +884,8 @@ def parse_object(body):
         text = body[len(BOM):] if body.startswith(BOM) else body
         value = read_json(text.decode("utf-8"), object_pairs_hook=Pairs, parse_constant=refuse)
     except ValueError:
-        raise Problem(400, 'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}') from None
+        raise Problem(400, "Invalid JSON: the body must be one JSON object in UTF-8, "
+                           'such as {"vm_id": 104}') from None
     if not isinstance(value, Pairs):
         raise Problem(400, 'Invalid JSON: must be an object, such as {"vm_id": 104}')
     return value
@@ -878,7 +921,9 @@ def parse_config(document):
             section.setdefault("#", []).append(unquote(line[1:]))
         elif line.startswith("["):
             name = line.strip("[] \t\r")
-            section = pending if name.lower() == "pve:pending" else {} if ":" in name else snapshots.setdefault(name, {})
+            section = (pending if name.lower() == "pve:pending"
+                       else {} if ":" in name
+                       else snapshots.setdefault(name, {}))
     for each in (current, pending, *snapshots.values()):
         if "#" in each:
             each["description"] = "\n".join(each.pop("#"))
@@ -971,7 +1016,8 @@ class Cluster(namedtuple("Cluster", "name quorate nodes")):
 def parse_members(document):
     """/etc/pve/.members -> (this node's name or None, its Cluster or None).
 
-    A single host has neither `cluster` nor `nodelist` there (pve-cluster, cfs_create_memberlist_msg).
+    A single host has neither `cluster` nor `nodelist` there (pve-cluster,
+    cfs_create_memberlist_msg).
     """
     if document is None:
         return None, None
@@ -989,7 +1035,10 @@ def parse_members(document):
 
 @lru_cache(maxsize=1)
 def parse_vmlist(document):
-    """/etc/pve/.vmlist -> {id as text: {"node", "type": "lxc" or "qemu"}} of all nodes; empty if it is not there."""
+    """/etc/pve/.vmlist -> {id as text: {"node", "type": "lxc" or "qemu"}} of all nodes.
+
+    It is empty if the file is not there.
+    """
     if document is None:
         return {}
     try:
@@ -999,23 +1048,31 @@ def parse_vmlist(document):
 
 
 def incomprehensible(name):
-    """503: what is half or garbled must not be taken for a host without cluster, quorum or guests."""
+    """The 503 for a file that is half or garbled.
+
+    That must not be taken for a host without cluster, quorum or guests.
+    """
     return busy(f"Proxmox's file {name} cannot be understood", SLOT_SECONDS)
 
 
 def parse_news(document):
-    """/etc/pve/.rrd, what every node's pvestatd broadcasts -> {("vm" or "node", id or name): its fields, as texts}.
+    """/etc/pve/.rrd -> {("vm" or "node", id or name): its fields, as texts}.
 
-    Of a container they are uptime, name, status, template, time; of a node uptime, level, time,
-    load, processors, share, wait, memory in bytes; and more (pve-manager, PVE::Service::pvestatd,
-    PVE::API2Tools). The keys are pve2.3-vm/ID and pve2-node/NAME, since VE 9 pve-vm-9.0/ID and
-    pve-node-9.0/NAME.
+    The file is what every node's pvestatd broadcasts.
+
+    Of a container the fields are uptime, name, status, template, time; of a node uptime, level,
+    time, load, processors, share, wait, memory in bytes; and more (pve-manager,
+    PVE::Service::pvestatd, PVE::API2Tools). The keys are pve2.3-vm/ID and pve2-node/NAME, since
+    VE 9 pve-vm-9.0/ID and pve-node-9.0/NAME.
     """
-    rows = re.findall(r"^pve[\d.]*-(vm|node)(?:-[\d.]+)?/([^:/]+):(.*)$", document or "", re.MULTILINE)
+    rows = re.findall(
+        r"^pve[\d.]*-(vm|node)(?:-[\d.]+)?/([^:/]+):(.*)$", document or "", re.MULTILINE)
     return {(kind, name): fields.split(":") for kind, name, fields in rows}
 
 
-SNAPSHOT_LINE = re.compile(r"( *)`-> (\S+)\s+(?:(\d{4})-(\d\d)-(\d\d) (\d\d):(\d\d):(\d\d)\s+)?(.*)", re.ASCII)
+SNAPSHOT_LINE = re.compile(
+    r"( *)`-> (\S+)\s+"
+    r"(?:(\d{4})-(\d\d)-(\d\d) (\d\d):(\d\d):(\d\d)\s+)?(.*)", re.ASCII)
 
 
 def parse_snapshots(document):
@@ -1051,7 +1108,8 @@ def snapshots_of(conf):
 
 
 def in_order(rows):
-    return [{"name": name, "timestamp": None if taken is None else utc(int(taken)), "description": description,
+    return [{"name": name, "timestamp": None if taken is None else utc(int(taken)),
+             "description": description,
              "parent": parent, "state": state or None}
             for name, taken, description, parent, state
             in sorted(rows, key=lambda row: (row[1] or 0, row[0]))]
@@ -1087,21 +1145,31 @@ def parse_pressure(text):
 
 
 def option(value, name):
-    """An option in a property string such as `local-lvm:vm-104-disk-0,size=8G` -> its text or None."""
+    """An option in a property string -> its text or None.
+
+    Such a string is `local-lvm:vm-104-disk-0,size=8G`.
+    """
     match = re.search(rf"(?:^|,){name}=([^,]*)", value or "")
     return match and match[1]
 
 
 def with_option(value, name, given):
-    """A property string with one option set, or left out if `given` is None; all others stay as they are."""
+    """A property string with one option set, or left out if `given` is None.
+
+    All others stay as they are.
+    """
     options = [each for each in value.split(",") if each.partition("=")[0] != name]
     return ",".join(options if given is None else [*options, f"{name}={given}"])
 
 
 def static_addresses(values):
-    """A container's configuration -> [(bridge, VLAN tag, address)] of its network interfaces, without prefix lengths."""
+    """A container's configuration -> [(bridge, VLAN tag, address)] of its network interfaces.
+
+    The addresses are without prefix lengths.
+    """
     nets = [value for key, value in values.items() if re.fullmatch(r"net[0-9]{1,2}", key)]
-    found = [(option(net, "bridge"), option(net, "tag"), option(net, name)) for net in nets for name in ("ip", "ip6")]
+    found = [(option(net, "bridge"), option(net, "tag"), option(net, name))
+             for net in nets for name in ("ip", "ip6")]
     return [(bridge, tag, plain_ip(address.partition("/")[0])) for bridge, tag, address in found
             if address and address not in ("dhcp", "manual", "auto")]
 
@@ -1147,10 +1215,13 @@ FILE_SYSTEM_STAYED = re.compile(
     r"|command 'losetup |can't map rbd volume")
 
 
-PCT_PARAMETERS = {                          # pct's name -> ours, and its rule where pct's own text does not tell
+# pct's name -> ours, and its rule where pct's own text does not tell.
+PCT_PARAMETERS = {
     "vmid": ("vm_id", None), "newid": ("new_vm_id", None), "size": ("disk_size", None),
-    "hostname": ("new_vm_name", "Proxmox takes a DNS name: labels of letters, digits and inner hyphens, joined by dots"),
-    "snapname": ("snapshot_name", "Proxmox takes 2 to 40 characters: a letter, then letters, digits, _ and -"),
+    "hostname": ("new_vm_name", "Proxmox takes a DNS name: "
+                                "labels of letters, digits and inner hyphens, joined by dots"),
+    "snapname": ("snapshot_name", "Proxmox takes 2 to 40 characters: "
+                                  "a letter, then letters, digits, _ and -"),
 }
 
 LASTING = "snapshot|snapshot-delete|rollback|create|destroyed"      # locks that outlive a lost task
@@ -1471,7 +1542,8 @@ class Turns:
             line.users += 1
         try:
             if not line.gate.enter(seconds):
-                raise Problem(409, f"VM {key} is busy for over {TURN_SECONDS} s with: {line.holder}")
+                raise Problem(
+                    409, f"VM {key} is busy for over {TURN_SECONDS} s with: {line.holder}")
             line.holder = who
             try:
                 yield
@@ -1541,7 +1613,10 @@ class Flights:
         self.workers, self.lock, self.flying, self.next = workers, threading.Lock(), set(), {}
 
     def join(self, question, call):
-        """-> the Future of call(), which answers a question; Problem 503 if too many are being answered."""
+        """-> the Future of call(), which answers a question.
+
+        It raises Problem 503 if too many are being answered.
+        """
         with self.lock:
             future = self.next.get(question)
             if future:
@@ -1598,11 +1673,13 @@ class Files:
         try:
             return future.result()
         except OSError as error:
-            raise busy(f"{error.filename or 'A file'} cannot be read: {error.strerror}", SLOT_SECONDS) from None
+            raise busy(f"{error.filename or 'A file'} cannot be read: {error.strerror}",
+                       SLOT_SECONDS) from None
 
 
 def hanging():
-    return busy("Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster", SLOT_SECONDS)
+    return busy("Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster",
+                SLOT_SECONDS)
 
 
 # TLS
@@ -1624,7 +1701,10 @@ def read_tls(config, files):
 
 
 def load_tls(config):
-    """Settings -> (SSLContext, when its certificate ends), or ConfigError; it waits for the files."""
+    """Settings -> (SSLContext, when its certificate ends), or ConfigError.
+
+    It waits for the files.
+    """
     certificate, key = config.server.tls_certificate, config.server.tls_key
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -1654,7 +1734,10 @@ def no_passphrase():
 
 
 def bad_file(config, setting, text):
-    """The ConfigError for a file that cannot be used; in an unmounted /etc/pve it may yet appear."""
+    """The ConfigError for a file that cannot be used.
+
+    In an unmounted /etc/pve it may yet appear.
+    """
     folder = config.proxmox.pve_dir
     below = getattr(config.server, setting).startswith(folder + "/")
     code = 1 if below and not os.path.lexists(f"{folder}/lxc") else EX_CONFIG
@@ -1771,7 +1854,8 @@ class Output:
         try:
             self.fd = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
-            raise busy(f"The host has no room for a command's output: {error.strerror}", SLOT_SECONDS, NotBegun) from None
+            raise busy(f"The host has no room for a command's output: {error.strerror}",
+                       SLOT_SECONDS, NotBegun) from None
         if bounded:                         # a write past the size fails with EPERM
             os.ftruncate(self.fd, MAX_OUTPUT)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
@@ -1785,12 +1869,13 @@ class Output:
     def read(self):
         """-> (the last MAX_OUTPUT bytes, whether that bound was reached)."""
         size = os.lseek(self.fd, 0, os.SEEK_CUR)
-        return os.pread(self.fd, min(size, MAX_OUTPUT), max(0, size - MAX_OUTPUT)), size >= MAX_OUTPUT
+        return (os.pread(self.fd, min(size, MAX_OUTPUT), max(0, size - MAX_OUTPUT)),
+                size >= MAX_OUTPUT)
 
 
 # What a node runs for us. Its pct must print into files there, for pct takes a broken stdout for an
-# interrupt, and sshd's pipe breaks with the connection; so it is not begun without 256 blocks of room.
-# The files lose their names before it begins, so that nothing is left.
+# interrupt, and sshd's pipe breaks with the connection; so it is not begun without 256 blocks of
+# room. The files lose their names before it begins, so that nothing is left.
 REMOTE = (
     "export LC_ALL=C.UTF-8 LANG=C.UTF-8; file=/run/lxc_autoscale_api.$$; "
     "[ $(stat -fc %a /run/) -gt 256 ] || { echo /run is full >&2; exit 1; }; "
@@ -1801,17 +1886,20 @@ REMOTE = (
 
 
 def over_ssh(node, argv, seconds):
-    """An argument list to run on another Node, for at most so many seconds if given -> one to run here.
+    """An argument list to run on another Node -> one to run here.
 
-    As Proxmox's own tools reach each other (PVE::SSHInfo).
+    It may run for at most so many seconds, if given. Proxmox's own tools reach each other
+    this way, too (PVE::SSHInfo).
     """
-    options = ["BatchMode=yes", f"HostKeyAlias={node.name}", "ConnectTimeout=3", "ServerAliveInterval=10",
-               "ServerAliveCountMax=3", "ControlMaster=auto", f"ControlPath={RUN_DIR}/%C", "ControlPersist=300"]
+    options = ["BatchMode=yes", f"HostKeyAlias={node.name}", "ConnectTimeout=3",
+               "ServerAliveInterval=10", "ServerAliveCountMax=3",
+               "ControlMaster=auto", f"ControlPath={RUN_DIR}/%C", "ControlPersist=300"]
     if node.known_hosts:
         options += [f"UserKnownHostsFile={node.known_hosts}", "GlobalKnownHostsFile=none"]
     if seconds:                             # here only ssh could be ended
         argv = ["timeout", "-s", "KILL", str(seconds), *argv]
-    return ["ssh", "-e", "none", *(each for option in options for each in ("-o", option)), f"root@{node.address}", "--",
+    return ["ssh", "-e", "none", *(each for option in options for each in ("-o", option)),
+            f"root@{node.address}", "--",
             shlex.join(["sh", "-c", REMOTE, "sh", *argv])]
 
 
@@ -1864,7 +1952,9 @@ def environment():
 
 
 class Commands:
-    """Starts every process, at most `width` at once on each node, without a shell, with nothing on stdin.
+    """Starts every process, at most `width` at once on each node.
+
+    Each is started without a shell, with nothing on stdin.
 
     `node` is the Node where a command runs, or None for this one; on others MAX_SESSIONS is a
     bound, too. Each has a session of its own: what kills the daemon's group, or stops its
@@ -1874,17 +1964,22 @@ class Commands:
     """
 
     def __init__(self, width, read_seconds, workers, metrics):
-        self.width, self.read_seconds, self.workers, self.metrics = width, read_seconds, workers, metrics
+        self.width, self.read_seconds, self.workers, self.metrics = (
+            width, read_seconds, workers, metrics)
         self.lock, self.ways, self.hung = threading.Lock(), {}, {}
 
     def gauges(self):
         ways = list(self.ways.values())
-        return {"lxc_autoscale_api_commands_in_progress": {(): sum(way.width - way.gate.free for way in ways)},
+        return {"lxc_autoscale_api_commands_in_progress": {(): sum(
+                    way.width - way.gate.free for way in ways)},
                 "lxc_autoscale_api_commands_waiting": {(): sum(
                     len(gate.queue) for way in ways for gate in (way.gate, way.long))}}
 
     def way(self, node):
-        """What is known of a node: its places, when it was last tried, and the Problem of that, if it had one."""
+        """What is known of a node.
+
+        That is its places, when it was last tried, and the Problem of that, if it had one.
+        """
         width = min(self.width, MAX_SESSIONS) if node else self.width
         with self.lock:
             return self.ways.setdefault(node and node.name, SimpleNamespace(
@@ -1905,7 +2000,9 @@ class Commands:
             yield places
 
     def reach(self, node, asked):
-        """See that a node answers, and open the connection that its commands share; Problem 503 if it does not.
+        """See that a node answers, and open the connection that its commands share.
+
+        It raises Problem 503 if the node does not.
 
         So a change is not begun over a connection that is dead, and nobody waits for long for
         a node that is. What was found since `asked` will do, by whomever, for a second; to a
@@ -1914,11 +2011,13 @@ class Commands:
         if not node:
             return
         if not (node.online and node.address):
-            raise busy(f"Node '{node.name}' is offline; to see why, on this host: pvecm status", SLOT_SECONDS)
+            raise busy(f"Node '{node.name}' is offline; to see why, on this host: pvecm status",
+                       SLOT_SECONDS)
         way = self.way(node)
         with way.lock:
             now = time.monotonic()
-            if way.tried < max(asked or now, now - 1) and not (way.problem and not asked and way.tried > now - 1):
+            if (way.tried < max(asked or now, now - 1)
+                    and not (way.problem and not asked and way.tried > now - 1)):
                 way.problem = None
                 try:
                     self.execute(node, ["true"], REACH_SECONDS)
@@ -1927,7 +2026,8 @@ class Commands:
                     way.problem = silent if problem.status == 504 else problem
                 way.tried = time.monotonic()
             if way.problem:                 # a copy, for each has a caller who may add to it
-                raise Problem(503, way.problem.error, dict(way.problem.headers), **way.problem.fields)
+                raise Problem(
+                    503, way.problem.error, dict(way.problem.headers), **way.problem.fields)
 
     def read(self, node, *argv):
         """Run a command that changes nothing, in a place of its own -> its Result."""
@@ -1935,7 +2035,10 @@ class Commands:
             return self.look(node, argv, places)
 
     def look(self, node, argv, places=None):
-        """The same, in a place that is held already; past its time it is killed with its whole group."""
+        """The same, in a place that is held already.
+
+        Past its time it is killed with its whole group.
+        """
         return self.execute(node, [str(each) for each in argv], self.read_seconds, places)
 
     def change(self, node, argv):
@@ -1946,7 +2049,10 @@ class Commands:
         return self.execute(node, argv, None)
 
     def execute(self, node, argv, seconds, places=None):
-        """Run a command now -> its Result, or Problem; `places` are kept while it cannot be ended."""
+        """Run a command now -> its Result, or Problem.
+
+        `places` are kept while it cannot be ended.
+        """
         if seconds and (node, *argv) in self.hung:
             raise self.still_hung(node, argv)
         label = " ".join(argv[:2] if argv[0] in ("pct", "pvesh") else argv[:1])
@@ -1969,12 +2075,14 @@ class Commands:
         if not gone:
             raise self.still_hung(node, argv)
         if not in_time:
-            raise Problem(504, f"{' '.join(argv[:3])}{there} did not finish in {seconds} s and was ended")
+            raise Problem(
+                504, f"{' '.join(argv[:3])}{there} did not finish in {seconds} s and was ended")
         if node and not (reply or full):
-            begun = not seconds and code not in (1, 2)      # which REMOTE ends with if it cannot begin
+            begun = not seconds and code not in (1, 2)      # REMOTE ends so if it cannot begin
             raise lost(node, argv, begun, err.decode("utf-8", "replace").strip())
         if node and code == 127:            # as the shell there says it
-            raise busy(f"{argv[0]} is not installed on node '{node.name}', or not on its PATH", 60, NotBegun)
+            raise busy(f"{argv[0]} is not installed on node '{node.name}', or not on its PATH",
+                       60, NotBegun)
         return Result(code, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"), full)
 
     def kill(self, process, question, places):
@@ -2001,9 +2109,9 @@ class Commands:
 
     def still_hung(self, node, argv):
         where = f" on node '{node.name}'" if node else ""
-        return Problem(504, f"{' '.join(argv[:3])}{where} hangs and cannot be ended (process "
-                            f"{self.hung.get((node, *argv), 'gone now')}); the storage or /etc/pve behind it "
-                            "does not answer")
+        return Problem(504, f"{' '.join(argv[:3])}{where} hangs and cannot be ended "
+                            f"(process {self.hung.get((node, *argv), 'gone now')}); "
+                            "the storage or /etc/pve behind it does not answer")
 
     def start(self, node, argv, label, seconds, stdout, stderr):
         if node:
@@ -2016,7 +2124,8 @@ class Commands:
         except OSError as error:
             self.metrics.add("lxc_autoscale_api_commands_total", label, "not_started")
             missing = isinstance(error, FileNotFoundError)
-            what = "is not installed, or not on the daemon's PATH" if missing else f"cannot be started: {error.strerror}"
+            what = ("is not installed, or not on the daemon's PATH" if missing
+                    else f"cannot be started: {error.strerror}")
             raise busy(f"{argv[0]} {what}", 60, NotBegun) from None
 
 
@@ -2026,12 +2135,17 @@ def too_many(node):
 
 
 def lost(node, argv, begun, details):
-    """ssh ended without a word of a command's end -> the Problem; a change that had `begun` may run there still."""
+    """ssh ended without a word of a command's end -> the Problem.
+
+    A change that had `begun` may run there still.
+    """
     if begun:
-        problem = Lost(504, f"The connection to node '{node.name}' was lost during {' '.join(argv[:3])}, which goes on "
-                            "if the node does. Ask for the container's state before trying again")
+        problem = Lost(504, f"The connection to node '{node.name}' was lost during "
+                            f"{' '.join(argv[:3])}, which goes on if the node does. "
+                            "Ask for the container's state before trying again")
     else:
-        problem = busy(f"Node '{node.name}' cannot run commands over SSH; to see why, on this host: "
+        problem = busy(f"Node '{node.name}' cannot run commands over SSH; "
+                       "to see why, on this host: "
                        f"pvesh get /nodes/{node.name}/version", SLOT_SECONDS, NotBegun)
     if details:
         problem.add_details(details[-MAX_DETAILS:])
@@ -2043,14 +2157,16 @@ def stopping():
 
 
 def internal_error(error):
-    return Problem(500, f"Internal error ({type(error).__name__}); the daemon's error log says more")
+    return Problem(
+        500, f"Internal error ({type(error).__name__}); the daemon's error log says more")
 
 
 # The host
 
 CONTAINER = "lxc_autoscale_container_"       # how the names of their metrics begin
 CONTAINER_USAGE = (                         # the rest of a metric's name, key of Proxmox.usage
-    ("cpu_seconds_total", "cpu"), ("memory_usage_bytes", "memory"), ("disk_read_bytes_total", "disk_read"),
+    ("cpu_seconds_total", "cpu"), ("memory_usage_bytes", "memory"),
+    ("disk_read_bytes_total", "disk_read"),
     ("disk_write_bytes_total", "disk_write"), ("oom_kills_total", "oom_kills"), ("pids", "pids"),
     ("swap_usage_bytes", "swap"), ("memory_shared_bytes", "shared"),
 )
@@ -2162,9 +2278,12 @@ def read_node():
     """
     stat, load, sizes, uptime = (
         read_text(f"{PROC}/{name}") or "" for name in ("stat", "loadavg", "meminfo", "uptime"))
-    sizes = {name: int(size) * 1024 for name, size in re.findall(r"^(\w+): +(\d{1,15}) kB$", sizes, re.MULTILINE)}
-    load, up = re.match(r"(\d+\.\d+) (\d+\.\d+) (\d+\.\d+) ", load), re.match(r"(\d{1,15})\.", uptime)
-    version = re.search(r"^sub version \{\s+return '([^']+)';", read_text(PVECFG) or "", re.MULTILINE)
+    sizes = {name: int(size) * 1024
+             for name, size in re.findall(r"^(\w+): +(\d{1,15}) kB$", sizes, re.MULTILINE)}
+    load, up = (re.match(r"(\d+\.\d+) (\d+\.\d+) (\d+\.\d+) ", load),
+                re.match(r"(\d{1,15})\.", uptime))
+    version = re.search(
+        r"^sub version \{\s+return '([^']+)';", read_text(PVECFG) or "", re.MULTILINE)
     disk = os.statvfs("/")
     return {
         "cpuinfo": {"cpus": len(re.findall(r"^cpu\d+ ", stat, re.MULTILINE)) or None},
@@ -2181,7 +2300,9 @@ def part_used(total, free):
 
 
 def busy_meter(clock):
-    """Begin to measure -> a function that tells how busy so many processors were since, in percent, or None.
+    """Begin to measure -> a function that tells how busy so many processors were since.
+
+    It tells that in percent, or None.
 
     clock() gives (busy, total), or None where nobody tells. `pct status` does not, so it is
     measured around that, and over 0.1 s at least.
@@ -2193,29 +2314,37 @@ def busy_meter(clock):
             return None
         time.sleep(max(0, begun + 0.1 - time.monotonic()))
         after = clock()
-        return after and round(max(0, after[0] - before[0]) / max(1e-6, after[1] - before[1]) / processors * 100, 2)
+        return after and round(
+            max(0, after[0] - before[0]) / max(1e-6, after[1] - before[1]) / processors * 100, 2)
     return share
 
 
 def listed_container(vm_id, node, name, status, cores, memory, uptime, onboot, marked):
     lock, template, tags = marked
-    return {"vm_id": vm_id, "lxc_id": vm_id, "node": node, "name": name, "status": status, "cores": cores,
-            "memory": memory, "uptime": uptime,
+    return {"vm_id": vm_id, "lxc_id": vm_id, "node": node, "name": name, "status": status,
+            "cores": cores, "memory": memory, "uptime": uptime,
             "lock": lock, "template": template, "onboot": onboot, "tags": tags}
 
 
 def described_by(vm_id, document):
-    """What a container's configuration says in /metrics -> (its labels, whether it is a template, its samples)."""
+    """A container's configuration -> (its labels, whether it is a template, its samples).
+
+    That is what it says in /metrics.
+    """
     values, one = parse_config(document).values, (str(vm_id),)
     (cores, memory, _), (lock, template, _) = allotted(values), marks(values)
-    samples = [("info", (*one, container_name(vm_id, values)), 1), ("locked", (*one, lock), lock and 1),
+    samples = [("info", (*one, container_name(vm_id, values)), 1),
+               ("locked", (*one, lock), lock and 1),
                ("cpu_cores", one, cores), ("memory_mb", one, memory),
                ("memory_limit_bytes", one, memory and memory * MIB)]
-    return one, template, [(CONTAINER + name, labels, value) for name, labels, value in samples if value is not None]
+    return one, template, [(CONTAINER + name, labels, value)
+                           for name, labels, value in samples if value is not None]
 
 
 class Proxmox:
-    """What the API needs from the host and, if `clustered`, its cluster. Ids are integers; what fails is a Problem.
+    """What the API needs from the host and, if `clustered`, its cluster.
+
+    Ids are integers; what fails is a Problem.
 
     A `node` is the Node of the cluster where something is asked for, or None for this one.
     """
@@ -2247,7 +2376,10 @@ class Proxmox:
         return own, cluster if self.clustered else None
 
     def locate(self, vm_id):
-        """The Node where a container lives, None for this one; Problem 404 for what is known to be none."""
+        """The Node where a container lives, None for this one.
+
+        It raises Problem 404 for what is known to be none.
+        """
         return self.files.read(self.find, vm_id)
 
     def find(self, vm_id):
@@ -2267,21 +2399,28 @@ class Proxmox:
         if not cluster or not guest:
             return None
         name = guest.get("node")
-        node = cluster.nodes.get(name, Node(name, False, False, None))      # of a node that has left, files may stay
+        # Of a node that has left, files may stay.
+        node = cluster.nodes.get(name, Node(name, False, False, None))
         return None if node.local else self.with_known_hosts(node)
 
     def see_that_it_is_mounted(self):
-        """Problem 503 where pve_dir is an empty folder: pmxcfs, once mounted, always has the link lxc (pmxcfs.c)."""
+        """Problem 503 where pve_dir is an empty folder.
+
+        Once mounted, pmxcfs always has the link lxc (pmxcfs.c).
+        """
         if not os.path.lexists(f"{self.pve_dir}/lxc") and is_there(self.pve_dir):
-            raise busy(f"Proxmox's cluster file system is not mounted at {self.pve_dir}; see: systemctl status "
-                       "pve-cluster", SLOT_SECONDS)
+            raise busy(f"Proxmox's cluster file system is not mounted at {self.pve_dir}; "
+                       "see: systemctl status pve-cluster", SLOT_SECONDS)
 
     def with_known_hosts(self, node):
         path = f"{self.pve_dir}/nodes/{node.name}/ssh_known_hosts"
         return node._replace(known_hosts=path if is_there(path) else None)
 
     def where(self, vm_id, run):
-        """run(node) on the node where a container lives, and once more if it has moved meanwhile."""
+        """run(node) on the node where a container lives.
+
+        It is run once more if the container has moved meanwhile.
+        """
         node = self.locate(vm_id)
         try:
             return run(node)
@@ -2292,17 +2431,24 @@ class Proxmox:
         return run(now)
 
     def ready(self, vm_id, asked):
-        """The Node where a container can be changed, seen since `asked`; Problem 503 without quorum or sign of life."""
+        """The Node where a container can be changed, seen since `asked`.
+
+        It raises Problem 503 without quorum or sign of life.
+        """
         node, (_, cluster) = self.locate(vm_id), self.members()
         if cluster and not cluster.quorate:
-            raise busy("The Proxmox cluster has no quorum, so nothing can be changed; see: pvecm status", 30)
+            raise busy("The Proxmox cluster has no quorum, so nothing can be changed; "
+                       "see: pvecm status", 30)
         self.commands.reach(node, asked)
         return node
 
     # Reads
 
     def conf(self, vm_id):
-        """A container's Conf: from its file, which is what `pct config` reads, else from `pct config`."""
+        """A container's Conf: from its file, else from `pct config`.
+
+        The file is what `pct config` reads.
+        """
         return self.file_conf(vm_id) or self.fresh_conf(vm_id)
 
     def file_conf(self, vm_id):
@@ -2317,8 +2463,12 @@ class Proxmox:
         return self.where(vm_id, lambda node: self.conf_at(node, vm_id))
 
     def conf_at(self, node, vm_id):
-        """A container's Conf as a node has it itself: a change made there is seen here some milliseconds later."""
-        return parse_config(self.text_at(node, self.conf_path(vm_id)) or self.ask(node, "pct", "config", vm_id))
+        """A container's Conf as a node has it itself.
+
+        A change made there is seen here some milliseconds later.
+        """
+        return parse_config(self.text_at(node, self.conf_path(vm_id))
+                            or self.ask(node, "pct", "config", vm_id))
 
     def conf_path(self, vm_id, node=None):
         return f"{self.conf_folder(node)}/{vm_id}.conf"
@@ -2342,10 +2492,14 @@ class Proxmox:
         folder = self.conf_folder(node)
         ids = sorted(int(name[:-5]) for name in names_in(folder) if CONF_NAME.fullmatch(name))
         documents = ((vm_id, read_text(f"{folder}/{vm_id}.conf")) for vm_id in ids)
-        return ((vm_id, document) for vm_id, document in documents if document is not None)     # one may vanish
+        return ((vm_id, document) for vm_id, document in documents
+                if document is not None)    # one may vanish
 
     def read_texts(self, vm_ids, node):
-        """{id: text of its configuration on a node, or None}; Problem 404 if the first is known to be none."""
+        """{id: text of its configuration on a node, or None}.
+
+        It raises Problem 404 if the first is known to be none.
+        """
         texts = {vm_id: read_text(self.conf_path(vm_id, node)) for vm_id in vm_ids}
         if texts[vm_ids[0]] is None and is_there(self.conf_folder(node)):
             name = node.name if node else self.read_members()[0] or socket.gethostname()
@@ -2360,10 +2514,16 @@ class Proxmox:
         return self.files.read(read)
 
     def address_holders(self, but):
-        """{(bridge, VLAN tag, address): id} of the static addresses of all containers but templates, and but one."""
+        """{(bridge, VLAN tag, address): id} of the static addresses of all containers.
+
+        Templates are left out, and so is the container `but`.
+        """
         def read():
-            return {address: vm_id for node in [None, *self.others()] for vm_id, conf in self.confs(node).items()
-                    if vm_id != but and conf.current.get("template") != "1" for address in static_addresses(conf.current)}
+            return {address: vm_id
+                    for node in [None, *self.others()]
+                    for vm_id, conf in self.confs(node).items()
+                    if vm_id != but and conf.current.get("template") != "1"
+                    for address in static_addresses(conf.current)}
         return self.files.read(read)
 
     def others(self):
@@ -2375,7 +2535,10 @@ class Proxmox:
         return parse_news(read_text(f"{self.pve_dir}/.rrd"))
 
     def config(self, vm_id, max_cores, max_memory):
-        """What is allotted, and what a scaling call makes sense with: the bounds, or what the host has."""
+        """What is allotted, and what a scaling call makes sense with.
+
+        The latter is the bounds, or what the host has.
+        """
         values = self.conf(vm_id).values
         size = size_in_gb(option(values.get("rootfs"), "size"))
         cores, megabytes, swap = allotted(values)
@@ -2395,7 +2558,8 @@ class Proxmox:
     def capacity(self, node):
         """(processors, memory in MB) of a node, each infinite where nobody tells."""
         if not node:
-            return os.cpu_count() or math.inf, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB
+            return (os.cpu_count() or math.inf,
+                    os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB)
         fields = self.files.read(self.news).get(("node", node.name), [])
         cpus, memory = (number(field) for field in (fields + [""] * 8)[4:8:3])
         return cpus or math.inf, memory // MIB if memory else math.inf
@@ -2423,7 +2587,8 @@ class Proxmox:
             "swap": in_unit(get("maxswap"), MIB), "swap_used": in_unit(get("swap"), MIB),
             "pressure": None if set(pressure.values()) == {None} else pressure,
             "disk": in_unit(get("maxdisk"), GIB),
-            "disk_used": None if stopped else in_unit(get("disk"), GIB),        # pct says 0, and does not know
+            # Of a stopped one pct says 0, and does not know.
+            "disk_used": None if stopped else in_unit(get("disk"), GIB),
             "uptime": get("uptime"), "network_in": get("netin"), "network_out": get("netout"),
             "disk_read": get("diskread"), "disk_write": get("diskwrite"),
         }
@@ -2447,30 +2612,41 @@ class Proxmox:
             **{key: values.get(key) for key in ("lock", "template", "tags")},
         }
         if not up:
-            return {**found, **dict.fromkeys(("mem", "swap", "uptime", "netin", "netout", "diskread", "diskwrite"), 0)}
+            return {**found, **dict.fromkeys(
+                ("mem", "swap", "uptime", "netin", "netout", "diskread", "diskwrite"), 0)}
         netin, netout = self.traffic().get(vm_id, (None, None))
         return {**found, "mem": usage["memory"], "shared": usage["shared"], "swap": usage["swap"],
                 "pid": pid, "uptime": self.uptime(pid),
                 **{f"pressure{name}some": usage["pressure"][name][0] for name in PRESSURES},
-                "netin": netin, "netout": netout, "diskread": usage["disk_read"], "diskwrite": usage["disk_write"]}
+                "netin": netin, "netout": netout,
+                "diskread": usage["disk_read"], "diskwrite": usage["disk_write"]}
 
     def traffic(self):
         """{id: (bytes in, bytes out)} of the containers that run here and have an interface."""
         return parse_net_dev(read_text("/proc/net/dev") or "")
 
     def disk_used(self, pid):
-        """Bytes in use on a container's root disk, seen through its init; None if that disk does not answer."""
+        """Bytes in use on a container's root disk, seen through its init.
+
+        It is None if that disk does not answer.
+        """
         try:
             return self.files.read(used_bytes, f"/proc/{pid}/root")
         except Problem:
             return None
 
     def has_cgroups(self):
-        """Whether control groups are there in version 2; version 1 has a folder for each controller."""
+        """Whether control groups are there in version 2.
+
+        Version 1 has a folder for each controller.
+        """
         return is_there(self.cgroup_dir) and not is_there(f"{self.cgroup_dir}/memory")
 
     def cpu_clock(self, node, vm_id):
-        """(processor time used, time) so far, in seconds, from the container's cgroup (v2), or None."""
+        """(processor time used, time) so far, in seconds, or None.
+
+        They are from the container's cgroup (v2).
+        """
         stat = self.text_at(node, f"{self.cgroup_dir}/lxc/{vm_id}/cpu.stat")
         used = row_number("usage_usec", stat)
         return None if used is None else (used / 1e6, time.monotonic())
@@ -2491,7 +2667,8 @@ class Proxmox:
         came, went = parse_io(disk)
         return {
             "cpu": seconds and seconds / 1e6,
-            "memory": None if None in (used, cached) else max(0, used - cached),    # as pct counts it
+            # As pct counts it.
+            "memory": None if None in (used, cached) else max(0, used - cached),
             "shared": row_number("shmem", stat), "swap": only_number(swap),
             "disk_read": came, "disk_write": went,
             "oom_kills": row_number("oom_kill", events), "pids": only_number(pids),
@@ -2531,8 +2708,9 @@ class Proxmox:
         rows, complete = self.files.read(self.read_list, own)
         found = []
         if not complete:
-            found = [listed_container(int(row["vmid"]), own, str(row.get("name") or f"CT{row['vmid']}"), row.get("status"),
-                                      decimal(str(row.get("cpus"))),
+            found = [listed_container(int(row["vmid"]), own,
+                                      str(row.get("name") or f"CT{row['vmid']}"),
+                                      row.get("status"), decimal(str(row.get("cpus"))),
                                       in_unit(row.get("maxmem"), MIB), row.get("uptime"),
                                       None, marks(row))
                      for row in self.ask_json(None, f"/nodes/{own}/lxc")]
@@ -2556,13 +2734,19 @@ class Proxmox:
         return found, complete
 
     def state(self, node, vm_id, news):
-        """(status, uptime in seconds) of a container: here from its cgroup, elsewhere from its node's news, or Nones."""
+        """(status, uptime in seconds) of a container, or Nones.
+
+        Here they are from its cgroup, elsewhere from its node's news.
+        """
         if node:
             return heard(news.get(("vm", str(vm_id)))) if node.online else (None, None)
         return ("running", self.uptime(self.init_pid(vm_id))) if self.up(vm_id) else ("stopped", 0)
 
     def gauges(self):
-        """The container families at this moment, without a process; of what files do not say, nothing."""
+        """The container families at this moment, without a process.
+
+        Of what files do not say, they hold nothing.
+        """
         return self.files.read(self.read_gauges)
 
     def read_gauges(self):
@@ -2572,8 +2756,10 @@ class Proxmox:
         """
         families = {name: {} for name in FAMILIES if name.startswith(CONTAINER)}
         used = [(families[CONTAINER + name], key) for name, key in CONTAINER_USAGE]
-        waited = [(families[f"{CONTAINER}pressure_{name}_waiting_seconds_total"], name) for name in PRESSURES]
-        network = [families[f"{CONTAINER}network_{way}_bytes_total"] for way in ("receive", "transmit")]
+        waited = [(families[f"{CONTAINER}pressure_{name}_waiting_seconds_total"], name)
+                  for name in PRESSURES]
+        network = [families[f"{CONTAINER}network_{way}_bytes_total"]
+                   for way in ("receive", "transmit")]
         self.see_that_it_is_mounted()
         has_cgroups, traffic, described = self.has_cgroups(), self.traffic(), {}
         for vm_id, document in self.documents():
@@ -2600,14 +2786,19 @@ class Proxmox:
         conf = self.file_conf(vm_id)
         if conf:
             return snapshots_of(conf)
-        return parse_snapshots(self.where(vm_id, lambda node: self.ask(node, "pct", "listsnapshot", vm_id)))
+        return parse_snapshots(
+            self.where(vm_id, lambda node: self.ask(node, "pct", "listsnapshot", vm_id)))
 
     def node_status(self, name):
-        """Of this node from /proc, of any other from its pvesh, which would itself count as load if it ran already."""
+        """Of this node from /proc, of any other from its pvesh.
+
+        That would itself count as load if it ran already.
+        """
         own, cluster = self.members()
         known = cluster.nodes if cluster else {own: None} if own else {}
         if known and name not in known:
-            raise Problem(404, f"Node '{name}' does not exist; known here: {', '.join(sorted(known))}")
+            raise Problem(
+                404, f"Node '{name}' does not exist; known here: {', '.join(sorted(known))}")
         node = known.get(name)
         node = None if node is None or node.local else self.files.read(self.with_known_hosts, node)
         here = not node and (known or name == self.node_name())
@@ -2619,17 +2810,24 @@ class Proxmox:
         return {
             "node": name, "cpu_usage": cpu_usage,
             "cpu_count": (data.get("cpuinfo") or {}).get("cpus"),
-            "load_average": [float(each) for each in data["loadavg"]] if data.get("loadavg") else None,
+            "load_average": ([float(each) for each in data["loadavg"]]
+                             if data.get("loadavg") else None),
             "memory_usage": round(used / total * 100, 2) if total and used is not None else None,
             "memory_total": in_unit(total, MIB), "memory_used": in_unit(used, MIB),
-            "swap_total": in_unit(swap.get("total"), MIB), "swap_used": in_unit(swap.get("used"), MIB),
-            "disk_total": in_unit(disk.get("total"), GIB), "disk_used": in_unit(disk.get("used"), GIB),
+            "swap_total": in_unit(swap.get("total"), MIB),
+            "swap_used": in_unit(swap.get("used"), MIB),
+            "disk_total": in_unit(disk.get("total"), GIB),
+            "disk_used": in_unit(disk.get("used"), GIB),
             "uptime": data.get("uptime"), "version": version and version[1],
         }
 
     def node_cpu_clock(self, node):
-        """(busy, total) of all processors of a node since its start, in ticks, from /proc/stat, or None."""
-        ticks = re.match(r"cpu +((?:\d{1,20} ){7}\d{1,20})", self.text_at(node, f"{PROC}/stat") or "")
+        """(busy, total) of all processors of a node since its start, in ticks, or None.
+
+        They are from /proc/stat.
+        """
+        ticks = re.match(r"cpu +((?:\d{1,20} ){7}\d{1,20})",
+                         self.text_at(node, f"{PROC}/stat") or "")
         ticks = ticks and [int(each) for each in ticks[1].split()]
         return ticks and (sum(ticks) - ticks[3] - ticks[4], sum(ticks))
 
@@ -2642,19 +2840,25 @@ class Proxmox:
         _, cluster = self.members()
         if cluster:
             return {"cluster": cluster.name, "quorate": cluster.quorate, "nodes": [
-                {"name": node.name, "online": node.online, "local": node.local, "address": node.address}
+                {"name": node.name, "online": node.online,
+                 "local": node.local, "address": node.address}
                 for _, node in sorted(cluster.nodes.items())]}
         rows = self.ask_json(None, "/cluster/status")
         found = next((row for row in rows if row.get("type") == "cluster"), None)
         return {
             "cluster": found and found.get("name"),
-            "quorate": bool(found.get("quorate")) if found else True,       # a single host has no quorum to lose
-            "nodes": [{"name": row.get("name"), "online": bool(row.get("online")), "local": bool(row.get("local")),
-                       "address": row.get("ip")} for row in rows if row.get("type") == "node"],
+            # A single host has no quorum to lose.
+            "quorate": bool(found.get("quorate")) if found else True,
+            "nodes": [{"name": row.get("name"), "online": bool(row.get("online")),
+                       "local": bool(row.get("local")), "address": row.get("ip")}
+                      for row in rows if row.get("type") == "node"],
         }
 
     def health(self):
-        """(whether `pct` works, what it said), at most PROBE_SECONDS old; nobody asks this twice at once."""
+        """(whether `pct` works, what it said), at most PROBE_SECONDS old.
+
+        Nobody asks this twice at once.
+        """
         if self.must_probe():
             self.probed = self.probe()
         return self.probed[1:]
@@ -2663,7 +2867,10 @@ class Proxmox:
         return time.monotonic() - self.probed[0] > PROBE_SECONDS
 
     def probe(self):
-        """Run `pct list`, which needs none of the places: long changes must not look like a fault."""
+        """Run `pct list`, which needs none of the places.
+
+        Long changes must not look like a fault.
+        """
         argv, started = ["pct", "list"], time.monotonic()
         try:
             checked(argv, self.commands.execute(None, argv, self.commands.read_seconds))
@@ -2673,9 +2880,13 @@ class Proxmox:
         return time.monotonic(), ok, detail
 
     def forgotten_snapshots(self):
-        """Commands that remove what an earlier daemon, stopped in the middle of a clone, left behind."""
+        """Commands that remove what an earlier daemon left behind.
+
+        It was stopped in the middle of a clone.
+        """
         def read():
-            return [f"pct delsnapshot {vm_id} {name}" + (f" (on node '{node.name}')" if node else "")
+            return [f"pct delsnapshot {vm_id} {name}"
+                    + (f" (on node '{node.name}')" if node else "")
                     for node in [None, *self.others()] for vm_id, conf in self.confs(node).items()
                     for name in conf.snapshots if name.startswith(TEMPORARY_SNAPSHOT)]
         return self.files.read(read)        # once, at the start
@@ -2691,12 +2902,16 @@ def checked(argv, result):
 def failed(argv, result):
     """A command that failed, and its Result -> the Problem, which is logged."""
     problem = explain_failure([*map(str, argv)], result)
-    log.warning("failed: %s: exit %d: %s", shlex.join(map(str, argv)), result.exit, problem.fields["details"])
+    log.warning("failed: %s: exit %d: %s",
+                shlex.join(map(str, argv)), result.exit, problem.fields["details"])
     return problem
 
 
 def heard(fields):
-    """What a container's node broadcast of it -> (status, uptime in seconds), or Nones if that is missing or old."""
+    """What a container's node broadcast of it -> (status, uptime in seconds).
+
+    Both are None if that is missing or old.
+    """
     if not fields or len(fields) < 5 or abs(time.time() - (number(fields[4]) or 0)) > NEWS_SECONDS:
         return None, None
     return fields[2], number(fields[0])
@@ -2704,7 +2919,8 @@ def heard(fields):
 
 # Changing
 
-OWN_LOCKS = {                               # the lock that a command sets, and what is done after `pct unlock`
+# The lock that a command sets, and what is done after `pct unlock`.
+OWN_LOCKS = {
     "snapshot": ("snapshot", " && pct delsnapshot {vm_id} {name}"),
     "delsnapshot": ("snapshot-delete", " && pct delsnapshot {vm_id} {name}"),
     "rollback": ("rollback", ""),
@@ -2717,7 +2933,7 @@ POWER = ("start", "stop", "shutdown", "reboot")
 # the container. All else may be said in the middle of its work.
 AT_ONCE = re.compile(
     r"\w+: The container is (?:locked by Proxmox|protected|under Proxmox HA|replicated)"
-    r"|(?!delsnapshot)\w+: The container is a template"     # that one has set its lock before it looks
+    r"|(?!delsnapshot)\w+: The container is a template"     # that one sets its lock before it looks
     r"|resize: (?:The disk has this size already|A disk cannot shrink)"
     r"|\w+: The id \d+ is taken|\w+: Snapshot '[^']*' exists already"
     rf"|(?:{'|'.join(POWER)}): VM \d+ is (?:not|already) running")
