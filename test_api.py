@@ -642,8 +642,9 @@ sys.stdout.flush()
 HIDES = CONF % FAULTS.get(ARGV[1], {}).get("hides")
 if os.path.exists(HIDES) and not CODE:          # a file that nobody can read any more
     open(ROOT + "/hidden.soon", "w").close()
-    os.rename(HIDES, HIDES + ".hidden")
-    os.mkfifo(HIDES)
+    os.link(HIDES, HIDES + ".hidden")           # so that there is no moment without a file
+    os.mkfifo(HIDES + ".new")
+    os.rename(HIDES + ".new", HIDES)
 note(event="end", code=CODE)
 os._exit(CODE)
 '''
@@ -4276,9 +4277,13 @@ def test_a_file_of_proxmox_that_hangs_is_503_and_all_else_works(launch, host):
     assert api.get("/resource/vm/config?vm_id=110").body == error(HANGING) and time.monotonic() - started < 0.2
     started = time.monotonic()                      # five hang: the start's look for snapshots, and these four
     assert api.get("/resource/vm/config?vm_id=104").body == error(HANGING) and time.monotonic() - started < 0.2
-    os.close(os.open(host.path(110), os.O_WRONLY))
-    wait_until(lambda: api.get("/resource/vm/config?vm_id=104").status == 200)
-    host.path(110).unlink()
+    pipe = host.path(110).rename(host.root / "pipe")
+
+    def released():
+        with contextlib.suppress(OSError):          # nobody reads it just now
+            os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        return api.get("/resource/vm/list").status == api.get("/resource/vm/config?vm_id=104").status == 200
+    wait_until(released)
     assert [row["vm_id"] for row in api.get("/resource/vm/list").body["data"]] == [104, 106]
     wait_until(lambda: threads(api) == 0)
 
@@ -5442,7 +5447,7 @@ class Stage:
         (self.host.root / "hidden.soon").unlink(missing_ok=True)
         for hidden in self.host.path(RUNS).parent.glob("*.hidden"):
             path, pipe = hidden.with_suffix(""), hidden.with_suffix(".pipe")
-            path.rename(pipe)
+            os.link(path, pipe)                         # so that there is no moment without a file
             hidden.rename(path)
             with contextlib.suppress(OSError):          # nobody reads it
                 os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
