@@ -3863,9 +3863,10 @@ def test_one_address_that_holds_all_places_with_work_gives_way_and_its_threads_e
     held = [api.connect(source="127.0.0.2") for _ in range(8)]
     for sock in held:
         sock.sendall(HEALTH)
-    wait_until(lambda: "lxc_autoscale_api_requests_in_progress 8\n" in api.get("/metrics").body)
     with contextlib.ExitStack() as honest:
-        others = [honest.enter_context(api.connect()) for _ in range(4)]
+        watch = honest.enter_context(api.connect())         # one connection, for each further one takes a place
+        wait_until(lambda: "lxc_autoscale_api_requests_in_progress 8\n" in api_metrics(watch))
+        others = [honest.enter_context(api.connect()) for _ in range(3)]
         for sock in others:
             sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
             assert read_answer(sock).status == 200
