@@ -3364,17 +3364,18 @@ class Changes:
             change.started.set_result(None)
 
     def end(self, change):
-        """Log and count a change's end, before its caller is told."""
-        change.ended, change.before, problem = time.time(), None, change.problem
+        """Log and count a change's end, before its caller and /operations tell of it."""
+        ended, change.before, problem = time.time(), None, change.problem
         outcome = (f"{problem.status} {problem.error} ({problem.fields['outcome']})" if problem
                    else "done")
         log.info("change %s by %s: %s, after %.1f s",
-                 change.title, change.client, outcome, change.ended - change.requested)
+                 change.title, change.client, outcome, ended - change.requested)
         if problem and change.steps:
             told = "; ".join(filter(None, (problem.error, problem.fields.get("details"))))
             log.warning("%s: %s by %s: %s",
                         problem.fields["outcome"], change.title, change.client, told)
         self.count(change)
+        change.ended = ended
 
     def refuse_waiting(self):
         """The daemon stops: what has not begun will not begin, and nothing new is taken."""

@@ -5981,6 +5981,13 @@ def test_a_stop_bears_a_waiting_change_whose_client_has_left(launch, host):
     assert api.log().endswith("INFO stopped\n") and "Traceback" not in api.said()
 
 
+def test_the_end_of_a_change_is_logged_and_counted_before_operations_tell_of_it():
+    change, told = change_of("/scale/cores", vm_id=104, cores=4), []
+    changes = module.Changes(None, None, lambda change: told.append(change.row()["ended"]))
+    changes.end(change)
+    assert told == [None] and change.row()["ended"] is not None
+
+
 def test_a_change_is_not_called_done_before_its_end_is_known():
     change = change_of("/scale/cores", vm_id=104, cores=4)
     change.began = time.time()
