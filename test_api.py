@@ -807,13 +807,21 @@ def start_daemon(host, config, constants=None, inside=(), env=None, **popen):
     return subprocess.Popen([*inside, sys.executable, *command, "--config", str(path)], env=env, **popen)
 
 
+TAKEN_PORTS = set()
+
+
 def free_port():
-    """A port that nothing listens on, below those that the kernel gives to outgoing connections."""
+    """A port that nothing listens on, below those that the kernel gives to outgoing connections.
+
+    None is given twice: a daemon in a network of its own listens where this look does not see it.
+    """
     while True:
         port = 10000 + secrets.randbelow(22000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            if port not in TAKEN_PORTS:
+                TAKEN_PORTS.add(port)
+                return port
 
 
 DEMO_CURL = """
