@@ -2170,6 +2170,9 @@ CONTAINER_USAGE = (                         # the rest of a metric's name, key o
     ("disk_write_bytes_total", "disk_write"), ("oom_kills_total", "oom_kills"), ("pids", "pids"),
     ("swap_usage_bytes", "swap"), ("memory_shared_bytes", "shared"),
 )
+CGROUP_FILES = (
+    "cpu.stat", "memory.current", "memory.stat", "memory.swap.current", "memory.events",
+    "io.stat", "pids.current", *(f"{name}.pressure" for name in PRESSURES))
 OPEN_TO_READ = os.O_RDONLY | os.O_CLOEXEC
 
 # ENODEV is said of a cgroup that has just gone, EOPNOTSUPP of a pressure file where the kernel
@@ -2599,7 +2602,8 @@ class Proxmox:
         None where the files are not there.
         """
         document = read_text(self.conf_path(vm_id))
-        up, usage = self.up(vm_id), self.usage(vm_id)
+        up = self.up(vm_id)
+        usage = self.usage(vm_id) if up else None
         if document is None or not self.has_cgroups() or (up and usage is None):
             return None
         values, pid = parse_config(document).current, self.init_pid(vm_id)
@@ -2651,29 +2655,39 @@ class Proxmox:
         used = row_number("usage_usec", stat)
         return None if used is None else (used / 1e6, time.monotonic())
 
-    def usage(self, vm_id):
+    def cgroup_files(self, running):
+        """Those of CGROUP_FILES that this kernel has, as the first of the `running` shows.
+
+        Siblings have the same ones: the kernel makes them for what their parent's
+        cgroup.subtree_control names (its Documentation/admin-guide/cgroup-v2.rst).
+        """
+        shown = (set(names_in(f"{self.cgroup_dir}/lxc/{each}")) for each in running)
+        there = next((names for names in shown if "cpu.stat" in names), CGROUP_FILES)
+        return [name for name in CGROUP_FILES if name in there]
+
+    def usage(self, vm_id, names=CGROUP_FILES):
         """What the cgroup (v2) of a running container says, in bytes and seconds, or None.
 
-        `pressure` has for each of PRESSURES what parse_pressure reads.
+        Of its files those with these names are read. `pressure` has for each of PRESSURES what
+        parse_pressure reads.
         """
         folder = f"{self.cgroup_dir}/lxc/{vm_id}/"
-        cpu, memory = read_text(folder + "cpu.stat"), read_text(folder + "memory.current")
+        text = {name: read_text(folder + name) for name in names}.get
+        cpu, memory, stat = text("cpu.stat"), text("memory.current"), text("memory.stat")
         if cpu is None and memory is None:
             return None
-        stat, swap, disk, events, pids = (read_text(folder + name) for name in (
-            "memory.stat", "memory.swap.current", "io.stat", "memory.events", "pids.current"))
         used, cached = only_number(memory), row_number("file", stat)
         seconds = row_number("usage_usec", cpu)
-        came, went = parse_io(disk)
+        came, went = parse_io(text("io.stat"))
         return {
             "cpu": seconds and seconds / 1e6,
             # As pct counts it.
             "memory": None if None in (used, cached) else max(0, used - cached),
-            "shared": row_number("shmem", stat), "swap": only_number(swap),
+            "shared": row_number("shmem", stat), "swap": only_number(text("memory.swap.current")),
             "disk_read": came, "disk_write": went,
-            "oom_kills": row_number("oom_kill", events), "pids": only_number(pids),
-            "pressure": {name: parse_pressure(read_text(f"{folder}{name}.pressure"))
-                         for name in PRESSURES},
+            "oom_kills": row_number("oom_kill", text("memory.events")),
+            "pids": only_number(text("pids.current")),
+            "pressure": {name: parse_pressure(text(name + ".pressure")) for name in PRESSURES},
         }
 
     def init_pid(self, vm_id):
@@ -2762,13 +2776,15 @@ class Proxmox:
                    for way in ("receive", "transmit")]
         self.see_that_it_is_mounted()
         has_cgroups, traffic, described = self.has_cgroups(), self.traffic(), {}
+        running = set(names_in(f"{self.cgroup_dir}/lxc"))
+        names = self.cgroup_files(running)
         for vm_id, document in self.documents():
             known = self.described.get(vm_id)
             if not known or known[0] != document:
                 known = document, *described_by(vm_id, document)
             described[vm_id] = known
             _, one, template, samples = known
-            usage = self.usage(vm_id)
+            usage = self.usage(vm_id, names) if one[0] in running else None
             if has_cgroups and not template:
                 families[CONTAINER + "up"][one] = int(usage is not None)
             for name, labels, value in samples:

@@ -3101,6 +3101,31 @@ def test_what_the_kernel_does_not_measure_is_null_and_no_metric(api, host, monke
     assert proxmox.status(104)["pressure"] is None
 
 
+def test_a_scrape_opens_no_file_that_this_kernel_does_not_have(host, monkeypatch):
+    for vm_id in (107, 108):
+        host.add(vm_id, running=True)
+    for vm_id in (104, 107, 108):
+        (host.cgroup / f"lxc/{vm_id}/io.pressure").unlink()
+    proxmox = module.Proxmox(
+        None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
+    real, opened = module.read_text, []
+    monkeypatch.setattr(module, "read_text", lambda path: opened.append(path) or real(path))
+    gauges = proxmox.gauges()
+    cgroups = [path for path in opened if path.startswith(str(host.cgroup))]
+    names = [name for name in module.CGROUP_FILES if name != "io.pressure"]
+    assert cgroups == [
+        f"{host.cgroup}/lxc/{vm_id}/{name}" for vm_id in (104, 107, 108) for name in names]
+    waiting = "lxc_autoscale_container_pressure_{}_waiting_seconds_total"
+    assert set(gauges[waiting.format("cpu")]) == {("104",), ("107",), ("108",)}
+    assert gauges["lxc_autoscale_container_up"] == {
+        ("104",): 1, ("106",): 0, ("107",): 1, ("108",): 1}
+    for vm_id in (104, 107, 108):           # as a cgroup is that goes while it is read
+        for path in (host.cgroup / f"lxc/{vm_id}").iterdir():
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert proxmox.cgroup_files(["104", "107"]) == list(module.CGROUP_FILES)
+    assert set(proxmox.gauges()["lxc_autoscale_container_up"].values()) == {0}
+
+
 def test_with_control_groups_of_version_1_pct_is_asked(api, host):
     (host.cgroup / "memory").mkdir()
     assert api.get("/resource/vm/status?vm_id=104").body["data"]["uptime"] >= 3600
