@@ -100,7 +100,10 @@ EX_CONFIG = 78              # sysexits.h: configuration error
 log = logging.getLogger("lxc_autoscale_api")
 
 
-# Values that travel
+# Values
+
+NOTHING_DONE, INCOMPLETE, RUNNING, UNKNOWN = "nothing_done", "incomplete", "running", "unknown"
+
 
 class Answer:
     """What a client gets: a status, a JSON value or text, headers."""
@@ -158,12 +161,46 @@ class Lost(Problem):
     """A command on another node whose end nobody knows, for the connection broke."""
 
 
-NOTHING_DONE, INCOMPLETE, RUNNING, UNKNOWN = "nothing_done", "incomplete", "running", "unknown"
-
-
 def busy(error, seconds, kind=Problem):
     """503: it cannot be done now, and the client may try again after so many seconds."""
     return kind(503, error, {"Retry-After": str(seconds)})
+
+
+def too_many(node):
+    where = f"node '{node.name}'" if node else "this host"
+    return busy(f"Too many commands run on {where}; try again later", SLOT_SECONDS)
+
+
+def lost(node, argv, begun, details):
+    """ssh ended without a word of a command's end -> the Problem.
+
+    A change that had `begun` may run there still.
+    """
+    if begun:
+        problem = Lost(504, f"The connection to node '{node.name}' was lost during "
+                            f"{' '.join(argv[:3])}, which goes on if the node does. "
+                            "Ask for the container's state before trying again")
+    else:
+        problem = busy(f"Node '{node.name}' cannot run commands over SSH; "
+                       "to see why, on this host: "
+                       f"pvesh get /nodes/{node.name}/version", SLOT_SECONDS, NotBegun)
+    if details:
+        problem.add_details(details[-MAX_DETAILS:])
+    return problem
+
+
+def stopping():
+    return busy("The daemon is stopping", SLOT_SECONDS)
+
+
+def hanging():
+    return busy("Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster",
+                SLOT_SECONDS)
+
+
+def internal_error(error):
+    return Problem(
+        500, f"Internal error ({type(error).__name__}); the daemon's error log says more")
 
 
 class Gone(Exception):
@@ -225,6 +262,26 @@ def http_date(second):
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
 
 
+def number(value, digits=19):
+    """The text of a whole number, of at most so many digits -> int, else None."""
+    known = value and len(value) <= digits and value.isascii() and value.isdigit()
+    return int(value) if known else None
+
+
+def decimal(value):
+    """The text of a number, such as "4" or "1.5" -> int or float, else None."""
+    if not value or not re.fullmatch(r"[0-9]{1,19}(?:\.[0-9]{1,19})?", value):
+        return None
+    return float(value) if "." in value else int(value)
+
+
+def is_number(value):
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:                   # an integer that no float can hold
+        return False
+
+
 def in_unit(value, unit):
     """Bytes -> a number of MIB or GIB with at most two decimals; None stays None."""
     if value is None:
@@ -233,7 +290,162 @@ def in_unit(value, unit):
     return int(number) if number == int(number) else number
 
 
-# Configuration: a YAML subset, a table of settings
+# Logs
+
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def complain(text):
+    try:
+        # All in one write, for threads complain at once.
+        print(text + "\n", end="", file=sys.stderr, flush=True)
+    except OSError:
+        pass
+
+
+def same_file(fd, path):
+    """Tell whether a path still leads to an open file."""
+    try:
+        there, here = os.stat(path), os.fstat(fd)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+
+def open_again(file):
+    """Open a log's file, if it is not open or was moved away."""
+    if file.fd is not None and same_file(file.fd, file.path):
+        return
+    if file.fd is not None:
+        os.close(file.fd)
+    file.fd = None
+    file.fd = os.open(
+        file.path,
+        os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o600)
+
+
+class LogFile(logging.Handler):
+    """A log, whose lines a thread of its own writes to a file that logrotate may move away.
+
+    A disk that hangs, or is full, costs lines and nothing else: MAX_BACKLOG characters of them
+    wait, further lines are counted, and nobody who logs waits longer than LOG_SECONDS for
+    them, once.
+    """
+
+    def __init__(self, gather=0):
+        super().__init__()
+        self.gather = gather                # seconds in which lines gather before they are written
+        self.path = self.thread = None
+        self.keys, self.lines, self.backlog, self.lost = [], deque(), 0, 0
+        self.changed, self.added, self.written = threading.Condition(), 0, 0
+        self.hangs = self.broken = False
+        self.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+
+    def point(self, path, keys, level=logging.NOTSET):
+        """Write to this path from now on, and blot these keys out."""
+        self.keys = keys
+        self.setLevel(level)
+        if path == self.path:
+            return
+        # The thread of another path may hang, and ends by itself.
+        with self.changed:
+            self.path, self.hangs = path, False
+            self.thread = threading.Thread(target=self.run, args=(path,), name="log", daemon=True)
+            self.thread.start()
+            self.changed.notify_all()
+
+    def handle(self, record):               # without logging's own lock, under which all would wait
+        self.add(self.format(record), LOG_SECONDS)
+
+    def add(self, line, patience=0):
+        """Leave a line to be written; with patience it is waited for, so that it is there first."""
+        if not self.path:
+            return
+        line = f"{utc(int(time.time()))} {line}"
+        with self.changed:
+            if self.backlog + len(line) > MAX_BACKLOG:
+                self.lost += 1
+                return
+            self.lines.append(line)
+            self.backlog += len(line)
+            self.added += 1
+            number = self.added
+            self.changed.notify_all()
+            if patience and not self.hangs:
+                self.hangs = not self.changed.wait_for(lambda: self.written >= number, patience)
+
+    def flush(self, seconds=LOG_SECONDS):
+        """Let the lines that wait be written now, if that takes no longer."""
+        with self.changed:
+            self.gather = 0
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.written >= self.added, seconds)
+
+    def run(self, path):
+        """Write lines to the file at a path until another one is wanted."""
+        file = SimpleNamespace(path=path, fd=None, torn=False)
+        self.write(file, [])                # a file that cannot be opened is said at once
+        me = threading.current_thread()
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.lines or self.thread is not me)
+                self.changed.wait_for(lambda: not self.gather or self.thread is not me, self.gather)
+                if self.thread is not me:
+                    break
+                lines, lost = list(self.lines), self.lost
+                self.lines.clear()
+                self.backlog = self.lost = 0
+            notice = ([f"{utc(int(time.time()))} WARNING {lost} lines before this one were lost"]
+                      if lost else [])
+            started = time.monotonic()
+            failed = self.write(file, lines + notice)
+            with self.changed:
+                self.lost += failed and failed + lost - len(notice)
+                self.written += len(lines)
+                self.hangs = time.monotonic() - started > LOG_SECONDS
+                self.changed.notify_all()
+        if file.fd is not None:
+            os.close(file.fd)
+
+    def write(self, file, lines):
+        """Write lines -> how many of them were lost; that this cannot be done is said once."""
+        data = "".join(self.safe(line) + "\n" for line in lines).encode("utf-8", "replace")
+        data, done = b"\n" * file.torn + data, 0
+        try:
+            open_again(file)
+            while done < len(data):
+                done += os.write(file.fd, data[done:])
+            self.broken = False
+        except OSError as error:
+            if not self.broken:
+                what = "opened" if file.fd is None else "written"
+                complain(f"{file.path} cannot be {what}: {error.strerror}; going on without it")
+            self.broken = True
+        whole = data[:done].count(b"\n") - (file.torn and done > 0)
+        if done:
+            file.torn = data[done - 1:done] != b"\n"
+        return len(lines) - whole
+
+    def safe(self, line):
+        """A line in which nothing forges a line or a terminal escape, and no key appears."""
+        for key in self.keys:
+            line = line.replace(key, "[API key]")
+        return UNSAFE.sub(lambda bad: ascii(bad[0])[1:-1], line)
+
+
+main_log, error_log, access_log = LogFile(), LogFile(), LogFile(gather=0.05)
+
+
+def point_logs(settings, keys):
+    """Let the logs go to the files of the settings, in place of those where they went."""
+    main_log.point(settings.log_file, keys, settings.log_level)
+    error_log.point(settings.error_log, keys, "WARNING")
+    access_log.point(settings.access_log, keys)
+    log.handlers, log.propagate = [main_log, error_log], False
+    log.setLevel(min(logging.getLevelName(settings.log_level), logging.WARNING))
+
+
+# Settings: a YAML subset, a table, the loader
 
 class ConfigError(Exception):
     """What is wrong in a configuration file, and in which line (0: in the file as a whole).
@@ -274,6 +486,84 @@ YAML_EXOTIC = re.compile(
     r"|[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9_]+(?:[eE][-+][0-9]+)?"
     r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
     r"|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}.*|<<|=")
+
+
+def yaml_escape(escape, line):
+    code = escape[1] or escape[2] or escape[3]
+    if code and not 0xD800 <= int(code, 16) <= 0xDFFF and int(code, 16) <= 0x10FFFF:
+        return chr(int(code, 16))
+    if escape[4] in YAML_ESCAPES:
+        return YAML_ESCAPES[escape[4]]
+    raise ConfigError(line, "an escape that YAML does not know; write a backslash twice")
+
+
+def yaml_scalar(text, at, line, token):
+    """The scalar that begins at a place in `text` -> (value, where it ends)."""
+    match = token.match(text, at)
+    if not match:
+        raise ConfigError(line, "not taken: anchors, tags, mappings in braces, nested lists, "
+                                "values on several lines, or a text that needs quotes")
+    if match["double"] is not None:
+        value = YAML_ESCAPE.sub(lambda escape: yaml_escape(escape, line), match["double"])
+        return value, match.end()
+    if match["single"] is not None:
+        return match["single"].replace("''", "'"), match.end()
+    plain = match["plain"]
+    if token is YAML_ITEM:
+        plain = plain.rstrip(" ")
+        if plain[0] == ":" or plain.endswith(":"):
+            raise ConfigError(line, "a list in brackets holds scalars, separated by commas")
+    end = at + len(plain)
+    if YAML_INTEGER.fullmatch(plain) and len(plain) < 20:
+        return int(plain), end
+    if YAML_FLOAT.fullmatch(plain):
+        return float(plain), end
+    if YAML_EXOTIC.fullmatch(plain):
+        raise ConfigError(line, "YAML reads this as an unusual number, a date or a merge; "
+                                "put it in quotes if it is text")
+    return YAML_WORDS.get(plain, plain), end
+
+
+def yaml_list(text, line):
+    """The scalars in brackets at the start of `text` -> (their values, where they end)."""
+    values, at = [], YAML_GAP.match(text, 1).end()
+    while not text.startswith("]", at):
+        value, at = yaml_scalar(text, at, line, YAML_ITEM)
+        values.append(value)
+        at = YAML_GAP.match(text, at).end()
+        if text.startswith(",", at):
+            at = YAML_GAP.match(text, at + 1).end()
+        elif not text.startswith("]", at):
+            raise ConfigError(line, "a list in brackets must end, with ']', in its line")
+    return values, at + 1
+
+
+def yaml_value(text, line, flow_list=True):
+    """What stands behind 'key:' or '-' -> a scalar, or a list of scalars in brackets."""
+    if text.startswith("#") or not text:
+        return None
+    if text[0] == "[" and flow_list:
+        value, end = yaml_list(text, line)
+    else:
+        value, end = yaml_scalar(text, 0, line, YAML_TOKEN)
+    if end < len(text) and not YAML_COMMENT.match(text, end):
+        raise ConfigError(line, "unexpected text behind the value "
+                                "(a quoted text ends at its quote; "
+                                "'#' needs a space before it; ': ' needs quotes)")
+    return value
+
+
+def yaml_key(content, line):
+    """'key: rest' -> (key, 'rest')."""
+    match = re.match(
+        r"""([A-Za-z_][\w.-]*|"[^"\\]{1,99}"|'[^']{1,99}') *:(?= |$)""", content, re.ASCII)
+    if not match:
+        raise ConfigError(line, "expected 'key: value' "
+                                "(a key is a word, with a space after its colon)")
+    key = match[1].strip("\"'")
+    if key == match[1] and key in YAML_WORDS:
+        raise ConfigError(line, "this key is a YAML boolean or null; put it in quotes")
+    return key, content[match.end():].strip(" ")
 
 
 def load_yaml(text):
@@ -339,84 +629,6 @@ def load_yaml(text):
     return document.get(None), where
 
 
-def yaml_key(content, line):
-    """'key: rest' -> (key, 'rest')."""
-    match = re.match(
-        r"""([A-Za-z_][\w.-]*|"[^"\\]{1,99}"|'[^']{1,99}') *:(?= |$)""", content, re.ASCII)
-    if not match:
-        raise ConfigError(line, "expected 'key: value' "
-                                "(a key is a word, with a space after its colon)")
-    key = match[1].strip("\"'")
-    if key == match[1] and key in YAML_WORDS:
-        raise ConfigError(line, "this key is a YAML boolean or null; put it in quotes")
-    return key, content[match.end():].strip(" ")
-
-
-def yaml_value(text, line, flow_list=True):
-    """What stands behind 'key:' or '-' -> a scalar, or a list of scalars in brackets."""
-    if text.startswith("#") or not text:
-        return None
-    if text[0] == "[" and flow_list:
-        value, end = yaml_list(text, line)
-    else:
-        value, end = yaml_scalar(text, 0, line, YAML_TOKEN)
-    if end < len(text) and not YAML_COMMENT.match(text, end):
-        raise ConfigError(line, "unexpected text behind the value "
-                                "(a quoted text ends at its quote; "
-                                "'#' needs a space before it; ': ' needs quotes)")
-    return value
-
-
-def yaml_list(text, line):
-    """The scalars in brackets at the start of `text` -> (their values, where they end)."""
-    values, at = [], YAML_GAP.match(text, 1).end()
-    while not text.startswith("]", at):
-        value, at = yaml_scalar(text, at, line, YAML_ITEM)
-        values.append(value)
-        at = YAML_GAP.match(text, at).end()
-        if text.startswith(",", at):
-            at = YAML_GAP.match(text, at + 1).end()
-        elif not text.startswith("]", at):
-            raise ConfigError(line, "a list in brackets must end, with ']', in its line")
-    return values, at + 1
-
-
-def yaml_scalar(text, at, line, token):
-    """The scalar that begins at a place in `text` -> (value, where it ends)."""
-    match = token.match(text, at)
-    if not match:
-        raise ConfigError(line, "not taken: anchors, tags, mappings in braces, nested lists, "
-                                "values on several lines, or a text that needs quotes")
-    if match["double"] is not None:
-        value = YAML_ESCAPE.sub(lambda escape: yaml_escape(escape, line), match["double"])
-        return value, match.end()
-    if match["single"] is not None:
-        return match["single"].replace("''", "'"), match.end()
-    plain = match["plain"]
-    if token is YAML_ITEM:
-        plain = plain.rstrip(" ")
-        if plain[0] == ":" or plain.endswith(":"):
-            raise ConfigError(line, "a list in brackets holds scalars, separated by commas")
-    end = at + len(plain)
-    if YAML_INTEGER.fullmatch(plain) and len(plain) < 20:
-        return int(plain), end
-    if YAML_FLOAT.fullmatch(plain):
-        return float(plain), end
-    if YAML_EXOTIC.fullmatch(plain):
-        raise ConfigError(line, "YAML reads this as an unusual number, a date or a merge; "
-                                "put it in quotes if it is text")
-    return YAML_WORDS.get(plain, plain), end
-
-
-def yaml_escape(escape, line):
-    code = escape[1] or escape[2] or escape[3]
-    if code and not 0xD800 <= int(code, 16) <= 0xDFFF and int(code, 16) <= 0x10FFFF:
-        return chr(int(code, 16))
-    if escape[4] in YAML_ESCAPES:
-        return YAML_ESCAPES[escape[4]]
-    raise ConfigError(line, "an escape that YAML does not know; write a backslash twice")
-
-
 def whole(low, high):
     def check(value):
         if type(value) is not int or not low <= value <= high:
@@ -461,18 +673,18 @@ def address(value):
         raise ValueError('must be an IP address, such as "0.0.0.0", "127.0.0.1" or "::"') from None
 
 
+def listed(value):
+    if not isinstance(value, list):
+        raise ValueError("must be a list")
+    return value
+
+
 def networks(value):
     try:
         return tuple(ipaddress.ip_network(text(each), strict=False) for each in listed(value))
     except ValueError:
         raise ValueError("must be a list of IP addresses or networks, "
                          'such as ["127.0.0.1", "::1"]') from None
-
-
-def listed(value):
-    if not isinstance(value, list):
-        raise ValueError("must be a list")
-    return value
 
 
 def api_key(value):
@@ -553,6 +765,57 @@ SETTINGS = {                                # section -> key -> (default, check)
 }
 
 
+def unknown_keys(given, known, where, path):
+    """The ConfigErrors for the keys of a mapping that are not among the known ones."""
+    listed = ", ".join(known)
+    return [ConfigError(where[path + (key,)],
+                        f"unknown key '{'.'.join(path + (key,))}'; known here: {listed}")
+            for key in given if key not in known]
+
+
+def read_section(section, given, where):
+    """What a file has under a section -> (its values, None for a wrong one; its ConfigErrors)."""
+    settings, values = SETTINGS[section], SimpleNamespace()
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        fault = ConfigError(where[(section,)], f"{section} must hold: " + ", ".join(settings))
+        return SimpleNamespace(**dict.fromkeys(settings)), [fault]
+    faults = unknown_keys(given, settings, where, (section,))
+    for key, (default, check) in settings.items():
+        try:
+            setattr(values, key, check(given.get(key, default)))
+        except ValueError as error:
+            setattr(values, key, None)
+            faults.append(ConfigError(where[section, key], f"{section}.{key} {error}"))
+    return values, faults
+
+
+def keys_in_force(login, credential, where):
+    """The `authentication` section -> (the valid API keys, those that may only read).
+
+    What is wrong with them raises ConfigError. Of a section in which something is wrong already
+    (None) nothing more is said.
+    """
+    if None in (login.enabled, login.api_key, login.api_keys, login.read_only_keys):
+        return [], []
+    keys = [key for key in [login.api_key, *login.api_keys] if key]
+    if credential and not keys:
+        try:
+            keys = [api_key(credential)]
+        except ValueError as error:
+            raise ConfigError(1, f"no key here, and the credential api_key {error}") from None
+    if login.enabled and not keys:
+        line = where.get(("authentication", "api_key")) or where.get(("authentication",)) or 1
+        raise ConfigError(line, "authentication.api_key is missing; "
+                                "set one, such as from: openssl rand -hex 32")
+    readers = [key for key in login.read_only_keys if key]
+    if set(readers) & set(keys):
+        raise ConfigError(where["authentication", "read_only_keys"],
+                          "authentication.read_only_keys holds a key that "
+                          "is also one that may change containers")
+    return keys, readers
+
+
 def load_config(document, credential=None):
     """A configuration's text -> a namespace of sections, or ConfigError with all that is wrong.
 
@@ -585,88 +848,6 @@ def load_config(document, credential=None):
     if not config.proxmox.max_commands:
         config.proxmox.max_commands = max(4, 2 * (os.cpu_count() or 1))
     return config
-
-
-def read_section(section, given, where):
-    """What a file has under a section -> (its values, None for a wrong one; its ConfigErrors)."""
-    settings, values = SETTINGS[section], SimpleNamespace()
-    given = {} if given is None else given
-    if not isinstance(given, dict):
-        fault = ConfigError(where[(section,)], f"{section} must hold: " + ", ".join(settings))
-        return SimpleNamespace(**dict.fromkeys(settings)), [fault]
-    faults = unknown_keys(given, settings, where, (section,))
-    for key, (default, check) in settings.items():
-        try:
-            setattr(values, key, check(given.get(key, default)))
-        except ValueError as error:
-            setattr(values, key, None)
-            faults.append(ConfigError(where[section, key], f"{section}.{key} {error}"))
-    return values, faults
-
-
-def unknown_keys(given, known, where, path):
-    """The ConfigErrors for the keys of a mapping that are not among the known ones."""
-    listed = ", ".join(known)
-    return [ConfigError(where[path + (key,)],
-                        f"unknown key '{'.'.join(path + (key,))}'; known here: {listed}")
-            for key in given if key not in known]
-
-
-def keys_in_force(login, credential, where):
-    """The `authentication` section -> (the valid API keys, those that may only read).
-
-    What is wrong with them raises ConfigError. Of a section in which something is wrong already
-    (None) nothing more is said.
-    """
-    if None in (login.enabled, login.api_key, login.api_keys, login.read_only_keys):
-        return [], []
-    keys = [key for key in [login.api_key, *login.api_keys] if key]
-    if credential and not keys:
-        try:
-            keys = [api_key(credential)]
-        except ValueError as error:
-            raise ConfigError(1, f"no key here, and the credential api_key {error}") from None
-    if login.enabled and not keys:
-        line = where.get(("authentication", "api_key")) or where.get(("authentication",)) or 1
-        raise ConfigError(line, "authentication.api_key is missing; "
-                                "set one, such as from: openssl rand -hex 32")
-    readers = [key for key in login.read_only_keys if key]
-    if set(readers) & set(keys):
-        raise ConfigError(where["authentication", "read_only_keys"],
-                          "authentication.read_only_keys holds a key that "
-                          "is also one that may change containers")
-    return keys, readers
-
-
-def read_config(path, files=None):
-    """A configuration file -> its settings; an error's text names file and line of each fault.
-
-    `files` reads what is named there and may hang.
-    """
-    try:
-        with open(path, "rb") as file:
-            raw = file.read()
-        config = load_config(raw.decode("utf-8"), read_credential())
-        config.tls, config.tls_ends = read_tls(config, files or Files(Workers()))
-        return config
-    except OSError as error:
-        raise ConfigError(0, f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ConfigError(line, f"{path}:{line}: this is not UTF-8") from None
-    except ConfigError as error:
-        told = [f"{path}:{each.line}: {each.text}" for each in (error, *error.others)]
-        raise ConfigError(error.line, "\n".join(told), code=error.code) from None
-
-
-def read_credential():
-    """The key that systemd passes with LoadCredential=api_key:…, or None."""
-    try:
-        with open(os.path.join(os.environ["CREDENTIALS_DIRECTORY"], "api_key"),
-                  encoding="utf-8") as file:
-            return file.read().strip()
-    except (KeyError, OSError, UnicodeDecodeError):
-        return None
 
 
 # Parameters
@@ -891,7 +1072,7 @@ def parse_object(body):
     return value
 
 
-# What pct and pvesh print, and what /etc/pve holds
+# What Proxmox and the kernel write
 
 class Conf(namedtuple("Conf", "values current snapshots")):
     """A container's configuration.
@@ -989,19 +1170,6 @@ def parse_status(document):
     return values
 
 
-def number(value, digits=19):
-    """The text of a whole number, of at most so many digits -> int, else None."""
-    known = value and len(value) <= digits and value.isascii() and value.isdigit()
-    return int(value) if known else None
-
-
-def decimal(value):
-    """The text of a number, such as "4" or "1.5" -> int or float, else None."""
-    if not value or not re.fullmatch(r"[0-9]{1,19}(?:\.[0-9]{1,19})?", value):
-        return None
-    return float(value) if "." in value else int(value)
-
-
 class Node(namedtuple("Node", "name local online address known_hosts", defaults=[None])):
     """A Proxmox VE host of a cluster; `address` is an IP address, or None where nobody knows it.
 
@@ -1011,6 +1179,14 @@ class Node(namedtuple("Node", "name local online address known_hosts", defaults=
 
 class Cluster(namedtuple("Cluster", "name quorate nodes")):
     """A cluster as this node sees it; `nodes` is {name: Node}, this one among them."""
+
+
+def incomprehensible(name):
+    """The 503 for a file that is half or garbled.
+
+    That must not be taken for a host without cluster, quorum or guests.
+    """
+    return busy(f"Proxmox's file {name} cannot be understood", SLOT_SECONDS)
 
 
 def parse_members(document):
@@ -1047,14 +1223,6 @@ def parse_vmlist(document):
         raise incomprehensible(".vmlist") from None
 
 
-def incomprehensible(name):
-    """The 503 for a file that is half or garbled.
-
-    That must not be taken for a host without cluster, quorum or guests.
-    """
-    return busy(f"Proxmox's file {name} cannot be understood", SLOT_SECONDS)
-
-
 def parse_news(document):
     """/etc/pve/.rrd -> {("vm" or "node", id or name): its fields, as texts}.
 
@@ -1070,9 +1238,27 @@ def parse_news(document):
     return {(kind, name): fields.split(":") for kind, name, fields in rows}
 
 
+def heard(fields):
+    """What a container's node broadcast of it -> (status, uptime in seconds).
+
+    Both are None if that is missing or old.
+    """
+    if not fields or len(fields) < 5 or abs(time.time() - (number(fields[4]) or 0)) > NEWS_SECONDS:
+        return None, None
+    return fields[2], number(fields[0])
+
+
 SNAPSHOT_LINE = re.compile(
     r"( *)`-> (\S+)\s+"
     r"(?:(\d{4})-(\d\d)-(\d\d) (\d\d):(\d\d):(\d\d)\s+)?(.*)", re.ASCII)
+
+
+def in_order(rows):
+    return [{"name": name, "timestamp": None if taken is None else utc(int(taken)),
+             "description": description,
+             "parent": parent, "state": state or None}
+            for name, taken, description, parent, state
+            in sorted(rows, key=lambda row: (row[1] or 0, row[0]))]
 
 
 def parse_snapshots(document):
@@ -1105,14 +1291,6 @@ def snapshots_of(conf):
     return in_order((name, number(values.get("snaptime"), digits=11) or None,
                      values.get("description"), values.get("parent"), values.get("snapstate"))
                     for name, values in conf.snapshots.items())
-
-
-def in_order(rows):
-    return [{"name": name, "timestamp": None if taken is None else utc(int(taken)),
-             "description": description,
-             "parent": parent, "state": state or None}
-            for name, taken, description, parent, state
-            in sorted(rows, key=lambda row: (row[1] or 0, row[0]))]
 
 
 NET_DEV = re.compile(
@@ -1162,6 +1340,14 @@ def with_option(value, name, given):
     return ",".join(options if given is None else [*options, f"{name}={given}"])
 
 
+def plain_ip(text):
+    """An address in the one form in which it can be compared."""
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        return text
+
+
 def static_addresses(values):
     """A container's configuration -> [(bridge, VLAN tag, address)] of its network interfaces.
 
@@ -1174,14 +1360,6 @@ def static_addresses(values):
             if address and address not in ("dhcp", "manual", "auto")]
 
 
-def plain_ip(text):
-    """An address in the one form in which it can be compared."""
-    try:
-        return str(ipaddress.ip_address(text))
-    except ValueError:
-        return text
-
-
 def size_in_bytes(value):
     """A volume size as Proxmox writes it (bytes, or with K, M, G, T) -> bytes, or None."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([KMGT]?)", value or "", re.ASCII)
@@ -1190,6 +1368,12 @@ def size_in_bytes(value):
 
 def size_in_gb(value):
     return in_unit(size_in_bytes(value), GIB)
+
+
+def mount_point(disk, value):
+    volume = option(value, "volume") or re.match(r"[^,]*", value)[0]
+    size = None if volume.startswith("/") else size_in_gb(option(value, "size"))
+    return {"disk": disk, "path": option(value, "mp"), "size_gb": size, "volume": volume}
 
 
 def mount_points(values):
@@ -1202,18 +1386,58 @@ def mount_points(values):
     return [mount_point(f"mp{number}", values[f"mp{number}"]) for number in numbers]
 
 
-def mount_point(disk, value):
-    volume = option(value, "volume") or re.match(r"[^,]*", value)[0]
-    size = None if volume.startswith("/") else size_in_gb(option(value, "size"))
-    return {"disk": disk, "path": option(value, "mp"), "size_gb": size, "volume": volume}
+def find_number(pattern, text):
+    """The first group of a pattern in a text, as an integer, or None."""
+    match = text and re.search(pattern, text, re.MULTILINE)
+    return number(match[1]) if match else None
 
+
+def only_number(text):
+    """The number that is all of a cgroup's file, or None.
+
+    A number counts with its line's end only, for half a number is none. A pattern would take
+    most of the time of a scrape.
+    """
+    return number(text[:-1]) if text and text[-1] == "\n" else None
+
+
+def row_number(key, text):
+    """The number in the row `key N` of a cgroup's file, or None, by the same rules."""
+    value, end, _ = f"\n{text}".partition(f"\n{key} ")[2].partition("\n")
+    return number(value) if end else None
+
+
+IO_STAT = re.compile(r"([0-9]+:[0-9]+\b.*\n)?", re.DOTALL)
+IO_BYTES = [re.compile(rf" {key}=(\S*)") for key in ("rbytes", "wbytes")]
+
+
+def parse_io(text):
+    """A cgroup's io.stat -> (bytes read, bytes written) over all devices, or Nones.
+
+    The file is empty until the first I/O, on ZFS often for ever; a device may have a name only.
+    """
+    if text is None or not IO_STAT.fullmatch(text):
+        return None, None
+    found = ([number(each) for each in pattern.findall(text)] for pattern in IO_BYTES)
+    return tuple(None if None in numbers else sum(numbers) for numbers in found)
+
+
+def is_init(status):
+    """Whether /proc/PID/status is that of a process 1 in a namespace right below ours."""
+    return find_number(r"^NSpid:\t\d+\t(\d+)$", status) == 1
+
+
+def part_used(total, free):
+    return {"total": total, "used": None if None in (total, free) else total - free}
+
+
+# What pct fails with
 
 # What a resize prints when the volume has grown and its file system has not. The configuration has
 # the new size by then, and pct ends with 0 (PVE::API2::LXC, resize_vm; RBDPlugin, map_volume).
 FILE_SYSTEM_STAYED = re.compile(
     r"Failed to update the container's filesystem|mount ?point not attached to a loop device"
     r"|command 'losetup |can't map rbd volume")
-
 
 # pct's name -> ours, and its rule where pct's own text does not tell.
 PCT_PARAMETERS = {
@@ -1404,24 +1628,6 @@ MAX_LOOK = 32768            # characters of an output in which a reason is looke
 MAX_LOOK_LINES = 200        # and lines
 
 
-def explain_failure(argv, result):
-    """A command that failed, and its Result -> the Problem to tell."""
-    said = "\n".join(filter(None, (result.stdout.strip(), result.stderr.strip())))[-MAX_DETAILS:]
-    command = " ".join(argv[:3])
-    if result.exit < 0:
-        return Problem(500, f"{command} was ended by {signal_name(-result.exit)}", details=said)
-    if result.overflow:
-        error = f"{command} printed more than {MAX_OUTPUT // MIB} MiB"
-        return Problem(500, error, details=said[:200])
-    if re.search(r"^400 Parameter verification failed\.", result.stderr, re.MULTILINE):
-        return Problem(*explain_refusal(result.stderr), details=said)
-    stderr, stdout = last_lines(result.stderr), last_lines(result.stdout)
-    found = verdict(argv, stderr) or reason(stdout)
-    status, error = found or (500, own_words(command, result.exit, stderr or stdout))
-    headers = {"Retry-After": "30"} if status == 503 else None
-    return Problem(status, error, headers, details=said)
-
-
 def own_words(command, code, lines):
     """Where nothing is known of what a command said: its last line."""
     if not lines:
@@ -1433,6 +1639,18 @@ def last_lines(output):
     """The end of an output -> its lines, without the empty ones."""
     lines = map(str.strip, output[-MAX_LOOK:].split("\n"))
     return list(filter(None, lines))[-MAX_LOOK_LINES:]
+
+
+def unwrapped(text):
+    """A command's name and its line -> both, the line, and it without its first prefixes."""
+    yield text
+    text = text.partition(": ")[2]
+    for _ in range(MAX_PREFIXES):
+        yield text
+        prefix = PREFIX.match(text)
+        if not prefix:
+            return
+        text = text[prefix.end():]
 
 
 def verdict(argv, stderr):
@@ -1460,18 +1678,6 @@ def reason(stdout):
     return None
 
 
-def unwrapped(text):
-    """A command's name and its line -> both, the line, and it without its first prefixes."""
-    yield text
-    text = text.partition(": ")[2]
-    for _ in range(MAX_PREFIXES):
-        yield text
-        prefix = PREFIX.match(text)
-        if not prefix:
-            return
-        text = text[prefix.end():]
-
-
 def explain_refusal(stderr):
     """`400 Parameter verification failed.`, and a `name: text` line each -> (status, a sentence).
 
@@ -1496,7 +1702,115 @@ def signal_name(number):
         return f"signal {number}"
 
 
-# Waiting in order, and processes
+def explain_failure(argv, result):
+    """A command that failed, and its Result -> the Problem to tell."""
+    said = "\n".join(filter(None, (result.stdout.strip(), result.stderr.strip())))[-MAX_DETAILS:]
+    command = " ".join(argv[:3])
+    if result.exit < 0:
+        return Problem(500, f"{command} was ended by {signal_name(-result.exit)}", details=said)
+    if result.overflow:
+        error = f"{command} printed more than {MAX_OUTPUT // MIB} MiB"
+        return Problem(500, error, details=said[:200])
+    if re.search(r"^400 Parameter verification failed\.", result.stderr, re.MULTILINE):
+        return Problem(*explain_refusal(result.stderr), details=said)
+    stderr, stdout = last_lines(result.stderr), last_lines(result.stdout)
+    found = verdict(argv, stderr) or reason(stdout)
+    status, error = found or (500, own_words(command, result.exit, stderr or stdout))
+    headers = {"Retry-After": "30"} if status == 503 else None
+    return Problem(status, error, headers, details=said)
+
+
+# Reading: files under /etc/pve and /proc, and cgroups
+
+CGROUP_FILES = (
+    "cpu.stat", "memory.current", "memory.stat", "memory.swap.current", "memory.events",
+    "io.stat", "pids.current", *(f"{name}.pressure" for name in PRESSURES))
+OPEN_TO_READ = os.O_RDONLY | os.O_CLOEXEC
+
+# ENODEV is said of a cgroup that has just gone, EOPNOTSUPP of a pressure file where the kernel
+# measures none: the file is there even then (systemd, is_pressure_supported).
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ESRCH, errno.ENODEV, errno.EOPNOTSUPP)
+
+
+def read_text(path):
+    """A small file's text, or None if it is not there; OSError if it is there and cannot be read.
+
+    Far cheaper than open() where a thousand are read.
+    """
+    try:
+        fd = os.open(path, OPEN_TO_READ)
+        try:
+            data = chunk = os.read(fd, 65536)
+            while len(chunk) > 2000:        # the kernel's own files come a page at a time
+                chunk = os.read(fd, 65536)
+                data += chunk
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return None
+        error.filename = path               # os.read does not say which
+        raise
+    return data.decode("utf-8", "replace")
+
+
+def is_there(path):
+    """Tell whether a path exists; OSError if that cannot be seen."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return False
+        raise
+    return True
+
+
+def names_in(folder):
+    """The names in a folder, none if it is not there; OSError if it cannot be read."""
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return []
+        raise
+
+
+def used_bytes(path):
+    """Bytes in use on the file system at a path, or None."""
+    try:
+        found = os.statvfs(path)
+    except OSError:
+        return None
+    return (found.f_blocks - found.f_bfree) * found.f_frsize
+
+
+def read_node():
+    """What `pvesh get /nodes/NODE/status` tells of this node, under its names, without a process.
+
+    It reckons as PVE::API2::Nodes and PVE::ProcFSTools do. Memory is used as far as the kernel
+    does not call it available, which is so since libpve-common-perl 8.3.1; before, pvesh
+    called some of the kernel's own caches used as well. What is not there is None.
+    """
+    stat, load, sizes, uptime = (
+        read_text(f"{PROC}/{name}") or "" for name in ("stat", "loadavg", "meminfo", "uptime"))
+    sizes = {name: int(size) * 1024
+             for name, size in re.findall(r"^(\w+): +(\d{1,15}) kB$", sizes, re.MULTILINE)}
+    load, up = (re.match(r"(\d+\.\d+) (\d+\.\d+) (\d+\.\d+) ", load),
+                re.match(r"(\d{1,15})\.", uptime))
+    version = re.search(
+        r"^sub version \{\s+return '([^']+)';", read_text(PVECFG) or "", re.MULTILINE)
+    disk = os.statvfs("/")
+    return {
+        "cpuinfo": {"cpus": len(re.findall(r"^cpu\d+ ", stat, re.MULTILINE)) or None},
+        "loadavg": load and load.groups(),
+        "memory": part_used(sizes.get("MemTotal"), sizes.get("MemAvailable")),
+        "swap": part_used(sizes.get("SwapTotal"), sizes.get("SwapFree")),
+        "rootfs": part_used(disk.f_blocks * disk.f_frsize, disk.f_bfree * disk.f_frsize),
+        "uptime": up and int(up[1]), "pveversion": version and f"pve-manager/{version[1]}",
+    }
+
+
+# Waiting
 
 class Gate:
     """At most `width` holders at once; others wait in the order in which they came."""
@@ -1677,154 +1991,294 @@ class Files:
                        SLOT_SECONDS) from None
 
 
-def hanging():
-    return busy("Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster",
-                SLOT_SECONDS)
+# Limits and metrics
+
+def networks_of(client):
+    """An address -> what it may be counted as, the narrowest first: its kind, and first bytes."""
+    if ":" in client:
+        packed, lengths = socket.inet_pton(socket.AF_INET6, client), (8, 6, 4, 0)
+    else:
+        packed, lengths = socket.inet_pton(socket.AF_INET, client), (4, 3, 2, 0)
+    return [(len(packed), packed[:length]) for length in lengths]
 
 
-# TLS
+class RateLimiter:
+    """Sliding window: at most `limit` requests of a client in any `window` seconds.
 
-def read_tls(config, files):
-    """Settings -> (the SSLContext of connections to come, when its certificate ends), or Nones.
-
-    Of the files that are named, one that cannot be used is a ConfigError. They may lie under
-    /etc/pve, and nobody waits for that without end; if it hangs or is not mounted, as it may
-    be while a host starts, that passes, and systemd tries the start again.
+    A client is an IPv4 address or an IPv6 /64: one customer has that many addresses. Nobody
+    is forgotten before a window has passed since the last counted request, so no crowd of
+    others makes a refused client free again. Memory stays bounded since a newcomer is counted
+    together with its network while there is no room: /24 or /48 beyond MAX_CLIENTS, /16 or
+    /32 beyond one and a half of them, and all the others as one beyond twice as many.
     """
-    if not config.server.tls_certificate:
-        return None, None
-    try:
-        return files.read(lambda: load_tls(config))
-    except Problem as problem:
-        line = config.where["server", "tls_certificate"]
-        raise ConfigError(line, f"server.tls_certificate: {problem.error}", code=1) from None
+
+    def __init__(self, limit, window, clock=time.monotonic):
+        self.limit, self.window, self.clock = limit, window, clock
+        self.lock = threading.Lock()
+        self.clients = OrderedDict()        # times of counted requests, who counted last at the end
+
+    def admit(self, client):
+        """-> (admitted, how many more would be, seconds until the oldest counted one leaves)."""
+        with self.lock:
+            now = self.clock()
+            self.forget(now)
+            key = self.counted_as(client)
+            stamps = self.clients.setdefault(key, deque())
+            while stamps and stamps[0] <= now - self.window:
+                stamps.popleft()
+            admitted = len(stamps) < self.limit
+            if admitted:
+                stamps.append(now)
+                self.clients.move_to_end(key)
+            return admitted, self.limit - len(stamps), stamps[0] + self.window - now
+
+    def forget(self, now):
+        """Drop the clients of whom no request counts any more; they stand first."""
+        while self.clients:
+            client, stamps = next(iter(self.clients.items()))
+            if stamps[-1] > now - self.window:
+                return
+            del self.clients[client]
+
+    def counted_as(self, client):
+        """An address -> the narrowest of its networks that is known, or for which there is room."""
+        room = MAX_CLIENTS
+        for network in networks_of(client):
+            if network in self.clients or len(self.clients) < room:
+                return network
+            room += MAX_CLIENTS // 2
+        return network
 
 
-def load_tls(config):
-    """Settings -> (SSLContext, when its certificate ends), or ConfigError.
+def plain_address(text):
+    """An address without zone, an IPv4 one in IPv6 clothes as IPv4; ValueError if it is none."""
+    found = ipaddress.ip_address(text.partition("%")[0])
+    return getattr(found, "ipv4_mapped", None) or found
 
-    It waits for the files.
+
+HOP = re.compile(r"\[([^\]]{1,100})\](?::[0-9]{1,5})?|([0-9.]{1,15}):[0-9]{1,5}|(.{1,100})")
+
+
+def hop_address(text):
+    """An address as proxies write it: Azure's gateways add the port, some put IPv6 in brackets."""
+    match = HOP.fullmatch(text.strip(" \t"))
+    return plain_address(match[match.lastindex] if match else "")
+
+
+def client_of(headers, address, trusted):
+    """A request's headers and the other end's address -> (the client's address, local).
+
+    `local` says whether it is never limited.
+
+    Only a proxy in `trusted` may speak for others: by the rightmost address in
+    X-Forwarded-For that is not a trusted proxy itself, or else by X-Real-IP. Whoever
+    comes through a proxy is no local program.
     """
-    certificate, key = config.server.tls_certificate, config.server.tls_key
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")      # of TLS 1.2: with forward secrecy
-    for setting, rule, load, arguments in (
-            ("tls_certificate", "must hold a certificate in PEM",
-             unverified().load_verify_locations, (certificate,)),
-            ("tls_key", "must hold the key of that certificate, in PEM and without a passphrase",
-             context.load_cert_chain, (certificate, key, no_passphrase))):
-        path = getattr(config.server, setting)
+    said = headers.get("x-forwarded-for", headers.get("x-real-ip"))
+    if said is None:
+        return address, address.startswith("127.") or address == "::1"
+    peer = plain_address(address)
+    if not any(peer in network for network in trusted):
+        return address, peer.is_loopback
+    client = peer
+    for hop in reversed(said.rsplit(",", MAX_HOPS)[-MAX_HOPS:]):
         try:
-            load(*arguments)
-        except (ssl.SSLError, ValueError) as error:
-            why = getattr(error, "reason", None)
-            text = f"{path} {rule}" + (f" (OpenSSL says {why})" if why else "")
-            raise bad_file(config, setting, text) from None
-        except OSError as error:
-            raise bad_file(config, setting, f"{path} cannot be read: {error.strerror}") from None
-    with open(certificate, encoding="latin-1") as file:
-        return context, end_of_certificate(file.read())
+            client = hop_address(hop)
+        except ValueError:
+            break
+        if not any(client in network for network in trusted):
+            break
+    return str(client), False
 
 
-def no_passphrase():
-    """Called by OpenSSL, which would ask the terminal otherwise."""
-    raise ValueError
+CONTAINER = "lxc_autoscale_container_"       # how the names of their metrics begin
+CONTAINER_USAGE = (                         # the rest of a metric's name, key of Proxmox.usage
+    ("cpu_seconds_total", "cpu"), ("memory_usage_bytes", "memory"),
+    ("disk_read_bytes_total", "disk_read"),
+    ("disk_write_bytes_total", "disk_write"), ("oom_kills_total", "oom_kills"), ("pids", "pids"),
+    ("swap_usage_bytes", "swap"), ("memory_shared_bytes", "shared"),
+)
 
 
-def bad_file(config, setting, text):
-    """The ConfigError for a file that cannot be used.
+class Family(namedtuple("Family", "kind labels help buckets", defaults=[()])):
+    """A metric: its kind, its labels' names, what it tells, and a histogram's upper bounds.
 
-    In an unmounted /etc/pve it may yet appear.
-    """
-    folder = config.proxmox.pve_dir
-    below = getattr(config.server, setting).startswith(folder + "/")
-    code = 1 if below and not os.path.lexists(f"{folder}/lxc") else EX_CONFIG
-    return ConfigError(config.where["server", setting], f"server.{setting} {text}", code=code)
-
-
-def unverified():
-    """The context of a client that need not know whom it talks to."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
-
-
-PEM_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
-VALIDITY = re.compile(                      # two times in DER (RFC 5280 section 4.1.2.5)
-    rb"\x30.(?:\x17\x0d\d{12}|\x18\x0f\d{14})Z(?:\x17\x0d|\x18\x0f)(\d{12}(?:\d\d)?)Z", re.DOTALL)
-
-
-def end_of_certificate(pem):
-    """The first certificate in PEM -> until when it is valid, as YYYYMMDDHHMMSS in UTC, or None."""
-    first = PEM_CERTIFICATE.search(pem)
-    found = first and VALIDITY.search(ssl.PEM_cert_to_DER_cert(first[0]))
-    if not found:
-        return None
-    end = found[1].decode()
-    return end if len(end) == 14 else ("19" if end >= "50" else "20") + end
-
-
-class Tls:
-    """A connection that speaks TLS, with a socket's recv and send.
-
-    The socket stays as it is, with the kernel's deadlines: Python's own SSLSocket would try
-    again for ever after one of them (_ssl.c, as for a blocking socket). The handshake is part
-    of what is read first, and so of the first request's time.
+    The kind is counter, gauge or histogram.
     """
 
-    def __init__(self, sock, context):
-        self.sock, self.incoming, self.outgoing = sock, ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
-        self.begun = self.plain = False
-        self.unsent, self.taken = b"", 0
 
-    def recv(self, size):
-        """As a socket's, but None if what has come makes no whole record yet."""
-        data = self.decrypted(size)
-        if data is not None:
-            return data
-        received = self.sock.recv(size)
-        if not received:
-            return b""
-        if not self.begun and received[0] != 0x16:          # a handshake (RFC 8446 section 5.1)
-            self.plain = True
-            raise Problem(400, "This port speaks TLS: ask for https:// instead of http://")
-        self.begun = True
-        self.incoming.write(received)
-        return self.decrypted(size)
+REQUEST_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
+COMMAND_BUCKETS = (0.3, 0.6, 1, 2, 5, 10, 15, 30, 60, 300, 900, 3600)
+ONE = ("container_id",)
+FAMILIES = {
+    "lxc_autoscale_api_build_info": Family(
+        "gauge", ("version", "python_version"), "The daemon's version; always 1."),
+    "lxc_autoscale_api_requests_total": Family(
+        "counter", ("method", "endpoint", "status"), "HTTP requests answered."),
+    "lxc_autoscale_api_request_duration_seconds": Family(
+        "histogram", ("method", "endpoint"), "Time from a request's head to its answer.",
+        REQUEST_BUCKETS),
+    "lxc_autoscale_api_requests_in_progress": Family(
+        "gauge", (), "HTTP requests that are being answered."),
+    "lxc_autoscale_api_rate_limited_total": Family(
+        "counter", (), "Requests refused because of the rate limit."),
+    "lxc_autoscale_api_auth_failures_total": Family(
+        "counter", (), "Requests refused without a valid API key."),
+    "lxc_autoscale_api_connections_refused_total": Family(
+        "counter", (), "Connections refused because server.max_connections were open."),
+    "lxc_autoscale_api_commands_total": Family(
+        "counter", ("command", "result"), "Commands run: ok, failed, timeout or not_started."),
+    "lxc_autoscale_api_command_duration_seconds": Family(
+        "histogram", ("command",), "Time that commands took.", COMMAND_BUCKETS),
+    "lxc_autoscale_api_commands_in_progress": Family(
+        "gauge", (), "Places for commands that are taken."),
+    "lxc_autoscale_api_commands_waiting": Family("gauge", (), "Commands that wait for a place."),
+    "lxc_autoscale_scaling_actions_total": Family(
+        "counter", ("container_id", "resource", "action"), "Scaling actions done."),
+    "lxc_autoscale_scaling_failures_total": Family(
+        "counter", ("container_id", "resource", "reason"), "Scaling actions failed."),
+    "lxc_autoscale_container_info": Family(
+        "gauge", ("container_id", "name"), "A container and its hostname; always 1."),
+    "lxc_autoscale_container_up": Family(
+        "gauge", ONE, "Whether the container runs; absent for a template, which cannot."),
+    "lxc_autoscale_container_locked": Family(
+        "gauge", ("container_id", "lock"), "1 while Proxmox holds the container locked."),
+    "lxc_autoscale_container_cpu_cores": Family(
+        "gauge", ONE, "CPU cores allotted; absent where there is no limit."),
+    "lxc_autoscale_container_memory_mb": Family("gauge", ONE, "Memory allotted, in MB."),
+    "lxc_autoscale_container_memory_limit_bytes": Family("gauge", ONE, "Memory allotted."),
+    "lxc_autoscale_container_memory_usage_bytes": Family(
+        "gauge", ONE, "Memory used, without the page cache."),
+    "lxc_autoscale_container_cpu_seconds_total": Family(
+        "counter", ONE, "Processor time used since the container's start."),
+    "lxc_autoscale_container_disk_read_bytes_total": Family(
+        "counter", ONE, "Bytes read from block devices."),
+    "lxc_autoscale_container_disk_write_bytes_total": Family(
+        "counter", ONE, "Bytes written to block devices."),
+    "lxc_autoscale_container_oom_kills_total": Family(
+        "counter", ONE, "Processes killed for want of memory."),
+    "lxc_autoscale_container_pids": Family("gauge", ONE, "Processes and threads."),
+    "lxc_autoscale_container_network_receive_bytes_total": Family(
+        "counter", ONE, "Bytes that the container has received."),
+    "lxc_autoscale_container_network_transmit_bytes_total": Family(
+        "counter", ONE, "Bytes that the container has sent."),
+    "lxc_autoscale_container_swap_usage_bytes": Family("gauge", ONE, "Swap used."),
+    "lxc_autoscale_container_memory_shared_bytes": Family(
+        "gauge", ONE, "Memory in tmpfs and shared memory, which only the limit counts."),
+    **{f"lxc_autoscale_container_pressure_{name}_waiting_seconds_total": Family(
+        "counter", ONE, f"Time in which some process waited for {what}.")
+       for name, what in (("cpu", "a processor"), ("memory", "memory"), ("io", "a disk"))},
+    "process_cpu_seconds_total": Family(
+        "counter", (), "Total user and system CPU time spent in seconds."),
+    "process_open_fds": Family("gauge", (), "Number of open file descriptors."),
+    "process_max_fds": Family("gauge", (), "Maximum number of open file descriptors."),
+    "process_virtual_memory_bytes": Family("gauge", (), "Virtual memory size in bytes."),
+    "process_resident_memory_bytes": Family("gauge", (), "Resident memory size in bytes."),
+    "process_start_time_seconds": Family(
+        "gauge", (), "Start time of the process since unix epoch in seconds."),
+}
 
-    def decrypted(self, size):
-        try:
-            return self.tls.read(size)
-        except ssl.SSLWantReadError:
-            return None
-        finally:                            # a step of the handshake, or why it failed
-            if self.outgoing.pending:
-                self.sock.sendall(self.outgoing.read())
 
-    def send(self, data):
-        """As a socket's; it takes nothing (0) until all of what it took before has gone out."""
-        if self.plain:
-            return self.sock.send(data)
-        if not self.unsent:
-            self.taken = self.tls.write(memoryview(data)[:LARGE])
-            self.unsent = self.outgoing.read()
-        self.unsent = self.unsent[self.sock.send(self.unsent):]
-        return 0 if self.unsent else self.taken
+def escape_label(text):
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
-    def end(self):
-        """Tell the client that nothing more comes, and wait for nothing."""
-        if self.plain or self.unsent:
-            return
-        try:
-            self.tls.unwrap()
-        except OSError:                     # its own farewell has not come, and need not
-            pass
-        if self.outgoing.pending:
-            self.sock.send(self.outgoing.read(), socket.MSG_DONTWAIT)
 
+@lru_cache(maxsize=16384)
+def braced(names, values):
+    """Labels in their braces, or nothing; kept, for most families of a container have the same."""
+    pairs = ",".join(f'{name}="{escape_label(text)}"' for name, text in zip(names, values))
+    return "{" + pairs + "}" if pairs else ""
+
+
+def histogram(name, family, labels, counts):
+    if not all(map(is_number, counts)):
+        return []
+    lines, total, below = [], 0, (*family.labels, "le")
+    for bound, count in zip([*family.buckets, "+Inf"], counts):
+        total += count
+        lines.append(f"{name}_bucket{braced(below, (*labels, str(bound)))} {total}")
+    labels = braced(family.labels, labels)
+    return [*lines, f"{name}_sum{labels} {counts[-1]}", f"{name}_count{labels} {total}"]
+
+
+def exposition(name, family, series):
+    """A family's series {labels: value} -> their lines.
+
+    There are none of what is no number, for which a whole scrape is refused.
+    """
+    if family.kind == "histogram":
+        return [line for labels, counts in series.items()
+                for line in histogram(name, family, labels, counts)]
+    return [f"{name}{braced(family.labels, labels)} {value}"
+            for labels, value in series.items() if is_number(value)]
+
+
+def platform_version():
+    return ".".join(map(str, sys.version_info[:3]))
+
+
+class Metrics:
+    """Counters and histograms of this process, and their text exposition (format 0.0.4)."""
+
+    def __init__(self):
+        self.lock, self.series = threading.Lock(), {name: {} for name in FAMILIES}
+        self.series["lxc_autoscale_api_build_info"][VERSION, platform_version()] = 1
+        for name in ("rate_limited_total", "auth_failures_total", "connections_refused_total"):
+            self.series["lxc_autoscale_api_" + name][()] = 0
+
+    def add(self, name, *labels):
+        with self.lock:
+            series = self.series[name]
+            series[labels] = series.get(labels, 0) + 1
+
+    def observe(self, name, value, *labels):
+        """Count a value in its bucket.
+
+        A series is the buckets' own counts, one for what is above all, and the sum.
+        """
+        buckets = FAMILIES[name].buckets
+        with self.lock:
+            counts = self.series[name].setdefault(labels, [0] * (len(buckets) + 1) + [0.0])
+            counts[bisect_left(buckets, value)] += 1
+            counts[-1] += value
+
+    def render(self, gauges):
+        """The exposition, with the families that were read just now.
+
+        These are `gauges`: {name: {labels: value}}.
+        """
+        with self.lock:
+            series = {name: {labels: list(value) if isinstance(value, list) else value
+                             for labels, value in each.items()}
+                      for name, each in self.series.items()}
+        lines = []
+        for name, family in FAMILIES.items():
+            samples = exposition(
+                name, family, gauges.get(name) or dict(sorted(series[name].items())))
+            if samples:
+                lines += [f"# HELP {name} {family.help}", f"# TYPE {name} {family.kind}", *samples]
+        return "\n".join(lines) + "\n"
+
+
+def process_metrics():
+    """The process_* families, as Prometheus's own clients read them from /proc."""
+    # They begin with field 3 of proc(5).
+    fields = read_text("/proc/self/stat").rpartition(")")[2].split()
+    boot, tick = (
+        int(re.search(r"^btime (\d+)", read_text("/proc/stat"), re.MULTILINE)[1]),
+        os.sysconf("SC_CLK_TCK"))
+    values = {
+        "cpu_seconds_total": (int(fields[11]) + int(fields[12])) / tick,
+        "open_fds": len(os.listdir("/proc/self/fd")) - 1,
+        "max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "virtual_memory_bytes": int(fields[20]),
+        "resident_memory_bytes": int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
+        "start_time_seconds": boot + int(fields[19]) / tick,
+    }
+    return {"process_" + name: {(): value} for name, value in values.items()}
+
+
+# Processes
 
 class Result(namedtuple("Result", "exit stdout stderr overflow")):
     """A command that ended.
@@ -2129,178 +2583,22 @@ class Commands:
             raise busy(f"{argv[0]} {what}", 60, NotBegun) from None
 
 
-def too_many(node):
-    where = f"node '{node.name}'" if node else "this host"
-    return busy(f"Too many commands run on {where}; try again later", SLOT_SECONDS)
-
-
-def lost(node, argv, begun, details):
-    """ssh ended without a word of a command's end -> the Problem.
-
-    A change that had `begun` may run there still.
-    """
-    if begun:
-        problem = Lost(504, f"The connection to node '{node.name}' was lost during "
-                            f"{' '.join(argv[:3])}, which goes on if the node does. "
-                            "Ask for the container's state before trying again")
-    else:
-        problem = busy(f"Node '{node.name}' cannot run commands over SSH; "
-                       "to see why, on this host: "
-                       f"pvesh get /nodes/{node.name}/version", SLOT_SECONDS, NotBegun)
-    if details:
-        problem.add_details(details[-MAX_DETAILS:])
+def failed(argv, result):
+    """A command that failed, and its Result -> the Problem, which is logged."""
+    problem = explain_failure([*map(str, argv)], result)
+    log.warning("failed: %s: exit %d: %s",
+                shlex.join(map(str, argv)), result.exit, problem.fields["details"])
     return problem
 
 
-def stopping():
-    return busy("The daemon is stopping", SLOT_SECONDS)
-
-
-def internal_error(error):
-    return Problem(
-        500, f"Internal error ({type(error).__name__}); the daemon's error log says more")
+def checked(argv, result):
+    """A command's Result, or the Problem that it failed with."""
+    if result.exit == 0 and not result.overflow:
+        return result
+    raise failed(argv, result)
 
 
 # The host
-
-CONTAINER = "lxc_autoscale_container_"       # how the names of their metrics begin
-CONTAINER_USAGE = (                         # the rest of a metric's name, key of Proxmox.usage
-    ("cpu_seconds_total", "cpu"), ("memory_usage_bytes", "memory"),
-    ("disk_read_bytes_total", "disk_read"),
-    ("disk_write_bytes_total", "disk_write"), ("oom_kills_total", "oom_kills"), ("pids", "pids"),
-    ("swap_usage_bytes", "swap"), ("memory_shared_bytes", "shared"),
-)
-CGROUP_FILES = (
-    "cpu.stat", "memory.current", "memory.stat", "memory.swap.current", "memory.events",
-    "io.stat", "pids.current", *(f"{name}.pressure" for name in PRESSURES))
-OPEN_TO_READ = os.O_RDONLY | os.O_CLOEXEC
-
-# ENODEV is said of a cgroup that has just gone, EOPNOTSUPP of a pressure file where the kernel
-# measures none: the file is there even then (systemd, is_pressure_supported).
-NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ESRCH, errno.ENODEV, errno.EOPNOTSUPP)
-
-
-def read_text(path):
-    """A small file's text, or None if it is not there; OSError if it is there and cannot be read.
-
-    Far cheaper than open() where a thousand are read.
-    """
-    try:
-        fd = os.open(path, OPEN_TO_READ)
-        try:
-            data = chunk = os.read(fd, 65536)
-            while len(chunk) > 2000:        # the kernel's own files come a page at a time
-                chunk = os.read(fd, 65536)
-                data += chunk
-        finally:
-            os.close(fd)
-    except OSError as error:
-        if error.errno in NOT_THERE:
-            return None
-        error.filename = path               # os.read does not say which
-        raise
-    return data.decode("utf-8", "replace")
-
-
-def is_there(path):
-    """Tell whether a path exists; OSError if that cannot be seen."""
-    try:
-        os.stat(path)
-    except OSError as error:
-        if error.errno in NOT_THERE:
-            return False
-        raise
-    return True
-
-
-def names_in(folder):
-    """The names in a folder, none if it is not there; OSError if it cannot be read."""
-    try:
-        return os.listdir(folder)
-    except OSError as error:
-        if error.errno in NOT_THERE:
-            return []
-        raise
-
-
-def find_number(pattern, text):
-    """The first group of a pattern in a text, as an integer, or None."""
-    match = text and re.search(pattern, text, re.MULTILINE)
-    return number(match[1]) if match else None
-
-
-# In these, a number counts with its line's end only, for half a number is none. Patterns would
-# take most of the time of a scrape here.
-
-def only_number(text):
-    """The number that is all of a cgroup's file, or None."""
-    return number(text[:-1]) if text and text[-1] == "\n" else None
-
-
-def row_number(key, text):
-    """The number in the row `key N` of a cgroup's file, or None."""
-    value, end, _ = f"\n{text}".partition(f"\n{key} ")[2].partition("\n")
-    return number(value) if end else None
-
-
-IO_STAT = re.compile(r"([0-9]+:[0-9]+\b.*\n)?", re.DOTALL)
-IO_BYTES = [re.compile(rf" {key}=(\S*)") for key in ("rbytes", "wbytes")]
-
-
-def parse_io(text):
-    """A cgroup's io.stat -> (bytes read, bytes written) over all devices, or Nones.
-
-    The file is empty until the first I/O, on ZFS often for ever; a device may have a name only.
-    """
-    if text is None or not IO_STAT.fullmatch(text):
-        return None, None
-    found = ([number(each) for each in pattern.findall(text)] for pattern in IO_BYTES)
-    return tuple(None if None in numbers else sum(numbers) for numbers in found)
-
-
-def is_init(status):
-    """Whether /proc/PID/status is that of a process 1 in a namespace right below ours."""
-    return find_number(r"^NSpid:\t\d+\t(\d+)$", status) == 1
-
-
-def used_bytes(path):
-    """Bytes in use on the file system at a path, or None."""
-    try:
-        found = os.statvfs(path)
-    except OSError:
-        return None
-    return (found.f_blocks - found.f_bfree) * found.f_frsize
-
-
-def read_node():
-    """What `pvesh get /nodes/NODE/status` tells of this node, under its names, without a process.
-
-    It reckons as PVE::API2::Nodes and PVE::ProcFSTools do. Memory is used as far as the kernel
-    does not call it available, which is so since libpve-common-perl 8.3.1; before, pvesh
-    called some of the kernel's own caches used as well. What is not there is None.
-    """
-    stat, load, sizes, uptime = (
-        read_text(f"{PROC}/{name}") or "" for name in ("stat", "loadavg", "meminfo", "uptime"))
-    sizes = {name: int(size) * 1024
-             for name, size in re.findall(r"^(\w+): +(\d{1,15}) kB$", sizes, re.MULTILINE)}
-    load, up = (re.match(r"(\d+\.\d+) (\d+\.\d+) (\d+\.\d+) ", load),
-                re.match(r"(\d{1,15})\.", uptime))
-    version = re.search(
-        r"^sub version \{\s+return '([^']+)';", read_text(PVECFG) or "", re.MULTILINE)
-    disk = os.statvfs("/")
-    return {
-        "cpuinfo": {"cpus": len(re.findall(r"^cpu\d+ ", stat, re.MULTILINE)) or None},
-        "loadavg": load and load.groups(),
-        "memory": part_used(sizes.get("MemTotal"), sizes.get("MemAvailable")),
-        "swap": part_used(sizes.get("SwapTotal"), sizes.get("SwapFree")),
-        "rootfs": part_used(disk.f_blocks * disk.f_frsize, disk.f_bfree * disk.f_frsize),
-        "uptime": up and int(up[1]), "pveversion": version and f"pve-manager/{version[1]}",
-    }
-
-
-def part_used(total, free):
-    return {"total": total, "used": None if None in (total, free) else total - free}
-
 
 def busy_meter(clock):
     """Begin to measure -> a function that tells how busy so many processors were since.
@@ -2908,32 +3206,11 @@ class Proxmox:
         return self.files.read(read)        # once, at the start
 
 
-def checked(argv, result):
-    """A command's Result, or the Problem that it failed with."""
-    if result.exit == 0 and not result.overflow:
-        return result
-    raise failed(argv, result)
-
-
-def failed(argv, result):
-    """A command that failed, and its Result -> the Problem, which is logged."""
-    problem = explain_failure([*map(str, argv)], result)
-    log.warning("failed: %s: exit %d: %s",
-                shlex.join(map(str, argv)), result.exit, problem.fields["details"])
-    return problem
-
-
-def heard(fields):
-    """What a container's node broadcast of it -> (status, uptime in seconds).
-
-    Both are None if that is missing or old.
-    """
-    if not fields or len(fields) < 5 or abs(time.time() - (number(fields[4]) or 0)) > NEWS_SECONDS:
-        return None, None
-    return fields[2], number(fields[0])
-
-
 # Changing
+
+LONG_LIMIT = "long_change_timeout_seconds"
+
+CLIENT_LEFT = 499           # in log and metrics, as nginx has it: there was nobody to answer
 
 # The lock that a command sets, and what is done after `pct unlock`.
 OWN_LOCKS = {
@@ -2953,7 +3230,6 @@ AT_ONCE = re.compile(
     r"|resize: (?:The disk has this size already|A disk cannot shrink)"
     r"|\w+: The id \d+ is taken|\w+: Snapshot '[^']*' exists already"
     rf"|(?:{'|'.join(POWER)}): VM \d+ is (?:not|already) running")
-
 
 # What a resize says after the volume has grown already, of the file in which the size is to be
 # noted (PVE::API2::LXC, resize_vm: volume_resize, then write_config): so the file does not tell
@@ -3422,293 +3698,6 @@ class Changes:
                 if id in (None, change.id) and (vm_id is None or vm_id in change.containers)]
 
 
-# Rate limiting
-
-class RateLimiter:
-    """Sliding window: at most `limit` requests of a client in any `window` seconds.
-
-    A client is an IPv4 address or an IPv6 /64: one customer has that many addresses. Nobody
-    is forgotten before a window has passed since the last counted request, so no crowd of
-    others makes a refused client free again. Memory stays bounded since a newcomer is counted
-    together with its network while there is no room: /24 or /48 beyond MAX_CLIENTS, /16 or
-    /32 beyond one and a half of them, and all the others as one beyond twice as many.
-    """
-
-    def __init__(self, limit, window, clock=time.monotonic):
-        self.limit, self.window, self.clock = limit, window, clock
-        self.lock = threading.Lock()
-        self.clients = OrderedDict()        # times of counted requests, who counted last at the end
-
-    def admit(self, client):
-        """-> (admitted, how many more would be, seconds until the oldest counted one leaves)."""
-        with self.lock:
-            now = self.clock()
-            self.forget(now)
-            key = self.counted_as(client)
-            stamps = self.clients.setdefault(key, deque())
-            while stamps and stamps[0] <= now - self.window:
-                stamps.popleft()
-            admitted = len(stamps) < self.limit
-            if admitted:
-                stamps.append(now)
-                self.clients.move_to_end(key)
-            return admitted, self.limit - len(stamps), stamps[0] + self.window - now
-
-    def forget(self, now):
-        """Drop the clients of whom no request counts any more; they stand first."""
-        while self.clients:
-            client, stamps = next(iter(self.clients.items()))
-            if stamps[-1] > now - self.window:
-                return
-            del self.clients[client]
-
-    def counted_as(self, client):
-        """An address -> the narrowest of its networks that is known, or for which there is room."""
-        room = MAX_CLIENTS
-        for network in networks_of(client):
-            if network in self.clients or len(self.clients) < room:
-                return network
-            room += MAX_CLIENTS // 2
-        return network
-
-
-def networks_of(client):
-    """An address -> what it may be counted as, the narrowest first: its kind, and first bytes."""
-    if ":" in client:
-        packed, lengths = socket.inet_pton(socket.AF_INET6, client), (8, 6, 4, 0)
-    else:
-        packed, lengths = socket.inet_pton(socket.AF_INET, client), (4, 3, 2, 0)
-    return [(len(packed), packed[:length]) for length in lengths]
-
-
-def plain_address(text):
-    """An address without zone, an IPv4 one in IPv6 clothes as IPv4; ValueError if it is none."""
-    found = ipaddress.ip_address(text.partition("%")[0])
-    return getattr(found, "ipv4_mapped", None) or found
-
-
-HOP = re.compile(r"\[([^\]]{1,100})\](?::[0-9]{1,5})?|([0-9.]{1,15}):[0-9]{1,5}|(.{1,100})")
-
-
-def hop_address(text):
-    """An address as proxies write it: Azure's gateways add the port, some put IPv6 in brackets."""
-    match = HOP.fullmatch(text.strip(" \t"))
-    return plain_address(match[match.lastindex] if match else "")
-
-
-def client_of(headers, address, trusted):
-    """A request's headers and the other end's address -> (the client's address, local).
-
-    `local` says whether it is never limited.
-
-    Only a proxy in `trusted` may speak for others: by the rightmost address in
-    X-Forwarded-For that is not a trusted proxy itself, or else by X-Real-IP. Whoever
-    comes through a proxy is no local program.
-    """
-    said = headers.get("x-forwarded-for", headers.get("x-real-ip"))
-    if said is None:
-        return address, address.startswith("127.") or address == "::1"
-    peer = plain_address(address)
-    if not any(peer in network for network in trusted):
-        return address, peer.is_loopback
-    client = peer
-    for hop in reversed(said.rsplit(",", MAX_HOPS)[-MAX_HOPS:]):
-        try:
-            client = hop_address(hop)
-        except ValueError:
-            break
-        if not any(client in network for network in trusted):
-            break
-    return str(client), False
-
-
-# Metrics
-
-class Family(namedtuple("Family", "kind labels help buckets", defaults=[()])):
-    """A metric: its kind, its labels' names, what it tells, and a histogram's upper bounds.
-
-    The kind is counter, gauge or histogram.
-    """
-
-
-REQUEST_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
-COMMAND_BUCKETS = (0.3, 0.6, 1, 2, 5, 10, 15, 30, 60, 300, 900, 3600)
-ONE = ("container_id",)
-FAMILIES = {
-    "lxc_autoscale_api_build_info": Family(
-        "gauge", ("version", "python_version"), "The daemon's version; always 1."),
-    "lxc_autoscale_api_requests_total": Family(
-        "counter", ("method", "endpoint", "status"), "HTTP requests answered."),
-    "lxc_autoscale_api_request_duration_seconds": Family(
-        "histogram", ("method", "endpoint"), "Time from a request's head to its answer.",
-        REQUEST_BUCKETS),
-    "lxc_autoscale_api_requests_in_progress": Family(
-        "gauge", (), "HTTP requests that are being answered."),
-    "lxc_autoscale_api_rate_limited_total": Family(
-        "counter", (), "Requests refused because of the rate limit."),
-    "lxc_autoscale_api_auth_failures_total": Family(
-        "counter", (), "Requests refused without a valid API key."),
-    "lxc_autoscale_api_connections_refused_total": Family(
-        "counter", (), "Connections refused because server.max_connections were open."),
-    "lxc_autoscale_api_commands_total": Family(
-        "counter", ("command", "result"), "Commands run: ok, failed, timeout or not_started."),
-    "lxc_autoscale_api_command_duration_seconds": Family(
-        "histogram", ("command",), "Time that commands took.", COMMAND_BUCKETS),
-    "lxc_autoscale_api_commands_in_progress": Family(
-        "gauge", (), "Places for commands that are taken."),
-    "lxc_autoscale_api_commands_waiting": Family("gauge", (), "Commands that wait for a place."),
-    "lxc_autoscale_scaling_actions_total": Family(
-        "counter", ("container_id", "resource", "action"), "Scaling actions done."),
-    "lxc_autoscale_scaling_failures_total": Family(
-        "counter", ("container_id", "resource", "reason"), "Scaling actions failed."),
-    "lxc_autoscale_container_info": Family(
-        "gauge", ("container_id", "name"), "A container and its hostname; always 1."),
-    "lxc_autoscale_container_up": Family(
-        "gauge", ONE, "Whether the container runs; absent for a template, which cannot."),
-    "lxc_autoscale_container_locked": Family(
-        "gauge", ("container_id", "lock"), "1 while Proxmox holds the container locked."),
-    "lxc_autoscale_container_cpu_cores": Family(
-        "gauge", ONE, "CPU cores allotted; absent where there is no limit."),
-    "lxc_autoscale_container_memory_mb": Family("gauge", ONE, "Memory allotted, in MB."),
-    "lxc_autoscale_container_memory_limit_bytes": Family("gauge", ONE, "Memory allotted."),
-    "lxc_autoscale_container_memory_usage_bytes": Family(
-        "gauge", ONE, "Memory used, without the page cache."),
-    "lxc_autoscale_container_cpu_seconds_total": Family(
-        "counter", ONE, "Processor time used since the container's start."),
-    "lxc_autoscale_container_disk_read_bytes_total": Family(
-        "counter", ONE, "Bytes read from block devices."),
-    "lxc_autoscale_container_disk_write_bytes_total": Family(
-        "counter", ONE, "Bytes written to block devices."),
-    "lxc_autoscale_container_oom_kills_total": Family(
-        "counter", ONE, "Processes killed for want of memory."),
-    "lxc_autoscale_container_pids": Family("gauge", ONE, "Processes and threads."),
-    "lxc_autoscale_container_network_receive_bytes_total": Family(
-        "counter", ONE, "Bytes that the container has received."),
-    "lxc_autoscale_container_network_transmit_bytes_total": Family(
-        "counter", ONE, "Bytes that the container has sent."),
-    "lxc_autoscale_container_swap_usage_bytes": Family("gauge", ONE, "Swap used."),
-    "lxc_autoscale_container_memory_shared_bytes": Family(
-        "gauge", ONE, "Memory in tmpfs and shared memory, which only the limit counts."),
-    **{f"lxc_autoscale_container_pressure_{name}_waiting_seconds_total": Family(
-        "counter", ONE, f"Time in which some process waited for {what}.")
-       for name, what in (("cpu", "a processor"), ("memory", "memory"), ("io", "a disk"))},
-    "process_cpu_seconds_total": Family(
-        "counter", (), "Total user and system CPU time spent in seconds."),
-    "process_open_fds": Family("gauge", (), "Number of open file descriptors."),
-    "process_max_fds": Family("gauge", (), "Maximum number of open file descriptors."),
-    "process_virtual_memory_bytes": Family("gauge", (), "Virtual memory size in bytes."),
-    "process_resident_memory_bytes": Family("gauge", (), "Resident memory size in bytes."),
-    "process_start_time_seconds": Family(
-        "gauge", (), "Start time of the process since unix epoch in seconds."),
-}
-
-
-class Metrics:
-    """Counters and histograms of this process, and their text exposition (format 0.0.4)."""
-
-    def __init__(self):
-        self.lock, self.series = threading.Lock(), {name: {} for name in FAMILIES}
-        self.series["lxc_autoscale_api_build_info"][VERSION, platform_version()] = 1
-        for name in ("rate_limited_total", "auth_failures_total", "connections_refused_total"):
-            self.series["lxc_autoscale_api_" + name][()] = 0
-
-    def add(self, name, *labels):
-        with self.lock:
-            series = self.series[name]
-            series[labels] = series.get(labels, 0) + 1
-
-    def observe(self, name, value, *labels):
-        """Count a value in its bucket.
-
-        A series is the buckets' own counts, one for what is above all, and the sum.
-        """
-        buckets = FAMILIES[name].buckets
-        with self.lock:
-            counts = self.series[name].setdefault(labels, [0] * (len(buckets) + 1) + [0.0])
-            counts[bisect_left(buckets, value)] += 1
-            counts[-1] += value
-
-    def render(self, gauges):
-        """The exposition, with the families that were read just now.
-
-        These are `gauges`: {name: {labels: value}}.
-        """
-        with self.lock:
-            series = {name: {labels: list(value) if isinstance(value, list) else value
-                             for labels, value in each.items()}
-                      for name, each in self.series.items()}
-        lines = []
-        for name, family in FAMILIES.items():
-            samples = exposition(
-                name, family, gauges.get(name) or dict(sorted(series[name].items())))
-            if samples:
-                lines += [f"# HELP {name} {family.help}", f"# TYPE {name} {family.kind}", *samples]
-        return "\n".join(lines) + "\n"
-
-
-def platform_version():
-    return ".".join(map(str, sys.version_info[:3]))
-
-
-def process_metrics():
-    """The process_* families, as Prometheus's own clients read them from /proc."""
-    # They begin with field 3 of proc(5).
-    fields = read_text("/proc/self/stat").rpartition(")")[2].split()
-    boot, tick = (
-        int(re.search(r"^btime (\d+)", read_text("/proc/stat"), re.MULTILINE)[1]),
-        os.sysconf("SC_CLK_TCK"))
-    values = {
-        "cpu_seconds_total": (int(fields[11]) + int(fields[12])) / tick,
-        "open_fds": len(os.listdir("/proc/self/fd")) - 1,
-        "max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        "virtual_memory_bytes": int(fields[20]),
-        "resident_memory_bytes": int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
-        "start_time_seconds": boot + int(fields[19]) / tick,
-    }
-    return {"process_" + name: {(): value} for name, value in values.items()}
-
-
-def exposition(name, family, series):
-    """A family's series {labels: value} -> their lines.
-
-    There are none of what is no number, for which a whole scrape is refused.
-    """
-    if family.kind == "histogram":
-        return [line for labels, counts in series.items()
-                for line in histogram(name, family, labels, counts)]
-    return [f"{name}{braced(family.labels, labels)} {value}"
-            for labels, value in series.items() if is_number(value)]
-
-
-def histogram(name, family, labels, counts):
-    if not all(map(is_number, counts)):
-        return []
-    lines, total, below = [], 0, (*family.labels, "le")
-    for bound, count in zip([*family.buckets, "+Inf"], counts):
-        total += count
-        lines.append(f"{name}_bucket{braced(below, (*labels, str(bound)))} {total}")
-    labels = braced(family.labels, labels)
-    return [*lines, f"{name}_sum{labels} {counts[-1]}", f"{name}_count{labels} {total}"]
-
-
-def is_number(value):
-    try:
-        return isinstance(value, (int, float)) and math.isfinite(value)
-    except OverflowError:                   # an integer that no float can hold
-        return False
-
-
-@lru_cache(maxsize=16384)
-def braced(names, values):
-    """Labels in their braces, or nothing; kept, for most families of a container have the same."""
-    pairs = ",".join(f'{name}="{escape_label(text)}"' for name, text in zip(names, values))
-    return "{" + pairs + "}" if pairs else ""
-
-
-def escape_label(text):
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-
 # Endpoints: one short function each, then the table that drives everything
 
 def check_health(api):
@@ -3744,6 +3733,23 @@ def set_memory(change, vm_id, memory):
     return f"Memory set to {memory} MB for VM {vm_id}"
 
 
+def growth(before, gigabytes, relative):
+    """How pct is told to grow a disk: by so much, or to a size.
+
+    The first is said so that two callers at once both count.
+
+    A size makes a request that is repeated harmless even while the first one is still at work
+    for a daemon that has gone: pct looks at the volume again under the container's lock, and
+    refuses what has that size (PVE::API2::LXC, resize_vm).
+    """
+    if relative:
+        return f"+{gigabytes}G"
+    size = int(size_in_bytes(before)) + gigabytes * GIB
+    return next(f"{size // unit}{name}"
+                for unit, name in ((GIB, "G"), (MIB, "M"), (1024, "K"), (1, ""))
+                if not size % unit)
+
+
 def grow_storage(change, vm_id, disk_size, disk, current_size):
     """Add so many GB to a disk.
 
@@ -3775,23 +3781,6 @@ def grow_storage(change, vm_id, disk_size, disk, current_size):
                            "but its file system has not followed",
                       details=said.strip()[-MAX_DETAILS:])
     return f"Storage increased by {disk_size} GB for VM {vm_id}"
-
-
-def growth(before, gigabytes, relative):
-    """How pct is told to grow a disk: by so much, or to a size.
-
-    The first is said so that two callers at once both count.
-
-    A size makes a request that is repeated harmless even while the first one is still at work
-    for a daemon that has gone: pct looks at the volume again under the container's lock, and
-    refuses what has that size (PVE::API2::LXC, resize_vm).
-    """
-    if relative:
-        return f"+{gigabytes}G"
-    size = int(size_in_bytes(before)) + gigabytes * GIB
-    return next(f"{size // unit}{name}"
-                for unit, name in ((GIB, "G"), (MIB, "M"), (1024, "K"), (1, ""))
-                if not size % unit)
 
 
 def create_snapshot(change, vm_id, snapshot_name, description):
@@ -3833,6 +3822,14 @@ def set_address(change, new_vm_id, ip):
         raise
     change.addressed = True
     change.notes.append(f"VM {new_vm_id} got its address")
+
+
+def addresses_twice(change, vm_id):
+    """-> [(static address of a container, the id of another that has it)]"""
+    holders = change.host.address_holders(but=vm_id)
+    return [(address[2], holders[address])
+            for address in static_addresses(change.conf(vm_id).current)
+            if address in holders]
 
 
 def start_clone(change, new_vm_id, start):
@@ -3887,19 +3884,25 @@ def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full
     return f"Cloned VM {vm_id} to new VM {new_vm_id} ({new_vm_name})"
 
 
-def addresses_twice(change, vm_id):
-    """-> [(static address of a container, the id of another that has it)]"""
-    holders = change.host.address_holders(but=vm_id)
-    return [(address[2], holders[address])
-            for address in static_addresses(change.conf(vm_id).current)
-            if address in holders]
-
-
 def delete_clone(change, vm_id):
     """Destroy; pct stops it first, unless it is protected."""
     change.runs()
     change.pct("destroy", "--force", 1)
     return f"Deleted VM {vm_id}"
+
+
+def unless_so_already(change, refusal, *command):
+    """Run a command that is refused where the container is in that state already.
+
+    Then this is a warning only.
+    """
+    change.ran = command[0] != "start"      # or it is refused
+    try:
+        change.pct(*command)
+    except Problem as problem:
+        if problem.error != refusal:
+            raise
+        change.warnings.append(refusal)
 
 
 def start_container(change, vm_id):
@@ -3922,20 +3925,6 @@ def reboot_container(change, vm_id, timeout):
     change.ran = True                       # or pct refuses it
     change.pct("reboot", "--timeout", timeout)
     return f"Rebooted VM {vm_id}"
-
-
-def unless_so_already(change, refusal, *command):
-    """Run a command that is refused where the container is in that state already.
-
-    Then this is a warning only.
-    """
-    change.ran = command[0] != "start"      # or it is refused
-    try:
-        change.pct(*command)
-    except Problem as problem:
-        if problem.error != refusal:
-            raise
-        change.warnings.append(refusal)
 
 
 def list_operations(api, id, vm_id):
@@ -4185,7 +4174,6 @@ def always(api):
     return True
 
 
-LONG_LIMIT = "long_change_timeout_seconds"
 ROUTES = (
     Route("GET", "/health/check", check_health, (),
           "Whether Proxmox's commands work.", key=False,
@@ -4260,7 +4248,7 @@ ROUTES = (
 )
 PATHS = {path: route for route in ROUTES for path in (route.path, route.also) if path}
 CHANGING = ("POST", "DELETE")
-CLIENT_LEFT = 499           # in log and metrics, as nginx has it: there was nobody to answer
+
 FAILURE_LABELS = {400: "refused", 404: "not_found", 409: "conflict", 503: "unavailable"}
 
 
@@ -4287,7 +4275,6 @@ STATUSES = {                                # every answer but success, and what
     504: "A command did not finish in time; `error` says whether it goes on.", 505: "Not HTTP/1.",
 }
 
-
 HEADERS = {                                 # of answers: the type and meaning
     "X-RateLimit-Limit": ("integer", "Requests that are taken in a window; "
                                      "absent for local clients."),
@@ -4307,26 +4294,6 @@ STATUS_HEADERS = {
 PLAIN_ERRORS = {401: "Error", 429: "RateLimited"}       # what is the same for reads and changes
 
 
-def openapi():
-    """ROUTES -> the API's description."""
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "lxc_autoscale_api", "version": VERSION,
-                 "description": __doc__.partition("\n")[0]},
-        "paths": {path: {route.method.lower(): describe_route(path, route)}
-                  for path, route in PATHS.items()},
-        "components": {
-            "securitySchemes": {"header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-                                "query": {"type": "apiKey", "in": "query", "name": "api_key"}},
-            "schemas": SCHEMAS,
-            "headers": {name: {"description": meaning, "schema": {"type": kind}}
-                        for name, (kind, meaning) in HEADERS.items()},
-            "responses": {f"{kind}{status}": describe_error(status, PLAIN_ERRORS.get(status, kind))
-                          for kind in ("Error", "ChangeError") for status in STATUSES},
-        },
-    }
-
-
 def describe_headers(names):
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
 
@@ -4335,6 +4302,11 @@ def describe_error(status, schema):
     headers = describe_headers([*RATE_HEADERS, *STATUS_HEADERS.get(status, ())])
     return {"description": STATUSES[status], "headers": headers,
             "content": {"application/json": {"schema": called(schema)}}}
+
+
+def describe_parameter(parameter):
+    others = " or ".join(parameter.also)
+    return parameter.rule + (f"; may also be called {others}" if others else "")
 
 
 def describe_route(path, route):
@@ -4375,12 +4347,85 @@ def describe_route(path, route):
     return described
 
 
-def describe_parameter(parameter):
-    others = " or ".join(parameter.also)
-    return parameter.rule + (f"; may also be called {others}" if others else "")
+def openapi():
+    """ROUTES -> the API's description."""
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "lxc_autoscale_api", "version": VERSION,
+                 "description": __doc__.partition("\n")[0]},
+        "paths": {path: {route.method.lower(): describe_route(path, route)}
+                  for path, route in PATHS.items()},
+        "components": {
+            "securitySchemes": {"header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+                                "query": {"type": "apiKey", "in": "query", "name": "api_key"}},
+            "schemas": SCHEMAS,
+            "headers": {name: {"description": meaning, "schema": {"type": kind}}
+                        for name, (kind, meaning) in HEADERS.items()},
+            "responses": {f"{kind}{status}": describe_error(status, PLAIN_ERRORS.get(status, kind))
+                          for kind in ("Error", "ChangeError") for status in STATUSES},
+        },
+    }
 
 
 # From a request to an answer
+
+def digest(key):
+    """A key's digest, by which keys are compared.
+
+    So neither their length nor their bytes tell in time.
+    """
+    return hashlib.sha256(key).digest()
+
+
+def fingerprint(key_digest):
+    """What logs name a key by."""
+    return key_digest.hex()[:8]
+
+
+def prefers_async(request):
+    """Whether the client does not want to wait (RFC 7240)."""
+    preferences = request.headers.get("prefer", "").split(",")
+    return "respond-async" in (each.partition(";")[0].strip().lower() for each in preferences)
+
+
+CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")       # what clients call UTF-8 or a part of it
+
+
+def check_media_type(value):
+    """Hold a Content-Type to JSON in UTF-8, of which ASCII is a part, or Problem."""
+    kind, *parameters = value.lower().split(";")
+    if kind.strip(" \t") != "application/json":
+        raise Problem(415, "The body must be JSON: send Content-Type: application/json")
+    for parameter in parameters:
+        name, _, charset = parameter.partition("=")
+        if name.strip(" \t") == "charset" and charset.strip(' \t"') not in CHARSETS:
+            raise Problem(415, "The body must be in UTF-8: send Content-Type: application/json")
+
+
+def read_object(request):
+    """The pairs of a request's JSON body, or Problem.
+
+    The body is read only when it will be taken.
+    """
+    if request.length is None:
+        raise Problem(411, "Missing Content-Length: send the parameters as a JSON object, "
+                           "with Content-Type: application/json")
+    if request.length > MAX_BODY:
+        raise Problem(413, f"The body is too large: at most {MAX_BODY} bytes are taken")
+    if request.headers.get("content-encoding", "").lower() not in ("", "identity"):
+        raise Problem(415, "No Content-Encoding is taken: send the JSON object as it is",
+                      {"Accept-Encoding": "identity"})
+    check_media_type(request.headers.get("content-type", ""))
+    return parse_object(request.read_body())
+
+
+def loggable_path(path):
+    """A path for the log.
+
+    Of one that is no endpoint, that is only what cannot hold a key behind some mistyped '?'.
+    """
+    return path if path in PATHS else re.split(r"[^A-Za-z0-9/._~-]", path, maxsplit=1)[0][:100]
+
 
 class Api:
     """Request -> Answer; the one place where a Problem becomes an Answer."""
@@ -4554,62 +4599,148 @@ class Api:
                              FAILURE_LABELS.get(problem.status, "failed"))
 
 
-def prefers_async(request):
-    """Whether the client does not want to wait (RFC 7240)."""
-    preferences = request.headers.get("prefer", "").split(",")
-    return "respond-async" in (each.partition(";")[0].strip().lower() for each in preferences)
+# TLS
+
+PEM_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+VALIDITY = re.compile(                      # two times in DER (RFC 5280 section 4.1.2.5)
+    rb"\x30.(?:\x17\x0d\d{12}|\x18\x0f\d{14})Z(?:\x17\x0d|\x18\x0f)(\d{12}(?:\d\d)?)Z", re.DOTALL)
 
 
-def digest(key):
-    """A key's digest, by which keys are compared.
+def end_of_certificate(pem):
+    """The first certificate in PEM -> until when it is valid, as YYYYMMDDHHMMSS in UTC, or None."""
+    first = PEM_CERTIFICATE.search(pem)
+    found = first and VALIDITY.search(ssl.PEM_cert_to_DER_cert(first[0]))
+    if not found:
+        return None
+    end = found[1].decode()
+    return end if len(end) == 14 else ("19" if end >= "50" else "20") + end
 
-    So neither their length nor their bytes tell in time.
+
+def no_passphrase():
+    """Called by OpenSSL, which would ask the terminal otherwise."""
+    raise ValueError
+
+
+def bad_file(config, setting, text):
+    """The ConfigError for a file that cannot be used.
+
+    In an unmounted /etc/pve it may yet appear.
     """
-    return hashlib.sha256(key).digest()
+    folder = config.proxmox.pve_dir
+    below = getattr(config.server, setting).startswith(folder + "/")
+    code = 1 if below and not os.path.lexists(f"{folder}/lxc") else EX_CONFIG
+    return ConfigError(config.where["server", setting], f"server.{setting} {text}", code=code)
 
 
-def fingerprint(key_digest):
-    """What logs name a key by."""
-    return key_digest.hex()[:8]
+def unverified():
+    """The context of a client that need not know whom it talks to."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
-CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")       # what clients call UTF-8 or a part of it
+def load_tls(config):
+    """Settings -> (SSLContext, when its certificate ends), or ConfigError.
 
-
-def check_media_type(value):
-    """Hold a Content-Type to JSON in UTF-8, of which ASCII is a part, or Problem."""
-    kind, *parameters = value.lower().split(";")
-    if kind.strip(" \t") != "application/json":
-        raise Problem(415, "The body must be JSON: send Content-Type: application/json")
-    for parameter in parameters:
-        name, _, charset = parameter.partition("=")
-        if name.strip(" \t") == "charset" and charset.strip(' \t"') not in CHARSETS:
-            raise Problem(415, "The body must be in UTF-8: send Content-Type: application/json")
-
-
-def read_object(request):
-    """The pairs of a request's JSON body, or Problem.
-
-    The body is read only when it will be taken.
+    It waits for the files.
     """
-    if request.length is None:
-        raise Problem(411, "Missing Content-Length: send the parameters as a JSON object, "
-                           "with Content-Type: application/json")
-    if request.length > MAX_BODY:
-        raise Problem(413, f"The body is too large: at most {MAX_BODY} bytes are taken")
-    if request.headers.get("content-encoding", "").lower() not in ("", "identity"):
-        raise Problem(415, "No Content-Encoding is taken: send the JSON object as it is",
-                      {"Accept-Encoding": "identity"})
-    check_media_type(request.headers.get("content-type", ""))
-    return parse_object(request.read_body())
+    certificate, key = config.server.tls_certificate, config.server.tls_key
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")      # of TLS 1.2: with forward secrecy
+    for setting, rule, load, arguments in (
+            ("tls_certificate", "must hold a certificate in PEM",
+             unverified().load_verify_locations, (certificate,)),
+            ("tls_key", "must hold the key of that certificate, in PEM and without a passphrase",
+             context.load_cert_chain, (certificate, key, no_passphrase))):
+        path = getattr(config.server, setting)
+        try:
+            load(*arguments)
+        except (ssl.SSLError, ValueError) as error:
+            why = getattr(error, "reason", None)
+            text = f"{path} {rule}" + (f" (OpenSSL says {why})" if why else "")
+            raise bad_file(config, setting, text) from None
+        except OSError as error:
+            raise bad_file(config, setting, f"{path} cannot be read: {error.strerror}") from None
+    with open(certificate, encoding="latin-1") as file:
+        return context, end_of_certificate(file.read())
 
 
-def loggable_path(path):
-    """A path for the log.
+def read_tls(config, files):
+    """Settings -> (the SSLContext of connections to come, when its certificate ends), or Nones.
 
-    Of one that is no endpoint, that is only what cannot hold a key behind some mistyped '?'.
+    Of the files that are named, one that cannot be used is a ConfigError. They may lie under
+    /etc/pve, and nobody waits for that without end; if it hangs or is not mounted, as it may
+    be while a host starts, that passes, and systemd tries the start again.
     """
-    return path if path in PATHS else re.split(r"[^A-Za-z0-9/._~-]", path, maxsplit=1)[0][:100]
+    if not config.server.tls_certificate:
+        return None, None
+    try:
+        return files.read(lambda: load_tls(config))
+    except Problem as problem:
+        line = config.where["server", "tls_certificate"]
+        raise ConfigError(line, f"server.tls_certificate: {problem.error}", code=1) from None
+
+
+class Tls:
+    """A connection that speaks TLS, with a socket's recv and send.
+
+    The socket stays as it is, with the kernel's deadlines: Python's own SSLSocket would try
+    again for ever after one of them (_ssl.c, as for a blocking socket). The handshake is part
+    of what is read first, and so of the first request's time.
+    """
+
+    def __init__(self, sock, context):
+        self.sock, self.incoming, self.outgoing = sock, ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
+        self.begun = self.plain = False
+        self.unsent, self.taken = b"", 0
+
+    def recv(self, size):
+        """As a socket's, but None if what has come makes no whole record yet."""
+        data = self.decrypted(size)
+        if data is not None:
+            return data
+        received = self.sock.recv(size)
+        if not received:
+            return b""
+        if not self.begun and received[0] != 0x16:          # a handshake (RFC 8446 section 5.1)
+            self.plain = True
+            raise Problem(400, "This port speaks TLS: ask for https:// instead of http://")
+        self.begun = True
+        self.incoming.write(received)
+        return self.decrypted(size)
+
+    def decrypted(self, size):
+        try:
+            return self.tls.read(size)
+        except ssl.SSLWantReadError:
+            return None
+        finally:                            # a step of the handshake, or why it failed
+            if self.outgoing.pending:
+                self.sock.sendall(self.outgoing.read())
+
+    def send(self, data):
+        """As a socket's; it takes nothing (0) until all of what it took before has gone out."""
+        if self.plain:
+            return self.sock.send(data)
+        if not self.unsent:
+            self.taken = self.tls.write(memoryview(data)[:LARGE])
+            self.unsent = self.outgoing.read()
+        self.unsent = self.unsent[self.sock.send(self.unsent):]
+        return 0 if self.unsent else self.taken
+
+    def end(self):
+        """Tell the client that nothing more comes, and wait for nothing."""
+        if self.plain or self.unsent:
+            return
+        try:
+            self.tls.unwrap()
+        except OSError:                     # its own farewell has not come, and need not
+            pass
+        if self.outgoing.pending:
+            self.sock.send(self.outgoing.read(), socket.MSG_DONTWAIT)
 
 
 # HTTP/1.1
@@ -4687,6 +4818,238 @@ def parse_head(block, minor):
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise Problem(417, "The only expectation met here is 100-continue")
     return headers
+
+
+TOO_MANY_BODY = '{"status": "error", "error": "Too many connections; try again later"}\n'
+TOO_MANY = (f"{STATUS_LINES[503]}Retry-After: 1\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(TOO_MANY_BODY)}\r\nConnection: close\r\n\r\n"
+            f"{TOO_MANY_BODY}").encode()
+
+
+class Server(ThreadingHTTPServer):
+    """Connections, a thread each and at most `max_connections` of them."""
+    daemon_threads = True
+    request_queue_size = 512
+
+    def __init__(self, config, api, handler):
+        server = config.server
+        self.api, self.places, self.tls = api, server.max_connections, config.tls
+        api.in_progress = lambda: sum(
+            client.asking is not None for client in list(self.clients.values()))
+        self.address_family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+        self.changed = threading.Condition()
+        self.clients = {}                   # {socket: Client}
+        self.sending = deque()              # the Clients to which large answers are on their way
+        self.refused = deque()              # (until, socket): told to go, not yet closed
+        self.stopping, self.own_address, self.looked, self.complained = False, None, 0, -math.inf
+        super().__init__((server.host, server.port), handler)
+
+    def server_bind(self):
+        TCPServer.server_bind(self)         # HTTPServer's asks the DNS for this host's name
+
+    def get_request(self):
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                # It stays in the backlog; asking again at once would only burn CPU.
+                time.sleep(0.1)
+            raise
+
+    def process_request(self, request, client_address):
+        address = client_address[0]
+        address = str(plain_address(address)) if ":" in address else address
+        with self.changed:
+            full = len(self.clients) >= self.places and client_address[:2] != self.own_address
+            if full and not self.make_room(address):
+                return self.turn_away(request)
+            self.clients[request] = Client(request, address)
+        try:
+            self.api.workers.run(self.process_request_thread, request, client_address)
+        except Problem:                     # no thread is left
+            with self.changed:
+                del self.clients[request]
+            self.turn_away(request)
+
+    def make_room(self, address):
+        """Take a place from the address that holds most -> whether there is one.
+
+        It is for a client from `address`. If that is one of those which hold most, only a
+        connection that has been there for some time already gives way, and none whose change
+        has begun.
+        """
+        holders = [(client, networks_of(client.address)[0]) for client in self.clients.values()]
+        newcomer = networks_of(address)[0]
+        held = Counter([newcomer, *(holder for _, holder in holders)])
+        most = max(held.values())
+        greedy = [client for client, holder in holders if held[holder] == most]
+        least = min(greedy, key=lambda client: (
+            client.changing, client.waited_for or client.asking))
+        waits = time.monotonic() - (least.waited_for or least.asking)
+        if held[newcomer] == most and (least.changing or waits < YIELD_SECONDS):
+            return False
+        if held[newcomer] < most and time.monotonic() - self.complained > COMPLAINT_SECONDS:
+            self.complained = time.monotonic()
+            log.warning("%s holds %d of %d connections; one of them gives way to %s",
+                        least.address, most, self.places, address)
+        self.dismiss(least)
+        return True
+
+    def dismiss(self, client):
+        """Take a client's place; one that waits for an answer is not waited for any more."""
+        self.hang_up(client)
+        self.clients.pop(client.sock, None)
+        client.leave()
+
+    def hang_up(self, client):
+        """Wake a connection's thread: it reads an end.
+
+        What is sent to one that asks for nothing still goes out.
+        """
+        try:
+            client.sock.shutdown(socket.SHUT_RDWR if client.asking else socket.SHUT_RD)
+        except OSError:
+            pass
+
+    @contextmanager
+    def large_answer(self, client):
+        """Send a large answer: of more than MAX_SENDING one gives way.
+
+        That is the one that has been on its way longest, of those of the address that has most.
+        """
+        with self.changed:
+            self.sending.append(client)
+            if len(self.sending) > MAX_SENDING:
+                held = Counter(networks_of(each.address)[0] for each in self.sending)
+                most = max(held.values())
+                slow = next(each for each in self.sending
+                            if held[networks_of(each.address)[0]] == most)
+                self.sending.remove(slow)
+                self.dismiss(slow)
+        try:
+            yield
+        finally:
+            with self.changed:
+                if client in self.sending:
+                    self.sending.remove(client)
+
+    def notice_departures(self):
+        """Give back the places of those who have left while their request waits."""
+        late = time.monotonic() - LOOK_SECONDS
+        # `asking` is read once: its own thread sets it to None.
+        waiting = {client.sock.fileno(): client for client in list(self.clients.values())
+                   if (client.asking or math.inf) < late}
+        poll = select.poll()
+        for number in waiting:
+            if number >= 0:                 # else it has just been closed
+                poll.register(number, 0 if waiting[number].changing else select.POLLRDHUP)
+        for number, _ in poll.poll(0):
+            with self.changed:
+                if waiting[number].waited_for is None:
+                    self.dismiss(waiting[number])
+
+    def turn_away(self, request):
+        """Tell one too many, without a thread; it is closed when it had time to read.
+
+        With TLS it is closed without a word, for that would need a handshake.
+        """
+        self.api.metrics.add("lxc_autoscale_api_connections_refused_total")
+        try:
+            request.setblocking(False)
+            if not self.tls:
+                request.send(TOO_MANY)
+            request.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+        self.refused.append((time.monotonic() + LINGER_SECONDS, request))
+        if len(self.refused) > self.places:
+            self.close_refused(math.inf)
+
+    def service_actions(self):
+        now = time.monotonic()
+        if now - self.looked > LOOK_SECONDS:
+            self.looked = now
+            self.close_refused(now)
+            self.notice_departures()
+
+    def close_refused(self, now):
+        while self.refused and self.refused[0][0] <= now:
+            self.refused.popleft()[1].close()
+
+    def begin(self, client, address, local):
+        """A whole request has come from a client -> whether it may be answered.
+
+        The client speaks for an address.
+        """
+        with self.changed:
+            if self.stopping or client.sock not in self.clients:
+                return False
+            client.address, client.local = address, local
+            client.waited_for, client.asking = None, time.monotonic()
+            return True
+
+    def end(self, client):
+        """The answer has gone out."""
+        with self.changed:
+            client.waited_for, client.asking, client.changing = time.monotonic(), None, False
+            if self.stopping:
+                self.changed.notify_all()
+
+    def shutdown_request(self, request):
+        with self.changed:
+            self.clients.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request, client_address):
+        log.exception("internal error in a connection from %s", client_address[0])
+
+    def answers(self):
+        """Whether a request to ourselves is answered: what the watchdog is fed for."""
+        host, port = self.server_address[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        try:
+            with socket.socket(self.address_family) as sock:
+                sock.settimeout(REQUEST_SECONDS)
+                sock.bind((host, 0))
+                # It is let in even if all places are taken.
+                self.own_address = sock.getsockname()[:2]
+                sock.connect((host, port))
+                with unverified().wrap_socket(sock) if self.tls else sock as stream:
+                    stream.sendall(b"OPTIONS /health/check HTTP/1.0\r\n\r\n")
+                    # The answer comes from a thread of its own.
+                    return stream.recv(12) in (b"HTTP/1.1 204", b"HTTP/1.1 429")
+        except OSError:
+            return False
+
+    def stop_listening(self):
+        """Refuse new connections, and hang up on those that have not sent a whole request."""
+        with self.changed:
+            self.stopping = True
+            for client in self.clients.values():
+                if not client.asking:
+                    self.hang_up(client)
+        try:
+            # On Linux this ends a listening socket at once.
+            self.socket.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass
+        self.shutdown()
+        self.server_close()
+
+    def wait_for_answers(self, seconds):
+        """Wait for so many seconds at most -> whether all was done.
+
+        That is: all requests in work were answered, and all changes ended. A change may go on
+        though its client has left, and its steps must not end half-way.
+        """
+        def in_work():
+            return self.api.changes.are_running() or any(
+                client.asking for client in self.clients.values())
+        deadline = time.monotonic() + seconds
+        with self.changed:
+            while in_work() and time.monotonic() < deadline:
+                self.changed.wait(0.05)
+            return not in_work()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -4931,394 +5294,38 @@ class Handler(BaseHTTPRequestHandler):
             pass
 
 
-class Server(ThreadingHTTPServer):
-    """Connections, a thread each and at most `max_connections` of them."""
-    daemon_threads = True
-    request_queue_size = 512
-
-    def __init__(self, config, api):
-        server = config.server
-        self.api, self.places, self.tls = api, server.max_connections, config.tls
-        api.in_progress = lambda: sum(
-            client.asking is not None for client in list(self.clients.values()))
-        self.address_family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
-        self.changed = threading.Condition()
-        self.clients = {}                   # {socket: Client}
-        self.sending = deque()              # the Clients to which large answers are on their way
-        self.refused = deque()              # (until, socket): told to go, not yet closed
-        self.stopping, self.own_address, self.looked, self.complained = False, None, 0, -math.inf
-        super().__init__((server.host, server.port), Handler)
-
-    def server_bind(self):
-        TCPServer.server_bind(self)         # HTTPServer's asks the DNS for this host's name
-
-    def get_request(self):
-        try:
-            return super().get_request()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                # It stays in the backlog; asking again at once would only burn CPU.
-                time.sleep(0.1)
-            raise
-
-    def process_request(self, request, client_address):
-        address = client_address[0]
-        address = str(plain_address(address)) if ":" in address else address
-        with self.changed:
-            full = len(self.clients) >= self.places and client_address[:2] != self.own_address
-            if full and not self.make_room(address):
-                return self.turn_away(request)
-            self.clients[request] = Client(request, address)
-        try:
-            self.api.workers.run(self.process_request_thread, request, client_address)
-        except Problem:                     # no thread is left
-            with self.changed:
-                del self.clients[request]
-            self.turn_away(request)
-
-    def make_room(self, address):
-        """Take a place from the address that holds most -> whether there is one.
-
-        It is for a client from `address`. If that is one of those which hold most, only a
-        connection that has been there for some time already gives way, and none whose change
-        has begun.
-        """
-        holders = [(client, networks_of(client.address)[0]) for client in self.clients.values()]
-        newcomer = networks_of(address)[0]
-        held = Counter([newcomer, *(holder for _, holder in holders)])
-        most = max(held.values())
-        greedy = [client for client, holder in holders if held[holder] == most]
-        least = min(greedy, key=lambda client: (
-            client.changing, client.waited_for or client.asking))
-        waits = time.monotonic() - (least.waited_for or least.asking)
-        if held[newcomer] == most and (least.changing or waits < YIELD_SECONDS):
-            return False
-        if held[newcomer] < most and time.monotonic() - self.complained > COMPLAINT_SECONDS:
-            self.complained = time.monotonic()
-            log.warning("%s holds %d of %d connections; one of them gives way to %s",
-                        least.address, most, self.places, address)
-        self.dismiss(least)
-        return True
-
-    def dismiss(self, client):
-        """Take a client's place; one that waits for an answer is not waited for any more."""
-        self.hang_up(client)
-        self.clients.pop(client.sock, None)
-        client.leave()
-
-    def hang_up(self, client):
-        """Wake a connection's thread: it reads an end.
-
-        What is sent to one that asks for nothing still goes out.
-        """
-        try:
-            client.sock.shutdown(socket.SHUT_RDWR if client.asking else socket.SHUT_RD)
-        except OSError:
-            pass
-
-    @contextmanager
-    def large_answer(self, client):
-        """Send a large answer: of more than MAX_SENDING one gives way.
-
-        That is the one that has been on its way longest, of those of the address that has most.
-        """
-        with self.changed:
-            self.sending.append(client)
-            if len(self.sending) > MAX_SENDING:
-                held = Counter(networks_of(each.address)[0] for each in self.sending)
-                most = max(held.values())
-                slow = next(each for each in self.sending
-                            if held[networks_of(each.address)[0]] == most)
-                self.sending.remove(slow)
-                self.dismiss(slow)
-        try:
-            yield
-        finally:
-            with self.changed:
-                if client in self.sending:
-                    self.sending.remove(client)
-
-    def notice_departures(self):
-        """Give back the places of those who have left while their request waits."""
-        late = time.monotonic() - LOOK_SECONDS
-        # `asking` is read once: its own thread sets it to None.
-        waiting = {client.sock.fileno(): client for client in list(self.clients.values())
-                   if (client.asking or math.inf) < late}
-        poll = select.poll()
-        for number in waiting:
-            if number >= 0:                 # else it has just been closed
-                poll.register(number, 0 if waiting[number].changing else select.POLLRDHUP)
-        for number, _ in poll.poll(0):
-            with self.changed:
-                if waiting[number].waited_for is None:
-                    self.dismiss(waiting[number])
-
-    def turn_away(self, request):
-        """Tell one too many, without a thread; it is closed when it had time to read.
-
-        With TLS it is closed without a word, for that would need a handshake.
-        """
-        self.api.metrics.add("lxc_autoscale_api_connections_refused_total")
-        try:
-            request.setblocking(False)
-            if not self.tls:
-                request.send(TOO_MANY)
-            request.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
-        self.refused.append((time.monotonic() + LINGER_SECONDS, request))
-        if len(self.refused) > self.places:
-            self.close_refused(math.inf)
-
-    def service_actions(self):
-        now = time.monotonic()
-        if now - self.looked > LOOK_SECONDS:
-            self.looked = now
-            self.close_refused(now)
-            self.notice_departures()
-
-    def close_refused(self, now):
-        while self.refused and self.refused[0][0] <= now:
-            self.refused.popleft()[1].close()
-
-    def begin(self, client, address, local):
-        """A whole request has come from a client -> whether it may be answered.
-
-        The client speaks for an address.
-        """
-        with self.changed:
-            if self.stopping or client.sock not in self.clients:
-                return False
-            client.address, client.local = address, local
-            client.waited_for, client.asking = None, time.monotonic()
-            return True
-
-    def end(self, client):
-        """The answer has gone out."""
-        with self.changed:
-            client.waited_for, client.asking, client.changing = time.monotonic(), None, False
-            if self.stopping:
-                self.changed.notify_all()
-
-    def shutdown_request(self, request):
-        with self.changed:
-            self.clients.pop(request, None)
-        super().shutdown_request(request)
-
-    def handle_error(self, request, client_address):
-        log.exception("internal error in a connection from %s", client_address[0])
-
-    def answers(self):
-        """Whether a request to ourselves is answered: what the watchdog is fed for."""
-        host, port = self.server_address[:2]
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        try:
-            with socket.socket(self.address_family) as sock:
-                sock.settimeout(REQUEST_SECONDS)
-                sock.bind((host, 0))
-                # It is let in even if all places are taken.
-                self.own_address = sock.getsockname()[:2]
-                sock.connect((host, port))
-                with unverified().wrap_socket(sock) if self.tls else sock as stream:
-                    stream.sendall(b"OPTIONS /health/check HTTP/1.0\r\n\r\n")
-                    # The answer comes from a thread of its own.
-                    return stream.recv(12) in (b"HTTP/1.1 204", b"HTTP/1.1 429")
-        except OSError:
-            return False
-
-    def stop_listening(self):
-        """Refuse new connections, and hang up on those that have not sent a whole request."""
-        with self.changed:
-            self.stopping = True
-            for client in self.clients.values():
-                if not client.asking:
-                    self.hang_up(client)
-        try:
-            # On Linux this ends a listening socket at once.
-            self.socket.shutdown(socket.SHUT_RD)
-        except OSError:
-            pass
-        self.shutdown()
-        self.server_close()
-
-    def wait_for_answers(self, seconds):
-        """Wait for so many seconds at most -> whether all was done.
-
-        That is: all requests in work were answered, and all changes ended. A change may go on
-        though its client has left, and its steps must not end half-way.
-        """
-        def in_work():
-            return self.api.changes.are_running() or any(
-                client.asking for client in self.clients.values())
-        deadline = time.monotonic() + seconds
-        with self.changed:
-            while in_work() and time.monotonic() < deadline:
-                self.changed.wait(0.05)
-            return not in_work()
-
-
-TOO_MANY_BODY = '{"status": "error", "error": "Too many connections; try again later"}\n'
-TOO_MANY = (f"{STATUS_LINES[503]}Retry-After: 1\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(TOO_MANY_BODY)}\r\nConnection: close\r\n\r\n"
-            f"{TOO_MANY_BODY}").encode()
-
-
-# Logs
-
-UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def same_file(fd, path):
-    """Tell whether a path still leads to an open file."""
-    try:
-        there, here = os.stat(path), os.fstat(fd)
-    except FileNotFoundError:
-        return False
-    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
-
-
-def open_again(file):
-    """Open a log's file, if it is not open or was moved away."""
-    if file.fd is not None and same_file(file.fd, file.path):
-        return
-    if file.fd is not None:
-        os.close(file.fd)
-    file.fd = None
-    file.fd = os.open(
-        file.path,
-        os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o600)
-
-
-class LogFile(logging.Handler):
-    """A log, whose lines a thread of its own writes to a file that logrotate may move away.
-
-    A disk that hangs, or is full, costs lines and nothing else: MAX_BACKLOG characters of them
-    wait, further lines are counted, and nobody who logs waits longer than LOG_SECONDS for
-    them, once.
-    """
-
-    def __init__(self, gather=0):
-        super().__init__()
-        self.gather = gather                # seconds in which lines gather before they are written
-        self.path = self.thread = None
-        self.keys, self.lines, self.backlog, self.lost = [], deque(), 0, 0
-        self.changed, self.added, self.written = threading.Condition(), 0, 0
-        self.hangs = self.broken = False
-        self.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
-
-    def point(self, path, keys, level=logging.NOTSET):
-        """Write to this path from now on, and blot these keys out."""
-        self.keys = keys
-        self.setLevel(level)
-        if path == self.path:
-            return
-        # The thread of another path may hang, and ends by itself.
-        with self.changed:
-            self.path, self.hangs = path, False
-            self.thread = threading.Thread(target=self.run, args=(path,), name="log", daemon=True)
-            self.thread.start()
-            self.changed.notify_all()
-
-    def handle(self, record):               # without logging's own lock, under which all would wait
-        self.add(self.format(record), LOG_SECONDS)
-
-    def add(self, line, patience=0):
-        """Leave a line to be written; with patience it is waited for, so that it is there first."""
-        if not self.path:
-            return
-        line = f"{utc(int(time.time()))} {line}"
-        with self.changed:
-            if self.backlog + len(line) > MAX_BACKLOG:
-                self.lost += 1
-                return
-            self.lines.append(line)
-            self.backlog += len(line)
-            self.added += 1
-            number = self.added
-            self.changed.notify_all()
-            if patience and not self.hangs:
-                self.hangs = not self.changed.wait_for(lambda: self.written >= number, patience)
-
-    def flush(self, seconds=LOG_SECONDS):
-        """Let the lines that wait be written now, if that takes no longer."""
-        with self.changed:
-            self.gather = 0
-            self.changed.notify_all()
-            self.changed.wait_for(lambda: self.written >= self.added, seconds)
-
-    def run(self, path):
-        """Write lines to the file at a path until another one is wanted."""
-        file = SimpleNamespace(path=path, fd=None, torn=False)
-        self.write(file, [])                # a file that cannot be opened is said at once
-        me = threading.current_thread()
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.lines or self.thread is not me)
-                self.changed.wait_for(lambda: not self.gather or self.thread is not me, self.gather)
-                if self.thread is not me:
-                    break
-                lines, lost = list(self.lines), self.lost
-                self.lines.clear()
-                self.backlog = self.lost = 0
-            notice = ([f"{utc(int(time.time()))} WARNING {lost} lines before this one were lost"]
-                      if lost else [])
-            started = time.monotonic()
-            failed = self.write(file, lines + notice)
-            with self.changed:
-                self.lost += failed and failed + lost - len(notice)
-                self.written += len(lines)
-                self.hangs = time.monotonic() - started > LOG_SECONDS
-                self.changed.notify_all()
-        if file.fd is not None:
-            os.close(file.fd)
-
-    def write(self, file, lines):
-        """Write lines -> how many of them were lost; that this cannot be done is said once."""
-        data = "".join(self.safe(line) + "\n" for line in lines).encode("utf-8", "replace")
-        data, done = b"\n" * file.torn + data, 0
-        try:
-            open_again(file)
-            while done < len(data):
-                done += os.write(file.fd, data[done:])
-            self.broken = False
-        except OSError as error:
-            if not self.broken:
-                what = "opened" if file.fd is None else "written"
-                complain(f"{file.path} cannot be {what}: {error.strerror}; going on without it")
-            self.broken = True
-        whole = data[:done].count(b"\n") - (file.torn and done > 0)
-        if done:
-            file.torn = data[done - 1:done] != b"\n"
-        return len(lines) - whole
-
-    def safe(self, line):
-        """A line in which nothing forges a line or a terminal escape, and no key appears."""
-        for key in self.keys:
-            line = line.replace(key, "[API key]")
-        return UNSAFE.sub(lambda bad: ascii(bad[0])[1:-1], line)
-
-
-main_log, error_log, access_log = LogFile(), LogFile(), LogFile(gather=0.05)
-
-
-def complain(text):
-    try:
-        # All in one write, for threads complain at once.
-        print(text + "\n", end="", file=sys.stderr, flush=True)
-    except OSError:
-        pass
-
-
-def point_logs(settings, keys):
-    """Let the logs go to the files of the settings, in place of those where they went."""
-    main_log.point(settings.log_file, keys, settings.log_level)
-    error_log.point(settings.error_log, keys, "WARNING")
-    access_log.point(settings.access_log, keys)
-    log.handlers, log.propagate = [main_log, error_log], False
-    log.setLevel(min(logging.getLevelName(settings.log_level), logging.WARNING))
-
-
 # The daemon
+
+def read_credential():
+    """The key that systemd passes with LoadCredential=api_key:…, or None."""
+    try:
+        with open(os.path.join(os.environ["CREDENTIALS_DIRECTORY"], "api_key"),
+                  encoding="utf-8") as file:
+            return file.read().strip()
+    except (KeyError, OSError, UnicodeDecodeError):
+        return None
+
+
+def read_config(path, files=None):
+    """A configuration file -> its settings; an error's text names file and line of each fault.
+
+    `files` reads what is named there and may hang.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read()
+        config = load_config(raw.decode("utf-8"), read_credential())
+        config.tls, config.tls_ends = read_tls(config, files or Files(Workers()))
+        return config
+    except OSError as error:
+        raise ConfigError(0, f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(line, f"{path}:{line}: this is not UTF-8") from None
+    except ConfigError as error:
+        told = [f"{path}:{each.line}: {each.text}" for each in (error, *error.others)]
+        raise ConfigError(error.line, "\n".join(told), code=error.code) from None
+
 
 def build(config):
     """Settings -> a Server that listens."""
@@ -5328,7 +5335,7 @@ def build(config):
     commands = Commands(settings.max_commands, settings.read_timeout_seconds, workers, metrics)
     host = Proxmox(
         commands, Files(workers), settings.pve_dir, settings.cgroup_dir, settings.cluster)
-    return Server(config, Api(config, host, metrics, workers))
+    return Server(config, Api(config, host, metrics, workers), Handler)
 
 
 class Signals:
@@ -5396,6 +5403,17 @@ def watchdog_seconds():
     return int(usec) / 3e6 if mine and re.fullmatch(r"[1-9][0-9]{0,15}", usec) else None
 
 
+def fixed_settings(config):
+    """What a reload does not take over."""
+    return {**vars(config.server), "tls_certificate": None, "tls_key": None}, config.proxmox
+
+
+def warn_of_certificate(config):
+    if config.tls_ends and config.tls_ends < time.strftime("%Y%m%d%H%M%S", time.gmtime()):
+        log.warning("server.tls_certificate %s has expired (%s, in UTC); clients will refuse it",
+                    config.server.tls_certificate, config.tls_ends)
+
+
 def reload(server, path):
     """Take over keys, certificate, limits, container rules and logs; a bad file changes nothing."""
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
@@ -5415,17 +5433,6 @@ def reload(server, path):
         if fixed_settings(config) != fixed_settings(old):
             log.warning("changed settings under server: or proxmox: may need a restart to count")
     notify("READY=1")
-
-
-def fixed_settings(config):
-    """What a reload does not take over."""
-    return {**vars(config.server), "tls_certificate": None, "tls_key": None}, config.proxmox
-
-
-def warn_of_certificate(config):
-    if config.tls_ends and config.tls_ends < time.strftime("%Y%m%d%H%M%S", time.gmtime()):
-        log.warning("server.tls_certificate %s has expired (%s, in UTC); clients will refuse it",
-                    config.server.tls_certificate, config.tls_ends)
 
 
 def warn_of_forgotten_snapshots(host):
