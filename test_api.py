@@ -1,8 +1,9 @@
 """The tests of lxc_autoscale_api, and a simulated Proxmox host to run it on.
 
     pytest test_api.py                  # needs pytest, and nothing of Proxmox
-    python3 test_api.py --demo          # the daemon on 127.0.0.1:5000 (or --demo PORT) with a simulated host;
-                                        # needs only Python
+    python3 test_api.py --demo
+                        # the daemon on 127.0.0.1:5000 (or --demo PORT) with a simulated host;
+                        # needs only Python
 """
 import ast
 import contextlib
@@ -28,7 +29,8 @@ MODULE = HERE / "lxc_autoscale_api.py"
 # A simulated `pct` and `pvesh`. Its texts, exit codes, locks and task workers are those
 # of the real ones; faults.json beside its folders asks for delays and failures.
 FAKE = r'''
-import _signal as signal, fcntl, os, sys, termios, time           # with re and json it would start in twice the time
+# with re and json it would start in twice the time
+import _signal as signal, fcntl, os, sys, termios, time
 
 
 def read_json(path):
@@ -55,16 +57,19 @@ class Refused(Exception):
 
 
 def refuse_parameter(name, text, usage):
-    raise Refused("400 Parameter verification failed.\n%s: %s\n\npct %s [OPTIONS]" % (name, text, usage), 2)
+    raise Refused("400 Parameter verification failed.\n%s: %s\n\npct %s [OPTIONS]" % (
+        name, text, usage), 2)
 
 
 # Configuration files: key: value lines, '#' lines, [pve:pending], a section for each snapshot
 
 def load(vm_id, code=2):
     try:
-        text = open(CONF % vm_id).read() or open(CONF % vm_id).read()      # of one that hung, there is more
+        # of one that hung, there is more
+        text = open(CONF % vm_id).read() or open(CONF % vm_id).read()
     except OSError:
-        raise Refused("Configuration file 'nodes/%s/lxc/%s.conf' does not exist" % (NODE, vm_id), code)
+        raise Refused("Configuration file 'nodes/%s/lxc/%s.conf' does not exist" % (
+            NODE, vm_id), code)
     conf = section = {}
     sections = {}
     for line in text.split("\n"):
@@ -83,8 +88,10 @@ def save(vm_id, conf, sections):
         raise Refused("cluster not ready - no quorum?")
 
     def lines(values):
-        return values.get("#", "") + "".join("%s: %s\n" % (k, values[k]) for k in sorted(values) if k != "#")
-    text = lines(conf) + "".join("\n[%s]\n%s" % (name, lines(values)) for name, values in sections.items())
+        return values.get("#", "") + "".join(
+            "%s: %s\n" % (k, values[k]) for k in sorted(values) if k != "#")
+    text = lines(conf) + "".join(
+        "\n[%s]\n%s" % (name, lines(values)) for name, values in sections.items())
     with open(CONF % vm_id + ".tmp.%d" % os.getpid(), "w") as file:
         file.write(text)
     os.rename(file.name, CONF % vm_id)
@@ -133,7 +140,8 @@ def check_lock(conf):
 
 
 class lock_mark:
-    """`lock: reason` in the configuration for the time of a long task; of some tasks it stays if they fail."""
+    """`lock: reason` in the configuration for the time of a long task;
+    of some tasks it stays if they fail."""
 
     def __init__(self, vm_id, reason):
         self.vm_id, self.reason = vm_id, reason
@@ -168,11 +176,15 @@ def start(vm_id):
         raise Refused("CT %s already running" % vm_id)
     folder = ROOT + "/cgroup/lxc/%s" % vm_id
     os.makedirs(folder + ".new/ns/init.scope")
-    values = {"cpu.stat": "usage_usec 5000000\nuser_usec 4000000\nsystem_usec 1000000\n", "cpu.max": "max 100000\n",
-              "memory.current": "734003200\n", "memory.stat": "anon 524288000\nfile 209715200\nshmem 52428800\n",
-              "cpu.pressure": "some avg10=2.38 avg60=1.64 avg300=0.43 total=1250000\nfull avg10=1.93 avg60=1 avg300=0 total=7\n",
-              "memory.pressure": "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\nfull avg10=0.00 avg60=0 avg300=0 total=0\n",
-              "io.pressure": "some avg10=0.63 avg60=0.31 avg300=0.07 total=2500000\nfull avg10=0.00 avg60=0 avg300=0 total=0\n",
+    values = {"cpu.stat": "usage_usec 5000000\nuser_usec 4000000\nsystem_usec 1000000\n",
+              "cpu.max": "max 100000\n", "memory.current": "734003200\n",
+              "memory.stat": "anon 524288000\nfile 209715200\nshmem 52428800\n",
+              "cpu.pressure": "some avg10=2.38 avg60=1.64 avg300=0.43 total=1250000\n"
+                              "full avg10=1.93 avg60=1 avg300=0 total=7\n",
+              "memory.pressure": "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\n"
+                                 "full avg10=0.00 avg60=0 avg300=0 total=0\n",
+              "io.pressure": "some avg10=0.63 avg60=0.31 avg300=0.07 total=2500000\n"
+                             "full avg10=0.00 avg60=0 avg300=0 total=0\n",
               "memory.swap.current": "0\n", "memory.max": "2147483648\n", "pids.current": "42\n",
               "memory.events": "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\n",
               "io.stat": "253:1 rbytes=1048576 wbytes=2097152 rios=10 wios=20 dbytes=0 dios=0\n",
@@ -198,7 +210,8 @@ def gigabytes(rootfs):
 
 
 def task(work, code_of_failure=255):
-    """Run work() in a worker with its own session, copy its output, pass signals on, as a PVE task does."""
+    """Run work() in a worker with its own session, copy its output, pass signals on,
+    as a PVE task does."""
     def run(write_end):
         os.setsid()
         os.dup2(write_end, 1)
@@ -257,7 +270,8 @@ def dawdle():
         raise Refused(fault["work_fails"])
     if "kills_pct" in fault:
         sys.stdout.flush()
-        while any(fcntl.ioctl(1, termios.FIONREAD, bytes(4))):      # until pct has taken what was said
+        # until pct has taken what was said
+        while any(fcntl.ioctl(1, termios.FIONREAD, bytes(4))):
             time.sleep(0.001)
         time.sleep(0.02)
         os.kill(PCT, signal.SIGKILL)
@@ -265,7 +279,8 @@ def dawdle():
 
 
 def options_of(words):
-    """[104, --cores, 4] -> ([104], {cores: 4}); an argument that starts with - is an option wherever it stands."""
+    """[104, --cores, 4] -> ([104], {cores: 4}); an argument that starts with - is an option
+    wherever it stands."""
     places, options, words = [], {}, list(words)
     while words:
         word = words.pop(0)
@@ -280,12 +295,14 @@ def options_of(words):
 # Commands
 
 def pct_list():
-    ids = sorted(int(name[:-5]) for name in os.listdir(os.path.dirname(CONF)) if name.endswith(".conf"))
+    ids = sorted(int(name[:-5]) for name in os.listdir(os.path.dirname(CONF))
+                 if name.endswith(".conf"))
     if ids:
         print("%-10s %-10s %-12s %-20s" % ("VMID", "Status", "Lock", "Name"))
     for vm_id in ids:
         conf, _ = load(vm_id)
-        print("%-10s %-10s %-12s %-20s" % (vm_id, "running" if running(vm_id) else "stopped", conf.get("lock", ""), conf.get("hostname", "")))
+        print("%-10s %-10s %-12s %-20s" % (vm_id, "running" if running(vm_id) else "stopped",
+                                           conf.get("lock", ""), conf.get("hostname", "")))
 
 
 def pct_status(vm_id, verbose=None):
@@ -294,16 +311,23 @@ def pct_status(vm_id, verbose=None):
     if verbose is None:
         return print("status: " + ("running" if up else "stopped"))
     values = {"cpus": conf.get("cores", os.cpu_count()), "disk": 0, "diskread": 0, "diskwrite": 0,
-              "maxdisk": int(gigabytes(conf["rootfs"]) * 2**30), "maxmem": int(conf.get("memory", 512)) * 2**20,
-              "maxswap": int(conf.get("swap", 512)) * 2**20, "mem": 0, "name": conf.get("hostname", "CT" + vm_id), "netin": 0,
-              "netout": 0, "status": "running" if up else "stopped", "swap": 0, "type": "lxc", "uptime": 0, "vmid": vm_id}
+              "maxdisk": int(gigabytes(conf["rootfs"]) * 2**30),
+              "maxmem": int(conf.get("memory", 512)) * 2**20,
+              "maxswap": int(conf.get("swap", 512)) * 2**20,
+              "mem": 0, "name": conf.get("hostname", "CT" + vm_id), "netin": 0, "netout": 0,
+              "status": "running" if up else "stopped", "swap": 0, "type": "lxc", "uptime": 0,
+              "vmid": vm_id}
     values.update({key: conf[key] for key in ("lock", "tags", "template") if key in conf})
     if up:
-        values.update(pressurecpufull="1.93", pressurecpusome="2.38", pressureiofull="0.00", pressureiosome="0.63",
+        values.update(pressurecpufull="1.93", pressurecpusome="2.38",
+                      pressureiofull="0.00", pressureiosome="0.63",
                       pressurememoryfull="0.00", pressurememorysome="0.00")
-        values.update(disk=1288490189, diskread=1048576, diskwrite=2097152, mem=524288000, netin=12345, netout=67890, pid=4321,
-                      uptime=int(time.time() - os.stat(ROOT + "/cgroup/lxc/" + vm_id).st_ctime) + 3600)
-        with open(ROOT + "/cgroup/lxc/%s/cpu.stat" % vm_id, "r+") as file:      # time passes, and it computes
+        values.update(disk=1288490189, diskread=1048576, diskwrite=2097152, mem=524288000,
+                      netin=12345, netout=67890, pid=4321,
+                      uptime=int(time.time() - os.stat(
+                          ROOT + "/cgroup/lxc/" + vm_id).st_ctime) + 3600)
+        # time passes, and it computes
+        with open(ROOT + "/cgroup/lxc/%s/cpu.stat" % vm_id, "r+") as file:
             used = int(file.readline().split()[1]) + 20000
             file.seek(0)
             file.write("usage_usec %d\nuser_usec 4000000\nsystem_usec 1000000\n" % used)
@@ -330,7 +354,8 @@ def is_dns_name(text):
 
 def check_hostname(options, usage):
     if "hostname" in options and not is_dns_name(options["hostname"]):
-        refuse_parameter("hostname", "invalid format - value does not look like a valid DNS name\n", usage)
+        refuse_parameter("hostname", "invalid format - value does not look like a valid DNS name\n",
+                         usage)
 
 
 def pct_set(vm_id, **options):
@@ -366,9 +391,11 @@ def pct_resize(vm_id, disk, size):
                 raise Refused("disk is already at specified size")
             if total >= 16 * 2**20 * 1024:
                 say("  Size is too big (>=16EiB).")
-                raise Refused("error resizing volume '/dev/pve/vm-%s-disk-0':   Error during parsing of command line." % vm_id)
+                raise Refused("error resizing volume '/dev/pve/vm-%s-disk-0':   "
+                              "Error during parsing of command line." % vm_id)
             say("  Size of logical volume pve/vm-%s-disk-0 changed to %d.00 GiB." % (vm_id, total),
-                "  WARNING: You have not turned on protection against thin pools running out of space.",
+                "  WARNING: You have not turned on protection against thin pools "
+                "running out of space.",
                 "  Logical volume pve/vm-%s-disk-0 successfully resized." % vm_id)
             volume, _, size = conf[disk].partition("size=")
             conf[disk] = "%ssize=%dG%s" % (volume, total, size.lstrip("0123456789MGT"))
@@ -376,13 +403,16 @@ def pct_resize(vm_id, disk, size):
             note(event="grew", of=PCT)
             if total > 16384:
                 say("resize2fs: New size results in too many block group descriptors.", "",
-                    "Failed to update the container's filesystem: command 'resize2fs /dev/pve/vm-%s-disk-0' failed: exit code 1" % vm_id)
+                    "Failed to update the container's filesystem: command "
+                    "'resize2fs /dev/pve/vm-%s-disk-0' failed: exit code 1" % vm_id)
     return task(work, code_of_failure=0)            # its command definition has no exit handler
 
 
 def check_snapshot_name(name, usage):
-    if not (name.isascii() and name[:1].isalpha() and name[1:] and name.replace("-", "_").isidentifier()):
-        refuse_parameter("snapname", "invalid format - invalid configuration ID '%s'\n" % name, usage)
+    if not (name.isascii() and name[:1].isalpha() and name[1:]
+            and name.replace("-", "_").isidentifier()):
+        refuse_parameter("snapname", "invalid format - invalid configuration ID '%s'\n" % name,
+                         usage)
     if len(name) > 40:
         refuse_parameter("snapname", "value may only be 40 characters long", usage)
     if name in ("current", "vzdump"):
@@ -404,7 +434,8 @@ def pct_snapshot(vm_id, name, description=None):
             taken = {k: v for k, v in conf.items() if k not in ("lock", "#")}
             taken.update(snaptime=str(int(time.time())), snapstate="prepare")
             if description:
-                taken["#"] = "".join("#%s\n" % line.replace(":", "%3A") for line in description.split("\n"))
+                taken["#"] = "".join("#%s\n" % line.replace(":", "%3A")
+                                     for line in description.split("\n"))
             with config_lock(vm_id):
                 conf, sections = load(vm_id)
                 save(vm_id, conf, dict(sections, **{name: taken}))
@@ -437,7 +468,8 @@ def pct_listsnapshot(vm_id):
             head = " " * indent + "`->"
             text = "You are here!" if name == "current" else \
                 values.get("#", "#no-description\n").split("\n")[0][1:].replace("%3A", ":")
-            when = "" if name == "current" else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(taken))
+            when = "" if name == "current" else time.strftime(
+                "%Y-%m-%d %H:%M:%S", time.localtime(taken))
             print("%s %-*s %-23s %s" % (head, 30 - len(head), name, when, text))
             if name != "current":
                 show(name, indent + 1)
@@ -475,7 +507,8 @@ def pct_rollback(vm_id, name, start="0"):
         if name not in sections:
             raise Refused("snapshot '%s' does not exist" % name)
         if "snapstate" in sections[name]:
-            raise Refused("unable to rollback to incomplete snapshot (snapstate = %s)" % sections[name]["snapstate"])
+            raise Refused("unable to rollback to incomplete snapshot (snapstate = %s)"
+                          % sections[name]["snapstate"])
         check_lock(conf)
         if running(vm_id):
             stop(vm_id)
@@ -484,7 +517,8 @@ def pct_rollback(vm_id, name, start="0"):
             say('  Logical volume "vm-%s-disk-0" successfully removed.' % vm_id)
             with config_lock(vm_id):
                 conf, sections = load(vm_id)
-                back = {k: v for k, v in sections[name].items() if k not in ("snaptime", "parent", "#")}
+                back = {k: v for k, v in sections[name].items()
+                        if k not in ("snaptime", "parent", "#")}
                 save(vm_id, dict(back, parent=name, lock="rollback"), sections)
         if start == "1":
             globals()["start"](vm_id)
@@ -508,11 +542,13 @@ def pct_clone(vm_id, new_id, hostname=None, snapname=None, full=None, storage=No
         if running(vm_id) and not snapname:
             raise Refused("Full clone of a running container is only possible from a snapshot")
         with lock_mark(vm_id, "disk"):
-            new = {k: v for k, v in conf.items() if not k.startswith(("rootfs", "mp", "parent", "lock", "template"))}
+            new = {k: v for k, v in conf.items()
+                   if not k.startswith(("rootfs", "mp", "parent", "lock", "template"))}
             for key in [key for key in new if key.startswith("net")]:
                 before, _, after = new[key].partition("hwaddr=")
                 if after:
-                    new[key] = "%shwaddr=BC:24:11:%02X:00:%02X%s" % (before, int(new_id) % 256, int(key[3:]), after[17:])
+                    new[key] = "%shwaddr=BC:24:11:%02X:00:%02X%s" % (
+                        before, int(new_id) % 256, int(key[3:]), after[17:])
             new.update(lock="create", hostname=hostname or "CT" + new_id)
             save(new_id, new, {})
             say("creating a clone of container %s with ID %s" % (vm_id, new_id),
@@ -543,7 +579,7 @@ def pct_destroy(vm_id, force="0", purge="0"):
         if running(vm_id):
             say("forced to stop CT %s before destroying!" % vm_id)
             stop(vm_id)
-        dawdle()                                # the lock `destroyed` comes when all volumes have gone
+        dawdle()                    # the lock `destroyed` comes when all volumes have gone
         say('  Logical volume "vm-%s-disk-0" successfully removed.' % vm_id)
         os.remove(CONF % vm_id)
         update_vmlist()
@@ -581,17 +617,21 @@ def pct_unlock(vm_id):
 def pvesh_get(path, **_):
     parts = path.split("/")
     if parts[1] == "nodes" and parts[2] != NODE:
-        raise Refused("hostname lookup '%s' failed - failed to get address info for: %s: Name or service not known"
-                      % (parts[2], parts[2]), 2)
+        raise Refused("hostname lookup '%s' failed - failed to get address info for: "
+                      "%s: Name or service not known" % (parts[2], parts[2]), 2)
     if path == "/cluster/status":
         print(open(ROOT + "/cluster.json").read())
     elif path.endswith("/status"):
         print(repr({
-            "cpu": 0, "cpuinfo": {"cpus": 8, "cores": 4, "sockets": 1}, "loadavg": ["0.21", "0.35", "0.40"],
-            "memory": {"total": 33554432000, "used": 8388608000, "free": 25165824000, "available": 25165824000},
+            "cpu": 0, "cpuinfo": {"cpus": 8, "cores": 4, "sockets": 1},
+            "loadavg": ["0.21", "0.35", "0.40"],
+            "memory": {"total": 33554432000, "used": 8388608000,
+                       "free": 25165824000, "available": 25165824000},
             "swap": {"total": 8589934592, "used": 0, "free": 8589934592}, "wait": 0, "idle": 0,
-            "rootfs": {"total": 107374182400, "used": 21474836480, "free": 85899345920, "avail": 85899345920},
-            "uptime": 864000, "pveversion": "pve-manager/8.3.0/c1689ccb1065a83b", "kversion": "Linux 6.8.12-4-pve"}).replace("'", '"'))
+            "rootfs": {"total": 107374182400, "used": 21474836480,
+                       "free": 85899345920, "avail": 85899345920},
+            "uptime": 864000, "pveversion": "pve-manager/8.3.0/c1689ccb1065a83b",
+            "kversion": "Linux 6.8.12-4-pve"}).replace("'", '"'))
 
 
 def strike(fault):
@@ -656,7 +696,8 @@ def fake_bytecode():
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "simulated.py"
         source.write_text(FAKE)
-        return Path(py_compile.compile(str(source), cfile=f"{folder}/simulated.pyc", doraise=True)).read_bytes()
+        return Path(py_compile.compile(str(source), cfile=f"{folder}/simulated.pyc",
+                                       doraise=True)).read_bytes()
 
 
 @functools.lru_cache(maxsize=None)
@@ -667,12 +708,16 @@ def daemons_bytecode():
 
 # What pvesh_get, above, tells of a node, as /proc and pve-manager have it.
 PROC_FILES = {
-    "stat": "cpu  800 0 200 9000 0 0 0 0 0 0\n" + "".join(f"cpu{n} 100 0 25 1125 0 0 0 0 0 0\n" for n in range(8)) + "intr 1 2\n",
+    "stat": "cpu  800 0 200 9000 0 0 0 0 0 0\n"
+            + "".join(f"cpu{n} 100 0 25 1125 0 0 0 0 0 0\n" for n in range(8)) + "intr 1 2\n",
     "loadavg": "0.21 0.35 0.40 2/136 2904\n",
-    "meminfo": "MemTotal:       32768000 kB\nMemFree:        20000000 kB\nMemAvailable:   24576000 kB\nBuffers:          100000 kB\n"
-               "Cached:          5000000 kB\nSwapTotal:       8388608 kB\nSwapFree:        8388608 kB\nHugePages_Total:       0\n",
+    "meminfo": "MemTotal:       32768000 kB\nMemFree:        20000000 kB\n"
+               "MemAvailable:   24576000 kB\nBuffers:          100000 kB\n"
+               "Cached:          5000000 kB\nSwapTotal:       8388608 kB\n"
+               "SwapFree:        8388608 kB\nHugePages_Total:       0\n",
     "uptime": "864000.57 6912000.00\n",
-    "pvecfg.pm": "package PVE::pvecfg;\n\nsub package {\n    return 'pve-manager';\n}\n\nsub version {\n    return '8.3.0';\n}\n\n"
+    "pvecfg.pm": "package PVE::pvecfg;\n\nsub package {\n    return 'pve-manager';\n}\n\n"
+                 "sub version {\n    return '8.3.0';\n}\n\n"
                  "sub version_text {\n    return '8.3.0/c1689ccb1065a83b';\n}\n",
 }
 
@@ -683,7 +728,8 @@ class Code(str):
 
 
 class Host:
-    """A folder that a simulated Proxmox host lives in; hosts of one cluster have `shared` in common."""
+    """A folder that a simulated Proxmox host lives in; hosts of one cluster have `shared`
+    in common."""
 
     def __init__(self, root, name="proxmox", shared=None):
         self.root, self.name, shared = Path(root), name, shared or Path(root) / "shared"
@@ -701,11 +747,14 @@ class Host:
         self.proc.mkdir()
         for file, text in PROC_FILES.items():
             (self.proc / file).write_text(text)
-        self.write("cluster.json", [{"id": "node/" + name, "ip": "192.0.2.10", "level": "", "local": 1, "name": name,
-                                     "nodeid": 0, "online": 1, "type": "node"}])
+        self.write("cluster.json", [{"id": "node/" + name, "ip": "192.0.2.10", "level": "",
+                                     "local": 1, "name": name, "nodeid": 0,
+                                     "online": 1, "type": "node"}])
         for name in ("pct", "pvesh"):
             script = self.root / "bin" / name
-            script.write_text(f"#!{os.path.realpath(sys.executable)} -IS\nimport sys\nsys.path.insert(0, {str(self.root / 'lib')!r})\nimport simulated\n")
+            script.write_text(f"#!{os.path.realpath(sys.executable)} -IS\nimport sys\n"
+                              f"sys.path.insert(0, {str(self.root / 'lib')!r})\n"
+                              "import simulated\n")
             script.chmod(0o755)
         (self.root / "lib/simulated.pyc").write_bytes(fake_bytecode())
 
@@ -715,12 +764,15 @@ class Host:
         scratch.rename((folder or self.root) / name)
 
     def as_node(self):
-        """The constants with which the daemon sees a node of this host's own, in place of the machine that it runs on."""
+        """The constants with which the daemon sees a node of this host's own,
+        in place of the machine that it runs on."""
         return {"PROC": str(self.proc), "PVECFG": str(self.proc / "pvecfg.pm"),
-                "os.statvfs": Code("lambda path: daemon.SimpleNamespace(f_frsize=4096, f_blocks=26214400, f_bfree=20971520)")}
+                "os.statvfs": Code("lambda path: daemon.SimpleNamespace("
+                                   "f_frsize=4096, f_blocks=26214400, f_bfree=20971520)")}
 
     def faults(self, **faults):
-        """Ask for faults by command, such as clone={"delay": 1}, or True to wait for go(); the ones asked for before are gone."""
+        """Ask for faults by command, such as clone={"delay": 1}, or True to wait for go();
+        the ones asked for before are gone."""
         (self.root / "go").unlink(missing_ok=True)
         self.write("faults.json", faults)
 
@@ -732,9 +784,12 @@ class Host:
         return self.pve / "lxc" / f"{vm_id}.conf"
 
     def add(self, vm_id, hostname=None, running=False, **values):
-        values = {"arch": "amd64", "cores": 2, "hostname": hostname or f"ct{vm_id}", "memory": 2048, "ostype": "debian",
-                  "rootfs": f"local-lvm:vm-{vm_id}-disk-0,size=8G", "swap": 512, "unprivileged": 1, **values}
-        self.path(vm_id).write_text("".join(f"{key}: {values[key]}\n" for key in sorted(values) if values[key] is not None))
+        values = {"arch": "amd64", "cores": 2, "hostname": hostname or f"ct{vm_id}",
+                  "memory": 2048, "ostype": "debian",
+                  "rootfs": f"local-lvm:vm-{vm_id}-disk-0,size=8G", "swap": 512,
+                  "unprivileged": 1, **values}
+        self.path(vm_id).write_text("".join(
+            f"{key}: {values[key]}\n" for key in sorted(values) if values[key] is not None))
         self.list(vm_id)
         if running:
             subprocess.run([self.root / "bin" / "pct", "start", str(vm_id)], check=True)
@@ -747,17 +802,21 @@ class Host:
         self.write(".vmlist", known, self.shared)
 
     def conf(self, vm_id):
-        return dict(line.split(": ", 1) for line in self.path(vm_id).read_text().split("\n\n")[0].splitlines() if ": " in line)
+        return dict(line.split(": ", 1)
+                    for line in self.path(vm_id).read_text().split("\n\n")[0].splitlines()
+                    if ": " in line)
 
     def snapshots(self, vm_id):
-        return [line[1:-1] for line in self.path(vm_id).read_text().splitlines() if line.startswith("[")]
+        return [line[1:-1] for line in self.path(vm_id).read_text().splitlines()
+                if line.startswith("[")]
 
     def running(self, vm_id):
         return (self.cgroup / "lxc" / str(vm_id)).is_dir()
 
     def rows(self, event="start"):
         path = self.root / "calls.jsonl"
-        rows = [ast.literal_eval(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = ([ast.literal_eval(line) for line in path.read_text().splitlines()]
+                if path.exists() else [])
         return [row for row in rows if row["event"] == event]
 
     def ended(self, command):
@@ -769,7 +828,8 @@ class Host:
 
 
 def config_text(host, port, key, **sections):
-    """A configuration as YAML; `sections` add to or replace what the tests need, None leaves a setting out."""
+    """A configuration as YAML; `sections` add to or replace what the tests need,
+    None leaves a setting out."""
     settings = {
         "server": {"host": "127.0.0.1", "port": port},
         "authentication": {"api_key": key},
@@ -779,8 +839,10 @@ def config_text(host, port, key, **sections):
     }
     for section, values in sections.items():
         settings.setdefault(section, {}).update(values)
-    return "".join(f"{section}:\n" + "".join(f"  {key}: {json.dumps(value)}\n" for key, value in values.items() if value is not None)
-                   for section, values in settings.items())
+    return "".join(
+        f"{section}:\n" + "".join(f"  {key}: {json.dumps(value)}\n"
+                                  for key, value in values.items() if value is not None)
+        for section, values in settings.items())
 
 
 def environment(host, **values):
@@ -789,14 +851,17 @@ def environment(host, **values):
 
 
 def importing(constants):
-    """What Python runs to import the module as `daemon`, and to put constants in place of its own."""
+    """What Python runs to import the module as `daemon`, and to put constants in place
+    of its own."""
     patches = "".join(f"daemon.{name} = {value!r}\n" for name, value in constants.items())
-    return f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport lxc_autoscale_api as daemon\n{patches}"
+    return (f"import sys\nsys.path.insert(0, {str(HERE)!r})\n"
+            f"import lxc_autoscale_api as daemon\n{patches}")
 
 
 def start_daemon(host, config, constants=None, inside=(), env=None, **popen):
-    """Start the daemon with the simulated commands on its PATH: as the script that it is, or with `constants` in place
-    of its own, imported, which spares compiling it each time. `inside` is a command that starts others in some namespace."""
+    """Start the daemon with the simulated commands on its PATH: as the script that it is,
+    or with `constants` in place of its own, imported, which spares compiling it each time.
+    `inside` is a command that starts others in some namespace."""
     path = host.root / "api.yaml"
     path.write_text(config)
     env = environment(host, **env or {})
@@ -804,7 +869,8 @@ def start_daemon(host, config, constants=None, inside=(), env=None, **popen):
     if constants is not None:
         env = {**env, "PYTHONPYCACHEPREFIX": daemons_bytecode().name, "PYTHONDONTWRITEBYTECODE": ""}
         command = ["-c", importing(constants) + "sys.exit(daemon.main())"]
-    return subprocess.Popen([*inside, sys.executable, *command, "--config", str(path)], env=env, **popen)
+    return subprocess.Popen([*inside, sys.executable, *command, "--config", str(path)],
+                            env=env, **popen)
 
 
 TAKEN_PORTS = set()
@@ -830,15 +896,23 @@ curl -s -H "X-API-Key: $KEY" {url}/routes
 curl -s -H "X-API-Key: $KEY" {url}/resource/vm/list
 curl -s -H "X-API-Key: $KEY" "{url}/resource/vm/status?vm_id=104"
 curl -s -H "X-API-Key: $KEY" "{url}/resource/vm/config?vm_id=104"
-curl -s -H "X-API-Key: $KEY" -H "Content-Type: application/json" -d '{{"vm_id": 104, "cores": 4}}' {url}/scale/cores
-curl -s -H "X-API-Key: $KEY" -H "Content-Type: application/json" -d '{{"vm_id": 104, "memory": 4096}}' {url}/scale/ram
-curl -s -H "X-API-Key: $KEY" -H "Content-Type: application/json" -d '{{"vm_id": 104, "disk_size": 5}}' {url}/scale/storage/increase
-curl -s -H "X-API-Key: $KEY" -H "Content-Type: application/json" -d '{{"vm_id": 104, "snapshot_name": "backup_20241224"}}' {url}/snapshot/create
+curl -s -H "X-API-Key: $KEY" -H "Content-Type: application/json" \
+-d '{{"vm_id": 104, "cores": 4}}' {url}/scale/cores
+curl -s -H "X-API-Key: $KEY" -H "Content-Type: application/json" \
+-d '{{"vm_id": 104, "memory": 4096}}' {url}/scale/ram
+curl -s -H "X-API-Key: $KEY" -H "Content-Type: application/json" \
+-d '{{"vm_id": 104, "disk_size": 5}}' {url}/scale/storage/increase
+curl -s -H "X-API-Key: $KEY" -H "Content-Type: application/json" \
+-d '{{"vm_id": 104, "snapshot_name": "backup_20241224"}}' {url}/snapshot/create
 curl -s -H "X-API-Key: $KEY" "{url}/snapshot/list?vm_id=104"
-curl -s -H "X-API-Key: $KEY" -H "Content-Type: application/json" -d '{{"vm_id": 104, "snapshot_name": "backup_20241224"}}' {url}/snapshot/rollback
-curl -s -X DELETE -H "X-API-Key: $KEY" -H "Content-Type: application/json" -d '{{"vm_id": 104, "snapshot_name": "backup_20241224"}}' {url}/snapshot/delete
-curl -s -H "X-API-Key: $KEY" -H "Content-Type: application/json" -d '{{"vm_id": 104, "new_vm_id": 105, "new_vm_name": "test_clone"}}' {url}/clone/create
-curl -s -X DELETE -H "X-API-Key: $KEY" -H "Content-Type: application/json" -d '{{"vm_id": 105}}' {url}/clone/delete
+curl -s -H "X-API-Key: $KEY" -H "Content-Type: application/json" \
+-d '{{"vm_id": 104, "snapshot_name": "backup_20241224"}}' {url}/snapshot/rollback
+curl -s -X DELETE -H "X-API-Key: $KEY" -H "Content-Type: application/json" \
+-d '{{"vm_id": 104, "snapshot_name": "backup_20241224"}}' {url}/snapshot/delete
+curl -s -H "X-API-Key: $KEY" -H "Content-Type: application/json" \
+-d '{{"vm_id": 104, "new_vm_id": 105, "new_vm_name": "test_clone"}}' {url}/clone/create
+curl -s -X DELETE -H "X-API-Key: $KEY" -H "Content-Type: application/json" \
+-d '{{"vm_id": 105}}' {url}/clone/delete
 curl -s -H "X-API-Key: $KEY" "{url}/resource/node/status?node_name=proxmox"
 curl -s -H "X-API-Key: $KEY" {url}/resource/cluster/status
 curl -s {url}/metrics
@@ -859,7 +933,8 @@ def demo(port=5000):
             wait_until(lambda: daemon.poll() is not None or answers(port), 10)
             if daemon.poll() is not None:
                 return daemon.returncode
-            print(f"A simulated host with the containers 104, 106 (running) and 107 (stopped); its files: {root}\n"
+            print("A simulated host with the containers 104, 106 (running) and 107 (stopped); "
+                  f"its files: {root}\n"
                   f"Stop with Ctrl-C. To try it, in another terminal:\n\nKEY={key}"
                   + DEMO_CURL.format(url=f"http://127.0.0.1:{port}"), flush=True)
             daemon.wait()
@@ -932,7 +1007,8 @@ VSydMKfRIab7L9MS9ts9dwljdmahRANCAAThDqzAl3LtsO4uFBZmZAjxQkS4tcCt
 uaWAphINBHvKoUCMZYDGdLUvsGfZYPKyD/KX2q7vHRj04ubIE6XLTOxt
 -----END PRIVATE KEY-----
 """
-# Another one for the same key, one that ended with 2020, another key, and the key with a passphrase.
+# Another one for the same key, one that ended with 2020, another key,
+# and the key with a passphrase.
 RENEWED = """\
 -----BEGIN CERTIFICATE-----
 MIIBizCCATKgAwIBAgIUXLtghP4DLqo9Zlwd4o0N3GvV7ukwCgYIKoZIzj0EAwIw
@@ -975,8 +1051,9 @@ BFG5tF39kk4dNF22ZyU9RYnFsQTXSNCRLgIrBNuP+111xOq2uAa63nRFMlQo+lI=
 Reply = namedtuple("Reply", "status body headers")
 
 
-# Run by a process that has imported the module, and that forks a daemon or looks whether one has ended whenever it is
-# asked to over a socket. A daemon that is forked goes on after the loop, with nothing of what was there for the others.
+# Run by a process that has imported the module, and that forks a daemon or looks whether one has
+# ended whenever it is asked to over a socket. A daemon that is forked goes on after the loop, with
+# nothing of what was there for the others.
 FORKING = r'''
 import gc, json, os, signal, socket
 
@@ -1017,22 +1094,27 @@ sys.exit(daemon.main())
 def forking():
     """The socket of the process that forks daemons, which ends with this one, and a lock for it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    env = {**os.environ, "PYTHONPYCACHEPREFIX": daemons_bytecode().name, "PYTHONDONTWRITEBYTECODE": ""}
+    env = {**os.environ, "PYTHONPYCACHEPREFIX": daemons_bytecode().name,
+           "PYTHONDONTWRITEBYTECODE": ""}
     with theirs:
-        subprocess.Popen([sys.executable, "-c", importing({}) + FORKING, str(theirs.fileno())], env=env, pass_fds=[theirs.fileno()])
+        subprocess.Popen(
+            [sys.executable, "-c", importing({}) + FORKING, str(theirs.fileno())],
+            env=env, pass_fds=[theirs.fileno()])
     return ours, threading.Lock()
 
 
 class Forked:
-    """A daemon that is forked from a process which has imported the module, so that no Python has to start; used as a Popen."""
+    """A daemon that is forked from a process which has imported the module, so that no Python
+    has to start; used as a Popen."""
 
     def __init__(self, host, config, constants, stderr):
         path = host.root / "api.yaml"
         path.write_text(config)
         umask = re.search(r"Umask:\s+(\d+)", Path("/proc/self/status").read_text())[1]
         self.returncode = None
-        self.pid, _ = self.ask([0, 1, stderr.fileno()], importing=importing(constants), config=str(path),
-                               environment=environment(host), folder=os.getcwd(), umask=int(umask, 8))
+        self.pid, _ = self.ask(
+            [0, 1, stderr.fileno()], importing=importing(constants), config=str(path),
+            environment=environment(host), folder=os.getcwd(), umask=int(umask, 8))
 
     def ask(self, fds=(), **what):
         channel, lock = forking()
@@ -1068,18 +1150,22 @@ class Forked:
 class Daemon:
     """The daemon as a process on a free port, and a client for it.
 
-    It is forked, unless it is to run in another namespace or with an environment of its own, which Python reads when it starts.
+    It is forked, unless it is to run in another namespace or with an environment of its own,
+    which Python reads when it starts.
     """
 
-    def __init__(self, host, constants=None, env=None, key=KEY, inside=(), connect=socket.create_connection, tls=False, **sections):
-        self.host, self.key, self.port, self.connection, self.tls = host, key, free_port(), connect, None
+    def __init__(self, host, constants=None, env=None, key=KEY, inside=(),
+                 connect=socket.create_connection, tls=False, **sections):
+        self.host, self.key, self.port, self.connection, self.tls = (
+            host, key, free_port(), connect, None)
         if tls:
             sections["server"] = {**tls_files(host.root), **sections.get("server", {})}
             self.tls = ssl.create_default_context(cafile=host.root / "tls.pem")
         self.stderr = open(host.root / "stderr.txt", "w+")
         config = config_text(host, self.port, key, **sections)
         if inside or env:
-            self.process = start_daemon(host, config, constants or {}, inside, env, stderr=self.stderr)
+            self.process = start_daemon(host, config, constants or {}, inside, env,
+                                        stderr=self.stderr)
         else:
             self.process = Forked(host, config, constants or {}, self.stderr)
         wait_until(lambda: self.process.poll() is not None or answers(self.port, connect), 15)
@@ -1110,7 +1196,8 @@ class Daemon:
             reply = connection.getresponse()
             text = reply.read()
             is_json = reply.headers.get("Content-Type") == "application/json" and text
-            return Reply(reply.status, json.loads(text) if is_json else text.decode(), dict(reply.headers))
+            return Reply(reply.status, json.loads(text) if is_json else text.decode(),
+                         dict(reply.headers))
         finally:
             connection.close()
 
@@ -1143,7 +1230,8 @@ class Daemon:
 
 
 def side_by_side(*calls):
-    """Make calls that mostly wait, each given as (function, *arguments), at once -> their results."""
+    """Make calls that mostly wait, each given as (function, *arguments), at once
+    -> their results."""
     with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
         return [each.result() for each in [pool.submit(*call) for call in calls]]
 
@@ -1172,7 +1260,8 @@ def read_answer(sock, head=False):
     reply = http.client.HTTPResponse(sock, method="HEAD" if head else "GET")
     reply.begin()
     text = reply.read()
-    return Reply(reply.status, json.loads(text) if text.startswith(b"{") else text.decode(), dict(reply.headers))
+    return Reply(reply.status, json.loads(text) if text.startswith(b"{") else text.decode(),
+                 dict(reply.headers))
 
 
 def statuses(data):
@@ -1190,8 +1279,9 @@ def statuses(data):
 class Sharing:
     """A part of pytest by which helpers run some of the tests, for they are many and mostly wait.
 
-    All go through all tests, from different ones on, and each is run by the one that first makes a folder for it.
-    A helper leaves its reports there, which the first process hands on as if it had run the test.
+    All go through all tests, from different ones on, and each is run by the one that first makes
+    a folder for it. A helper leaves its reports there, which the first process hands on as if it
+    had run the test.
     """
 
     def __init__(self, config, folder, helpers=()):
@@ -1231,7 +1321,8 @@ class Sharing:
             assert done.exists(), (self.folder / "output").read_text()
             item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
             for data in json.loads(done.read_text()):
-                report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
+                report = self.config.hook.pytest_report_from_serializable(
+                    config=self.config, data=data)
                 self.failed = self.failed or report.failed
                 item.ihook.pytest_runtest_logreport(report=report)
             item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
@@ -1239,7 +1330,8 @@ class Sharing:
 
     def pytest_runtest_logreport(self, report):
         if not self.helpers and report.nodeid in self.claimed:
-            self.claimed[report.nodeid].append(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
+            self.claimed[report.nodeid].append(self.config.hook.pytest_report_to_serializable(
+                config=self.config, report=report))
 
     def pytest_runtest_logfinish(self, nodeid):
         if not self.helpers and nodeid in self.claimed:
@@ -1250,8 +1342,10 @@ class Sharing:
 
 def become_helper(config, items, folder, fixture):
     """Go on, as a process just forked, with the tests from the first one on that uses a fixture."""
-    begin = next((number for number, item in enumerate(items) if fixture in item.fixturenames), len(items) // 2) or 1
-    items[1:] = items[begin:] + items[1:begin]                  # the first is under way, and not the helper's
+    begin = next((number for number, item in enumerate(items) if fixture in item.fixturenames),
+                 len(items) // 2) or 1
+    # the first is under way, and not the helper's
+    items[1:] = items[begin:] + items[1:begin]
     capture = config.pluginmanager.getplugin("capturemanager")
     capture.stop_global_capturing()
     sys.stdout.flush()
@@ -1264,7 +1358,8 @@ def become_helper(config, items, folder, fixture):
 
 @pytest.fixture(scope="module", autouse=True)
 def sharing(request, tmp_path_factory):
-    """Fork helpers, which begin with the tests that use these fixtures: before each of them much of the time goes by."""
+    """Fork helpers, which begin with the tests that use these fixtures: before each of them
+    much of the time goes by."""
     config, items, helpers = request.config, request.session.items, []
     if len(items) < 200 or config.getoption("usepdb"):
         yield
@@ -1278,14 +1373,15 @@ def sharing(request, tmp_path_factory):
             yield
             return
     mine = Sharing(config, folder, helpers)
-    for item in (items[0], items[-1]):              # after the last one, what all have used is put away
+    for item in (items[0], items[-1]):      # after the last one, what all have used is put away
         mine.claim(item)
     config.pluginmanager.register(mine)
     yield
     for item in items:                              # nothing is left to run after an early end
         mine.claim(item)
     wait_until(mine.ended, 120)
-    assert mine.lent or max(mine.codes.values()) == int(mine.failed), (folder / "output").read_text()
+    assert mine.lent or max(mine.codes.values()) == int(mine.failed), (
+        (folder / "output").read_text())
 
 
 @pytest.fixture
@@ -1369,51 +1465,79 @@ def refused(text, **fields):
 # Configuration
 
 SCALARS = """
-    5000 0 -1 +7 127.0.0.1 0.0.0.0 ::1 text two_words a-b a.b a/b /var/log/x.log 1.5 -0.25 .5 1. 1.5e+3 1.5e3 1e3 08 09
-    true True TRUE false False FALSE yes Yes YES no No NO on On ON off Off OFF y n Y N tRUE ~ null Null NULL nULL
-    "double" 'single' "" '' "5000" '5000' "true" 'yes' "a\\"b" 'it''s' "tab\\tnew\\nline" "\\x41\\u00e9\\U0001F600" "\\\\" "\\/" "\\0"
-    "#no" '#no' a#b http://host:80/x key=value 10.0.0.0/8 2001:db8::1 1:x a:b -x -- a--b ?x -1x 5GB 1,5x é ü-ß 日本
+    5000 0 -1 +7 127.0.0.1 0.0.0.0 ::1 text two_words a-b a.b a/b /var/log/x.log \
+1.5 -0.25 .5 1. 1.5e+3 1.5e3 1e3 08 09
+    true True TRUE false False FALSE yes Yes YES no No NO on On ON off Off OFF y n Y N tRUE \
+~ null Null NULL nULL
+    "double" 'single' "" '' "5000" '5000' "true" 'yes' "a\\"b" 'it''s' \
+"tab\\tnew\\nline" "\\x41\\u00e9\\U0001F600" "\\\\" "\\/" "\\0"
+    "#no" '#no' a#b http://host:80/x key=value 10.0.0.0/8 2001:db8::1 1:x a:b \
+-x -- a--b ?x -1x 5GB 1,5x é ü-ß 日本
 """.split() + [
     '"a: b"', "'a: b'",
-    "two words", "a  b", "text with spaces", "a # b", '"a b" # comment', "'x'   # comment", "1 2", "no way", "5000 # port", "a 'b' c", 'a "b" c',
-    "x,y", "a]b", "a{b}", "50%", "a&b", "a*b", "a!b", "a|b", "a>b", "a@b", "a`b", "\\n", "C:\\dir", "\"\\e[0m\"", "'#'"]
-ACCEPTED = [f"key: {scalar}\n" for scalar in SCALARS] + [f"key:\n  - {scalar}\n  - last\n" for scalar in SCALARS] + [
-    "key: []\n", "key: [a]\n", "key: [a, b]\n", "key: [a, b,]\n", "key: [ a , b ]\n", 'key: ["a", \'b\', 3, true, ~, 1.5]\n', "key: [a b, c]\n",
-    'key: ["127.0.0.1", "::1"]\n', "key: [a] # comment\n", "key: [-1, x-y, 10.0.0.0/8]\n", "key: [5000,6000]\n", "key: ['a,b', \"c]d\"]\n", "key: [a'b, c\"d]\n",
-    "a: 1\nb: 2\n", "a:\n  b: 1\n  c: 2\nd: 3\n", "a:\n    b: 1\nc:\n  d: 2\n", "a:\n  b:\n    c:\n      d: deep\ne: 1\n",
-    "a:\n- 1\n- 2\n", "a:\n  - 1\n  - 2\nb: 3\n", "a:\n- 1\nb:\n- 2\n", "a:\n  b:\n  - 1\n  c: 2\n", "- a\n- b\n", "- 1\n-\n- 2\n", "-\n",
-    "a:\nb: 1\n", "a:\n", "a: # nothing\nb: 1\n", "a: # comment\n  b: 1\n", "", "\n\n", "# only a comment\n", "---\na: 1\n", "--- # start\na: 1\n", "# c\n---\na: 1\n",
-    "a: 1\r\nb: 2\r\n", "a: 1\rb: 2\r", "\ufeffa: 1\n", "\n\na: 1\n\n\n# end\n", "a: 1   \n", "  # indented comment\na: 1\n", "a:\n  # inside\n  b: 1\n\n  c: 2\n",
-    '"a": 1\n', "'a': 1\n", '"a b": 1\n', "'yes': 1\n", '"1": x\n', "a : 1\n", "a-b: 1\na.c: 2\na_d: 3\n", "a:    1\n", "a: 1", "  a: 1\n  b: 2\n", "a: 'x'\nb: \"y\"\n",
+    "two words", "a  b", "text with spaces", "a # b", '"a b" # comment', "'x'   # comment", "1 2",
+    "no way", "5000 # port", "a 'b' c", 'a "b" c',
+    "x,y", "a]b", "a{b}", "50%", "a&b", "a*b", "a!b", "a|b", "a>b", "a@b", "a`b", "\\n", "C:\\dir",
+    "\"\\e[0m\"", "'#'"]
+ACCEPTED = [f"key: {scalar}\n" for scalar in SCALARS] + [
+    f"key:\n  - {scalar}\n  - last\n" for scalar in SCALARS] + [
+    "key: []\n", "key: [a]\n", "key: [a, b]\n", "key: [a, b,]\n", "key: [ a , b ]\n",
+    'key: ["a", \'b\', 3, true, ~, 1.5]\n', "key: [a b, c]\n",
+    'key: ["127.0.0.1", "::1"]\n', "key: [a] # comment\n", "key: [-1, x-y, 10.0.0.0/8]\n",
+    "key: [5000,6000]\n", "key: ['a,b', \"c]d\"]\n", "key: [a'b, c\"d]\n",
+    "a: 1\nb: 2\n", "a:\n  b: 1\n  c: 2\nd: 3\n", "a:\n    b: 1\nc:\n  d: 2\n",
+    "a:\n  b:\n    c:\n      d: deep\ne: 1\n",
+    "a:\n- 1\n- 2\n", "a:\n  - 1\n  - 2\nb: 3\n", "a:\n- 1\nb:\n- 2\n", "a:\n  b:\n  - 1\n  c: 2\n",
+    "- a\n- b\n", "- 1\n-\n- 2\n", "-\n",
+    "a:\nb: 1\n", "a:\n", "a: # nothing\nb: 1\n", "a: # comment\n  b: 1\n", "", "\n\n",
+    "# only a comment\n", "---\na: 1\n", "--- # start\na: 1\n", "# c\n---\na: 1\n",
+    "a: 1\r\nb: 2\r\n", "a: 1\rb: 2\r", "\ufeffa: 1\n", "\n\na: 1\n\n\n# end\n", "a: 1   \n",
+    "  # indented comment\na: 1\n", "a:\n  # inside\n  b: 1\n\n  c: 2\n",
+    '"a": 1\n', "'a': 1\n", '"a b": 1\n', "'yes': 1\n", '"1": x\n', "a : 1\n",
+    "a-b: 1\na.c: 2\na_d: 3\n", "a:    1\n", "a: 1", "  a: 1\n  b: 2\n", "a: 'x'\nb: \"y\"\n",
     "#\tcomment with a tab\na: 1\n", "a:\n  - x # c\n  - 'y' # c\n",
 ]
 REFUSED = [                             # (document, line of what is refused)
-    ("\ta: 1\n", 1), ("a:\n\tb: 1\n", 2), ("a: 1\nb:\t2\n", 2), ("a: &x 1\n", 1), ("a: 1\nb: *x\n", 2), ("a: !!str 1\n", 1), ("a: !x 1\n", 1),
-    ("a: |\n  text\n", 1), ("a: >\n  text\n", 1), ("a: one\n  two\n", 2), ("a: 'one\n  two'\n", 1), ('a: "one\n  two"\n', 1), ("a: {b: 1}\n", 1), ("a: {}\n", 1),
-    ("a: 1\na: 2\n", 2), ("a:\n  b: 1\n  b: 2\n", 3), ("a: 1\n---\nb: 2\n", 2), ("a: 1\n...\n", 2), ("%YAML 1.1\n---\na: 1\n", 1), ("? a\n: b\n", 1),
-    ("a: [b\n", 1), ("a: [b,\n  c]\n", 1), ("a: [[b]]\n", 1), ("a: [b: c]\n", 1), ("a: [{b: 1}]\n", 1), ("a: [,]\n", 1), ("a: [a b\n", 1), ("a: [a] b\n", 1),
-    ("- a\nb: 1\n", 2), ("a: 1\n- b\n", 2), ("- - a\n", 1), ("- a: 1\n", 1), ("- [a]\n", 1), ("a:\n  - b: 1\n", 2), ("a\n", 1), ("a:1\n", 1), ("just text\n", 1),
-    ("a:\n    b: 1\n  c: 2\n", 3), ("a: 1\n  b: 2\n", 2), ("a:\n  b: 1\n c: 2\n", 3), ("a: b: c\n", 1), ("a: 'b' c\n", 1), ('a: "b"c\n', 1), ("a: 'b'#c\n", 1),
-    ('a: "\\q"\n', 1), ('a: "\\ud800"\n', 1), ('a: "\\U00110000"\n', 1), ("a: @x\n", 1), ("a: `x\n", 1), ("a: %x\n", 1), ("a: ,x\n", 1), ("a: ]\n", 1), ("a: }\n", 1),
-    ("a: 0x1F\n", 1), ("a: 017\n", 1), ("a: 0b11\n", 1), ("a: 1_000\n", 1), ("a: 12:30\n", 1), ("a: 2024-12-24\n", 1), ("a: .inf\n", 1), ("a: .nan\n", 1),
-    ("a: <<\n", 1), ("a: =\n", 1), ("<<: 1\n", 1), ("1: a\n", 1), ("yes: a\n", 1), ("~: a\n", 1), ("[a]: b\n", 1), ("a: \x1b[0m\n", 1), ("a: 1\nb: \x00\n", 2),
-    ("a: b\u2028c\n", 1), ("a: - b\n", 1), ("a: ? b\n", 1), ("a: 12345678901234567890\n", 1), ("é: 1\n", 1), ("- a\n  b\n", 2),
+    ("\ta: 1\n", 1), ("a:\n\tb: 1\n", 2), ("a: 1\nb:\t2\n", 2), ("a: &x 1\n", 1),
+    ("a: 1\nb: *x\n", 2), ("a: !!str 1\n", 1), ("a: !x 1\n", 1),
+    ("a: |\n  text\n", 1), ("a: >\n  text\n", 1), ("a: one\n  two\n", 2), ("a: 'one\n  two'\n", 1),
+    ('a: "one\n  two"\n', 1), ("a: {b: 1}\n", 1), ("a: {}\n", 1),
+    ("a: 1\na: 2\n", 2), ("a:\n  b: 1\n  b: 2\n", 3), ("a: 1\n---\nb: 2\n", 2), ("a: 1\n...\n", 2),
+    ("%YAML 1.1\n---\na: 1\n", 1), ("? a\n: b\n", 1),
+    ("a: [b\n", 1), ("a: [b,\n  c]\n", 1), ("a: [[b]]\n", 1), ("a: [b: c]\n", 1),
+    ("a: [{b: 1}]\n", 1), ("a: [,]\n", 1), ("a: [a b\n", 1), ("a: [a] b\n", 1),
+    ("- a\nb: 1\n", 2), ("a: 1\n- b\n", 2), ("- - a\n", 1), ("- a: 1\n", 1), ("- [a]\n", 1),
+    ("a:\n  - b: 1\n", 2), ("a\n", 1), ("a:1\n", 1), ("just text\n", 1),
+    ("a:\n    b: 1\n  c: 2\n", 3), ("a: 1\n  b: 2\n", 2), ("a:\n  b: 1\n c: 2\n", 3),
+    ("a: b: c\n", 1), ("a: 'b' c\n", 1), ('a: "b"c\n', 1), ("a: 'b'#c\n", 1),
+    ('a: "\\q"\n', 1), ('a: "\\ud800"\n', 1), ('a: "\\U00110000"\n', 1), ("a: @x\n", 1),
+    ("a: `x\n", 1), ("a: %x\n", 1), ("a: ,x\n", 1), ("a: ]\n", 1), ("a: }\n", 1),
+    ("a: 0x1F\n", 1), ("a: 017\n", 1), ("a: 0b11\n", 1), ("a: 1_000\n", 1), ("a: 12:30\n", 1),
+    ("a: 2024-12-24\n", 1), ("a: .inf\n", 1), ("a: .nan\n", 1),
+    ("a: <<\n", 1), ("a: =\n", 1), ("<<: 1\n", 1), ("1: a\n", 1), ("yes: a\n", 1), ("~: a\n", 1),
+    ("[a]: b\n", 1), ("a: \x1b[0m\n", 1), ("a: 1\nb: \x00\n", 2),
+    ("a: b\u2028c\n", 1), ("a: - b\n", 1), ("a: ? b\n", 1), ("a: 12345678901234567890\n", 1),
+    ("é: 1\n", 1), ("- a\n  b\n", 2),
 ]
 
 
 def test_yaml_documents_are_read_as_pyyaml_reads_them():
     yaml = pytest.importorskip("yaml")
     assert len(set(ACCEPTED)) >= 150
-    different = [(document, module.load_yaml(document)[0], yaml.safe_load(document)) for document in ACCEPTED
-                 if repr(module.load_yaml(document)[0]) != repr(yaml.safe_load(document))]
+    different = [
+        (document, module.load_yaml(document)[0], yaml.safe_load(document))
+        for document in ACCEPTED
+        if repr(module.load_yaml(document)[0]) != repr(yaml.safe_load(document))]
     assert different == []
 
 
 def test_what_yaml_accepts_of_random_documents_is_what_pyyaml_reads():
     yaml = pytest.importorskip("yaml")
     chance, accepted = random.Random(1), 0
-    pieces = ["a", "b", "key", ": ", ":", "- ", "-", " ", "  ", "\n", "\n  ", "#", " # c", "'", '"', "[", "]", ", ", "1", "0", "1.5", "yes", "~", "\\", "::1", ".",
-              "x y", "_", "?", "!", "&", "*", "é", "e+1", "+", "---", "\r\n", "{", "}", "%", "@", "|", ">", "=", "<<", "2024-01-01", "1:2"]
+    pieces = ["a", "b", "key", ": ", ":", "- ", "-", " ", "  ", "\n", "\n  ", "#", " # c", "'", '"',
+              "[", "]", ", ", "1", "0", "1.5", "yes", "~", "\\", "::1", ".", "x y", "_", "?", "!",
+              "&", "*", "é", "e+1", "+", "---", "\r\n", "{", "}", "%", "@", "|", ">", "=", "<<",
+              "2024-01-01", "1:2"]
     for _ in range(30000):
         document = "".join(chance.choice(pieces) for _ in range(chance.randint(1, 9)))
         if chance.random() < 0.7:
@@ -1437,7 +1561,8 @@ def test_yaml_that_is_not_taken_is_refused_with_its_line(document, line):
 def check_config(tmp_path, document):
     path = tmp_path / "api.yaml"
     path.write_bytes(document if isinstance(document, bytes) else document.encode())
-    done = subprocess.run([sys.executable, MODULE, "--config", path, "--check-config"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, MODULE, "--config", path, "--check-config"],
+                          capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -1451,12 +1576,15 @@ GOOD_KEY = 'authentication:\n  api_key: "0123456789abcdef"\n'
     ('authentication:\n  api_key: "your-secret-api-key"\n', 2, "still the sample value"),
     ('authentication:\n  api_key: "short-key"\n', 2, "at least 16 visible ASCII characters"),
     ("authentication:\n  api_key: 12345678901234567\n", 2, "must be text"),
-    ('authentication:\n  api_keys: ["0123456789abcdef", "short"]\n', 2, "at least 16 visible ASCII characters"),
-    (GOOD_KEY + "  read_only_keys: [short]\n", 3, "authentication.read_only_keys must be at least 16 visible ASCII characters"),
+    ('authentication:\n  api_keys: ["0123456789abcdef", "short"]\n', 2,
+     "at least 16 visible ASCII characters"),
+    (GOOD_KEY + "  read_only_keys: [short]\n", 3,
+     "authentication.read_only_keys must be at least 16 visible ASCII characters"),
     (GOOD_KEY + "  read_only_keys: [your-secret-api-key]\n", 3, "still the sample value"),
     (GOOD_KEY + '  read_only_keys: ["another-key-9876543210", "0123456789abcdef"]\n', 3,
      "authentication.read_only_keys holds a key that is also one that may change containers"),
-    ("authentication:\n  read_only_keys: [another-key-9876543210]\n", 1, "authentication.api_key is missing"),
+    ("authentication:\n  read_only_keys: [another-key-9876543210]\n", 1,
+     "authentication.api_key is missing"),
     (GOOD_KEY + "  metrics: closed\n", 3, "authentication.metrics must be open or key"),
     (GOOD_KEY + "  metrics: true\n", 3, "authentication.metrics must be open or key"),
     (GOOD_KEY + "server:\n  port: 0\n", 4, "server.port must be an integer between 1 and 65535"),
@@ -1466,9 +1594,12 @@ GOOD_KEY = 'authentication:\n  api_key: "0123456789abcdef"\n'
     (GOOD_KEY + "server:\n  port: 5000.0\n", 4, "server.port must be"),
     (GOOD_KEY + "server:\n  port:\n", 4, "server.port must be"),
     (GOOD_KEY + "server:\n  host: nowhere\n", 4, "server.host must be an IP address"),
-    (GOOD_KEY + "server:\n  tls_certificate: /x.pem\n", 4, "server.tls_certificate needs server.tls_key beside it"),
-    (GOOD_KEY + 'server:\n  tls_certificate: ""\n  tls_key: /x.key\n', 5, "server.tls_key needs server.tls_certificate beside it"),
-    (GOOD_KEY + "server:\n  tls_certificate: x.pem\n", 4, "server.tls_certificate must be an absolute path"),
+    (GOOD_KEY + "server:\n  tls_certificate: /x.pem\n", 4,
+     "server.tls_certificate needs server.tls_key beside it"),
+    (GOOD_KEY + 'server:\n  tls_certificate: ""\n  tls_key: /x.key\n', 5,
+     "server.tls_key needs server.tls_certificate beside it"),
+    (GOOD_KEY + "server:\n  tls_certificate: x.pem\n", 4,
+     "server.tls_certificate must be an absolute path"),
     (GOOD_KEY + "server:\n  tls_key: false\n", 4, "server.tls_key must be text"),
     (GOOD_KEY + "server:\n  prot: 5000\n", 4, "unknown key 'server.prot'; known here: host, port"),
     (GOOD_KEY + "sever:\n  port: 5000\n", 3, "unknown key 'sever'"),
@@ -1476,7 +1607,8 @@ GOOD_KEY = 'authentication:\n  api_key: "0123456789abcdef"\n'
     (GOOD_KEY + 'server:\n  trusted_proxies: "127.0.0.1"\n', 4, "must be a list of IP addresses"),
     (GOOD_KEY + "server:\n  trusted_proxies: [1]\n", 4, "must be a list of IP addresses"),
     (GOOD_KEY + "rate_limiting:\n  enabled: 1\n", 4, "rate_limiting.enabled must be true or false"),
-    (GOOD_KEY + "rate_limiting:\n  max_requests_per_minute: 0\n", 4, "must be an integer between 1 and"),
+    (GOOD_KEY + "rate_limiting:\n  max_requests_per_minute: 0\n", 4,
+     "must be an integer between 1 and"),
     (GOOD_KEY + "logging:\n  log_level: LOUD\n", 4, "must be DEBUG, INFO"),
     (GOOD_KEY + "logging:\n  log_file: main.log\n", 4, "must be an absolute path"),
     (GOOD_KEY + "proxmox:\n  max_commands: -1\n", 4, "must be an integer between 0 and"),
@@ -1536,27 +1668,41 @@ def test_all_that_is_wrong_with_keys_and_values_is_told_in_one_run(tmp_path):
 
 def test_a_good_configuration_passes_and_a_bad_or_missing_one_stops_the_start(tmp_path):
     bad = GOOD_KEY + "server:\n  prot: 5000\n"
-    said = f"{tmp_path}/api.yaml:4: unknown key 'server.prot'; known here: host, port, tls_certificate, tls_key, trusted_proxies, max_connections\n"
+    said = (f"{tmp_path}/api.yaml:4: unknown key 'server.prot'; known here: "
+            "host, port, tls_certificate, tls_key, trusted_proxies, max_connections\n")
     assert check_config(tmp_path, bad) == (78, said)
-    started = subprocess.run([sys.executable, MODULE, "--config", tmp_path / "api.yaml"], capture_output=True, text=True)
+    started = subprocess.run([sys.executable, MODULE, "--config", tmp_path / "api.yaml"],
+                             capture_output=True, text=True)
     assert (started.returncode, started.stdout, started.stderr) == (78, "", said)
-    assert check_config(tmp_path, GOOD_KEY) == (0, f"{tmp_path}/api.yaml: ok\nauthentication.api_key: key 9f9f5111\n")
-    assert check_config(tmp_path, "authentication:\n  enabled: false\nserver:\n") == (0, f"{tmp_path}/api.yaml: ok\n")
-    done = subprocess.run([sys.executable, MODULE, "--config", tmp_path / "none.yaml"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (78, f"{tmp_path}/none.yaml: cannot be read: No such file or directory\n")
+    assert check_config(tmp_path, GOOD_KEY) == (
+        0, f"{tmp_path}/api.yaml: ok\nauthentication.api_key: key 9f9f5111\n")
+    assert check_config(tmp_path, "authentication:\n  enabled: false\nserver:\n") == (
+        0, f"{tmp_path}/api.yaml: ok\n")
+    done = subprocess.run([sys.executable, MODULE, "--config", tmp_path / "none.yaml"],
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        78, f"{tmp_path}/none.yaml: cannot be read: No such file or directory\n")
 
 
 @pytest.mark.parametrize("certificate, key, line, says", [
-    (CERTIFICATE, OTHER_KEY, 5, "server.tls_key {key} must hold the key of that certificate, in PEM and without a passphrase (OpenSSL says"),
-    (CERTIFICATE, LOCKED_KEY, 5, "server.tls_key {key} must hold the key of that certificate, in PEM and without a passphrase"),
-    (CERTIFICATE, CERTIFICATE, 5, "server.tls_key {key} must hold the key"), (CERTIFICATE, "", 5, "server.tls_key {key} must hold the key"),
+    (CERTIFICATE, OTHER_KEY, 5, "server.tls_key {key} must hold the key of that certificate, "
+     "in PEM and without a passphrase (OpenSSL says"),
+    (CERTIFICATE, LOCKED_KEY, 5, "server.tls_key {key} must hold the key of that certificate, "
+     "in PEM and without a passphrase"),
+    (CERTIFICATE, CERTIFICATE, 5, "server.tls_key {key} must hold the key"),
+    (CERTIFICATE, "", 5, "server.tls_key {key} must hold the key"),
     (CERTIFICATE, None, 5, "server.tls_key {key} cannot be read: No such file or directory"),
-    (None, CERTIFICATES_KEY, 4, "server.tls_certificate {certificate} cannot be read: No such file or directory"),
-    ("", CERTIFICATES_KEY, 4, "server.tls_certificate {certificate} must hold a certificate in PEM"),
-    (CERTIFICATES_KEY, CERTIFICATES_KEY, 4, "server.tls_certificate {certificate} must hold a certificate in PEM"),
-    (CERTIFICATE[:300] + CERTIFICATE[400:], CERTIFICATES_KEY, 4, "server.tls_certificate {certificate} must hold a certificate in PEM"),
+    (None, CERTIFICATES_KEY, 4,
+     "server.tls_certificate {certificate} cannot be read: No such file or directory"),
+    ("", CERTIFICATES_KEY, 4,
+     "server.tls_certificate {certificate} must hold a certificate in PEM"),
+    (CERTIFICATES_KEY, CERTIFICATES_KEY, 4,
+     "server.tls_certificate {certificate} must hold a certificate in PEM"),
+    (CERTIFICATE[:300] + CERTIFICATE[400:], CERTIFICATES_KEY, 4,
+     "server.tls_certificate {certificate} must hold a certificate in PEM"),
 ])
-def test_a_certificate_or_key_that_cannot_be_used_stops_the_start_with_its_line(tmp_path, certificate, key, line, says):
+def test_a_certificate_or_key_that_cannot_be_used_stops_the_start_with_its_line(
+        tmp_path, certificate, key, line, says):
     files = tls_files(tmp_path, certificate or "", key or "")
     for path, text in zip(files.values(), (certificate, key)):
         if text is None:
@@ -1566,50 +1712,66 @@ def test_a_certificate_or_key_that_cannot_be_used_stops_the_start_with_its_line(
     with pytest.raises(module.ConfigError) as refusal:
         module.read_config(tmp_path / "api.yaml")
     said = refusal.value.text
-    assert said.startswith(f"{tmp_path}/api.yaml:{line}: " + says.format(certificate=files["tls_certificate"], key=files["tls_key"]))
+    assert said.startswith(f"{tmp_path}/api.yaml:{line}: " + says.format(
+        certificate=files["tls_certificate"], key=files["tls_key"]))
     assert refusal.value.code == 78
 
 
 def test_a_key_with_a_passphrase_asks_nobody_and_the_check_says_what_is_wrong(tmp_path):
     files = tls_files(tmp_path, key=LOCKED_KEY)
     terminal, inside = os.openpty()
-    (tmp_path / "api.yaml").write_text(GOOD_KEY + "server:\n  tls_certificate: {}\n  tls_key: {}\n".format(*files.values()))
-    done = subprocess.run([sys.executable, MODULE, "--config", tmp_path / "api.yaml", "--check-config"], stdin=inside, stdout=inside, stderr=inside,
-                          start_new_session=True, timeout=20)
+    (tmp_path / "api.yaml").write_text(
+        GOOD_KEY + "server:\n  tls_certificate: {}\n  tls_key: {}\n".format(*files.values()))
+    done = subprocess.run(
+        [sys.executable, MODULE, "--config", tmp_path / "api.yaml", "--check-config"],
+        stdin=inside, stdout=inside, stderr=inside, start_new_session=True, timeout=20)
     assert (done.returncode, os.read(terminal, 1000).decode()) == (
-        78, f"{tmp_path}/api.yaml:5: server.tls_key {tmp_path}/tls.key must hold the key of that certificate, in PEM and without a passphrase\r\n")
+        78, f"{tmp_path}/api.yaml:5: server.tls_key {tmp_path}/tls.key must hold the key of "
+            "that certificate, in PEM and without a passphrase\r\n")
     os.close(terminal)
     os.close(inside)
 
 
-def test_a_certificate_that_hangs_or_is_not_mounted_yet_stops_the_start_in_time_and_not_for_good(host, tmp_path):
+def test_a_certificate_that_hangs_or_is_not_mounted_yet_stops_the_start_in_time_and_not_for_good(
+        host, tmp_path):
     files = tls_files(tmp_path)
     Path(files["tls_certificate"]).unlink()
     os.mkfifo(files["tls_certificate"])             # opening it hangs, as a FUSE file system may
     for constants, sections, says in (
             ({"FILE_SECONDS": 0.2}, {"server": files}, f"server.tls_certificate: {HANGING}"),
-            ({}, {"server": {name: f"{host.root}/unmounted/{name}" for name in files}, "proxmox": {"pve_dir": f"{host.root}/unmounted"}},
-             f"server.tls_certificate {host.root}/unmounted/tls_certificate cannot be read: No such file or directory")):
+            ({}, {"server": {name: f"{host.root}/unmounted/{name}" for name in files},
+                  "proxmox": {"pve_dir": f"{host.root}/unmounted"}},
+             f"server.tls_certificate {host.root}/unmounted/tls_certificate cannot be read: "
+             "No such file or directory")):
         (host.root / "unmounted").mkdir(exist_ok=True)
-        done = start_daemon(host, config_text(host, free_port(), KEY, **sections), constants, stderr=subprocess.PIPE, text=True)
+        done = start_daemon(host, config_text(host, free_port(), KEY, **sections), constants,
+                            stderr=subprocess.PIPE, text=True)
         said = done.communicate(timeout=10)[1]
-        assert (done.returncode, said) == (1, f"{host.root}/api.yaml:4: {says}\n")     # another than 78, which is final
+        # another than 78, which is final
+        assert (done.returncode, said) == (1, f"{host.root}/api.yaml:4: {says}\n")
 
 
 def test_the_check_tells_each_key_by_its_fingerprint_and_none_as_it_is(tmp_path, monkeypatch):
     keys = [f"{name}-key-0123456789" for name in ("first", "second", "third", "reading")]
-    prints = [subprocess.run(["sha256sum"], input=key, capture_output=True, text=True).stdout[:8] for key in keys]
-    told = (0, f"{tmp_path}/api.yaml: ok\nauthentication.api_key: key {prints[0]}\nauthentication.api_keys: key {prints[1]}\n"
-               f"authentication.api_keys: key {prints[2]}\nauthentication.read_only_keys: key {prints[3]}, may only read\n")
-    assert check_config(tmp_path, "authentication:\n  api_key: {}\n  api_keys: [{}, {}]\n  read_only_keys: [{}]\n".format(*keys)) == told
+    prints = [subprocess.run(["sha256sum"], input=key, capture_output=True, text=True).stdout[:8]
+              for key in keys]
+    told = (0, f"{tmp_path}/api.yaml: ok\nauthentication.api_key: key {prints[0]}\n"
+               f"authentication.api_keys: key {prints[1]}\n"
+               f"authentication.api_keys: key {prints[2]}\n"
+               f"authentication.read_only_keys: key {prints[3]}, may only read\n")
+    assert check_config(
+        tmp_path, "authentication:\n  api_key: {}\n  api_keys: [{}, {}]\n"
+                  "  read_only_keys: [{}]\n".format(*keys)) == told
     (tmp_path / "api_key").write_text(keys[0])
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
-    assert check_config(tmp_path, "server:\n") == (0, f"{tmp_path}/api.yaml: ok\ncredential api_key: key {prints[0]}\n")
+    assert check_config(tmp_path, "server:\n") == (
+        0, f"{tmp_path}/api.yaml: ok\ncredential api_key: key {prints[0]}\n")
 
 
 def test_the_shipped_configuration_has_every_setting_with_its_default():
     tree, _ = module.load_yaml((HERE / "lxc_autoscale_api.yaml").read_text())
-    defaults = {section: {key: default for key, (default, _) in keys.items()} for section, keys in module.SETTINGS.items()}
+    defaults = {section: {key: default for key, (default, _) in keys.items()}
+                for section, keys in module.SETTINGS.items()}
     assert tree["authentication"].pop("api_key") == module.SAMPLE_KEY
     defaults["authentication"].pop("api_key")
     assert tree == defaults
@@ -1621,17 +1783,21 @@ def test_the_sample_key_is_refused_as_shipped(tmp_path):
 
 
 def test_version_and_help_are_told():
-    run = [subprocess.run([sys.executable, MODULE, word], capture_output=True, text=True) for word in ("--version", "--help")]
+    run = [subprocess.run([sys.executable, MODULE, word], capture_output=True, text=True)
+           for word in ("--version", "--help")]
     assert run[0].stdout == f"lxc_autoscale_api {module.VERSION}\n"
-    assert all(word in run[1].stdout for word in ("--config PATH", "--check-config", module.CONFIG_PATH))
+    assert all(word in run[1].stdout
+               for word in ("--config PATH", "--check-config", module.CONFIG_PATH))
 
 
 # Parameters
 
 INTEGERS = [104, "104", "0104"]
-NOT_INTEGERS = [True, 104.0, "104.0", "1e3", "+104", "-104", " 104", "104 ", "1_04", "104\n", "١٠٤", "", None, [104], {}, 99, 1000000, "99", "9" * 5000, 10**19]
+NOT_INTEGERS = [True, 104.0, "104.0", "1e3", "+104", "-104", " 104", "104 ", "1_04", "104\n", "١٠٤",
+                "", None, [104], {}, 99, 1000000, "99", "9" * 5000, 10**19]
 SNAPSHOT_NAMES = ["backup_20241224", "a", "_x", "0-1", "x" * 100]
-NOT_SNAPSHOT_NAMES = ["", "-x", "x" * 101, "a b", "a.b", "a/b", "ä", "x\n", "٣", "a;b", None, 5, ["x"]]
+NOT_SNAPSHOT_NAMES = ["", "-x", "x" * 101, "a b", "a.b", "a/b", "ä", "x\n", "٣", "a;b",
+                      None, 5, ["x"]]
 
 
 @pytest.mark.parametrize("value", INTEGERS)
@@ -1656,7 +1822,8 @@ def test_names_are_ascii_and_never_look_like_an_option():
             module.START.parse(value)
 
 
-BOUNDS = [("/scale/cores", "cores", 1, 128), ("/scale/ram", "memory", 64, 1048576), ("/scale/storage/increase", "disk_size", 1, 16384),
+BOUNDS = [("/scale/cores", "cores", 1, 128), ("/scale/ram", "memory", 64, 1048576),
+          ("/scale/storage/increase", "disk_size", 1, 16384),
           ("/scale/cores", "vm_id", 100, 999999)]
 
 
@@ -1665,28 +1832,39 @@ def test_bounds_are_named_in_the_refusal(steady, path, name, low, high):
     given = {parameter: 64 for route, parameter, _, _ in BOUNDS if route == path}
     for value in (low - 1, high + 1, "x", 1.5, None, True):
         reply = steady.post(path, {**given, "vm_id": 104, name: value})
-        assert (reply.status, reply.body) == (400, refused(f"Invalid {name}: must be an integer between {low} and {high}"))
+        assert (reply.status, reply.body) == (
+            400, refused(f"Invalid {name}: must be an integer between {low} and {high}"))
 
 
 @pytest.mark.parametrize("body, says", [
     ({"vm_id": 104}, "Missing cores: must be an integer between 1 and 128"),
     ({"cores": 4}, "Missing vm_id: must be an integer between 100 and 999999"),
-    ({"vm_id": 104, "cores": 4, "corse": 4}, "Unknown parameter 'corse'; this endpoint takes: vm_id, lxc_id, container_id, cores"),
-    ({"vm_id": 104, "cores": 4, "api_key": "x"}, "Unknown parameter 'api_key'; this endpoint takes: vm_id, lxc_id, container_id, cores"),
+    ({"vm_id": 104, "cores": 4, "corse": 4},
+     "Unknown parameter 'corse'; this endpoint takes: vm_id, lxc_id, container_id, cores"),
+    ({"vm_id": 104, "cores": 4, "api_key": "x"},
+     "Unknown parameter 'api_key'; this endpoint takes: vm_id, lxc_id, container_id, cores"),
     ({"vm_id": 104, "lxc_id": 105, "cores": 4}, "Invalid lxc_id: vm_id and lxc_id must not differ"),
-    ({"container_id": 104, "vm_id": 104, "lxc_id": 105, "cores": 4}, "Invalid lxc_id: container_id and lxc_id must not differ"),
-    ({"lxc_id": 104, "cores": 4, "container_id": 105}, "Invalid container_id: lxc_id and container_id must not differ"),
+    ({"container_id": 104, "vm_id": 104, "lxc_id": 105, "cores": 4},
+     "Invalid lxc_id: container_id and lxc_id must not differ"),
+    ({"lxc_id": 104, "cores": 4, "container_id": 105},
+     "Invalid container_id: lxc_id and container_id must not differ"),
     ({"lxc_id": 5, "cores": 4}, "Invalid lxc_id: must be an integer between 100 and 999999"),
     ('{"vm_id": 104, "vm_id": 104, "cores": 4}', "Invalid vm_id: must be given once"),
     ("[1]", 'Invalid JSON: must be an object, such as {"vm_id": 104}'),
     ("", 'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}'),
-    ('{"vm_id": NaN, "cores": 1}', 'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}'),
-    ('{"vm_id": 104, "cores": 4} x', 'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}'),
-    (b'{"vm_id": 104, "cores": "\xff"}', 'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}'),
-    ("[" * 60000, 'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}'),
-    ('{"vm_id": ' + "1" * 10000 + ', "cores": 4}', "Invalid vm_id: must be an integer between 100 and 999999"),
+    ('{"vm_id": NaN, "cores": 1}',
+     'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}'),
+    ('{"vm_id": 104, "cores": 4} x',
+     'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}'),
+    (b'{"vm_id": 104, "cores": "\xff"}',
+     'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}'),
+    ("[" * 60000,
+     'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}'),
+    ('{"vm_id": ' + "1" * 10000 + ', "cores": 4}',
+     "Invalid vm_id: must be an integer between 100 and 999999"),
     ('{"vm_id": 104, "cores": "\\ud800"}', "Invalid cores: must be an integer between 1 and 128"),
-    ('{"\\ud800": 104}', "Unknown parameter; this endpoint takes: vm_id, lxc_id, container_id, cores"),
+    ('{"\\ud800": 104}',
+     "Unknown parameter; this endpoint takes: vm_id, lxc_id, container_id, cores"),
 ])
 def test_a_bad_body_is_refused_by_its_rule(steady, body, says):
     reply = steady.post("/scale/cores", body, headers={"Content-Type": "application/json"})
@@ -1708,7 +1886,9 @@ def test_a_bad_query_is_refused_by_its_rule(steady, query, says):
     assert (reply.status, reply.body) == (400, error(says))
 
 
-@pytest.mark.parametrize("query", ["_=1732400000", "vm_id=104", "vm_id=104&vm_id=x", "api_key=wrong", "a=%zz", "a=%ff", "&".join(["a"] * 200)])
+@pytest.mark.parametrize("query", [
+    "_=1732400000", "vm_id=104", "vm_id=104&vm_id=x", "api_key=wrong", "a=%zz", "a=%ff",
+    "&".join(["a"] * 200)])
 def test_what_monitors_add_to_an_address_is_ignored(steady, query):
     reply = steady.get(f"/health/check?{query}", key=None)
     assert (reply.status, reply.body["status"]) == (200, "healthy")
@@ -1721,14 +1901,19 @@ def test_what_monitors_add_to_an_address_is_ignored(steady, query):
 def test_parameters_come_from_one_place_only(steady):
     assert steady.post("/scale/cores?vm_id=104", {"cores": 4}).status == 400
     assert steady.get("/resource/vm/config", body={"vm_id": 104}).status == 400
-    assert steady.post(f"/scale/cores?api_key={KEY}", {"vm_id": 104, "cores": 0}, key=None).body["error"].startswith("Invalid cores")
+    assert steady.post(f"/scale/cores?api_key={KEY}", {"vm_id": 104, "cores": 0},
+                       key=None).body["error"].startswith("Invalid cores")
 
 
 @pytest.mark.parametrize("kind, status", [
-    ("application/json", 400), ("application/json; charset=utf-8", 400), ("Application/JSON;charset=UTF-8", 400), ('application/json; charset="utf-8"', 400),
-    ("application/json; charset=utf8", 400), ("application/json ; Charset = US-ASCII", 400), ("application/json; charset=ascii; a=b", 400), ("application/json;", 400),
-    ("application/json; charset=latin-1", 415), ("application/json; charset=utf-16", 415), ("application/json; charset=utf-8; charset=utf-7", 415),
-    ("application/json; charset=", 415), ("application / json", 415), ("text/plain", 415), ("application/x-www-form-urlencoded", 415), ("application/jsonx", 415), ("", 415),
+    ("application/json", 400), ("application/json; charset=utf-8", 400),
+    ("Application/JSON;charset=UTF-8", 400), ('application/json; charset="utf-8"', 400),
+    ("application/json; charset=utf8", 400), ("application/json ; Charset = US-ASCII", 400),
+    ("application/json; charset=ascii; a=b", 400), ("application/json;", 400),
+    ("application/json; charset=latin-1", 415), ("application/json; charset=utf-16", 415),
+    ("application/json; charset=utf-8; charset=utf-7", 415),
+    ("application/json; charset=", 415), ("application / json", 415), ("text/plain", 415),
+    ("application/x-www-form-urlencoded", 415), ("application/jsonx", 415), ("", 415),
     ("application/json, text/plain", 415),
 ])
 def test_only_json_is_taken(steady, kind, status):
@@ -1738,22 +1923,33 @@ def test_only_json_is_taken(steady, kind, status):
 def test_what_is_json_but_not_as_it_must_be_sent_is_refused_with_its_own_sentence(steady):
     body = json.dumps({"vm_id": 104, "cores": 0})
     for headers, says in (
-            ({"Content-Type": "text/plain"}, "The body must be JSON: send Content-Type: application/json"),
-            ({"Content-Type": "application/json; charset=utf-16"}, "The body must be in UTF-8: send Content-Type: application/json"),
-            ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, "No Content-Encoding is taken: send the JSON object as it is"),
-            ({"Content-Type": "application/json", "Content-Encoding": "identity, br"}, "No Content-Encoding is taken: send the JSON object as it is")):
+            ({"Content-Type": "text/plain"},
+             "The body must be JSON: send Content-Type: application/json"),
+            ({"Content-Type": "application/json; charset=utf-16"},
+             "The body must be in UTF-8: send Content-Type: application/json"),
+            ({"Content-Type": "application/json", "Content-Encoding": "gzip"},
+             "No Content-Encoding is taken: send the JSON object as it is"),
+            ({"Content-Type": "application/json", "Content-Encoding": "identity, br"},
+             "No Content-Encoding is taken: send the JSON object as it is")):
         reply = steady.post("/scale/cores", body, headers=headers)
         assert (reply.status, reply.body) == (415, refused(says))
-        assert reply.headers.get("Accept-Encoding") == ("identity" if "Content-Encoding" in headers else None)
-    assert steady.post("/scale/cores", body, headers={"Content-Type": "application/json", "Content-Encoding": "Identity"}).body == refused(
-        "Invalid cores: must be an integer between 1 and 128")
+        assert reply.headers.get("Accept-Encoding") == (
+            "identity" if "Content-Encoding" in headers else None)
+    assert steady.post(
+        "/scale/cores", body,
+        headers={"Content-Type": "application/json", "Content-Encoding": "Identity"}
+    ).body == refused("Invalid cores: must be an integer between 1 and 128")
 
 
 def test_a_byte_order_mark_before_the_body_is_ignored(steady):
     headers = {"Content-Type": "application/json"}
-    assert steady.post("/scale/cores", b'\xef\xbb\xbf{"vm_id": 104, "cores": 0}', headers=headers).body == refused("Invalid cores: must be an integer between 1 and 128")
-    not_json = refused('Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}')
-    for body in (b"\xef\xbb\xbf\xef\xbb\xbf{}", b"\xef\xbb\xbf", '{"vm_id": 104}'.encode("utf-16"), '{"vm_id": 104}'.encode("utf-32")):
+    assert steady.post(
+        "/scale/cores", b'\xef\xbb\xbf{"vm_id": 104, "cores": 0}', headers=headers
+    ).body == refused("Invalid cores: must be an integer between 1 and 128")
+    not_json = refused(
+        'Invalid JSON: the body must be one JSON object in UTF-8, such as {"vm_id": 104}')
+    for body in (b"\xef\xbb\xbf\xef\xbb\xbf{}", b"\xef\xbb\xbf",
+                 '{"vm_id": 104}'.encode("utf-16"), '{"vm_id": 104}'.encode("utf-32")):
         assert steady.post("/scale/cores", body, headers=headers).body == not_json
 
 
@@ -1767,25 +1963,32 @@ def transcript(name):
             " `-> second                     2026-11-23 19:12:51     line one\n"
             "  `-> current                                           You are here!\n",
         "conf":
-            "#first line\n#second%3A line\narch: amd64\ncores: 4\nhostname: web-01\nmemory: 4096\nparent: second\n"
-            "rootfs: local-lvm:vm-504-disk-0,size=8G\nswap: 512\nlxc.apparmor.profile: unconfined\n\n"
+            "#first line\n#second%3A line\n"
+            "arch: amd64\ncores: 4\nhostname: web-01\nmemory: 4096\nparent: second\n"
+            "rootfs: local-lvm:vm-504-disk-0,size=8G\nswap: 512\n"
+            "lxc.apparmor.profile: unconfined\n\n"
             "[pve:pending]\ncores: 6\ndelete: swap,!searchdomain\n\n"
             "[backup_20241224]\ncores: 2\nsnaptime: 1795461031\nmemory: 2048\n\n"
-            "[second]\n#line one\n#line two\ncores: 2\nparent: backup_20241224\nsnaptime: 1795461171\n",
+            "[second]\n#line one\n#line two\n"
+            "cores: 2\nparent: backup_20241224\nsnaptime: 1795461171\n",
     }[name]
 
 
 def test_a_configuration_file_is_read_with_its_pending_changes_and_snapshots():
     conf = module.parse_config(transcript("conf"))
     assert (conf.current["cores"], conf.current["swap"]) == ("4", "512")
-    assert conf.values == {"arch": "amd64", "cores": "6", "hostname": "web-01", "memory": "4096", "parent": "second",
-                           "rootfs": "local-lvm:vm-504-disk-0,size=8G", "description": "first line\nsecond: line"}
+    assert conf.values == {
+        "arch": "amd64", "cores": "6", "hostname": "web-01", "memory": "4096", "parent": "second",
+        "rootfs": "local-lvm:vm-504-disk-0,size=8G", "description": "first line\nsecond: line"}
     assert module.snapshots_of(conf) == [
-        {"name": "backup_20241224", "timestamp": "2026-11-23T19:10:31Z", "description": None, "parent": None, "state": None},
-        {"name": "second", "timestamp": "2026-11-23T19:12:51Z", "description": "line one\nline two", "parent": "backup_20241224", "state": None}]
+        {"name": "backup_20241224", "timestamp": "2026-11-23T19:10:31Z", "description": None,
+         "parent": None, "state": None},
+        {"name": "second", "timestamp": "2026-11-23T19:12:51Z",
+         "description": "line one\nline two", "parent": "backup_20241224", "state": None}]
 
 
-@pytest.mark.parametrize("zone, hours", [("UTC", 0), ("Europe/Berlin", -1), ("America/New_York", 5)])
+@pytest.mark.parametrize("zone, hours", [
+    ("UTC", 0), ("Europe/Berlin", -1), ("America/New_York", 5)])
 def test_a_snapshot_tree_in_local_time_is_told_in_utc(zone, hours, monkeypatch):
     monkeypatch.setenv("TZ", zone)
     time.tzset()
@@ -1795,19 +1998,24 @@ def test_a_snapshot_tree_in_local_time_is_told_in_utc(zone, hours, monkeypatch):
         monkeypatch.undo()
         time.tzset()
     first, second = (module.utc(moment + hours * 3600) for moment in (1795461031, 1795461171))
-    assert found == [{"name": "backup_20241224", "timestamp": first, "description": None, "parent": None, "state": None},
-                     {"name": "second", "timestamp": second, "description": "line one", "parent": "backup_20241224", "state": None}]
+    assert found == [
+        {"name": "backup_20241224", "timestamp": first, "description": None, "parent": None,
+         "state": None},
+        {"name": "second", "timestamp": second, "description": "line one",
+         "parent": "backup_20241224", "state": None}]
 
 
 def test_a_tree_with_branches_gives_each_snapshot_its_parent():
-    tree = ("`-> a    2026-01-01 00:00:00     x\n `-> b   2026-01-02 00:00:00     x\n  `-> c  2026-01-03 00:00:00     x\n"
+    tree = ("`-> a    2026-01-01 00:00:00     x\n `-> b   2026-01-02 00:00:00     x\n"
+            "  `-> c  2026-01-03 00:00:00     x\n"
             " `-> d   2026-01-04 00:00:00     x\n`-> e    2026-01-05 00:00:00     x\n")
     assert [(row["name"], row["parent"]) for row in module.parse_snapshots(tree)] == [
         ("a", None), ("b", "a"), ("c", "b"), ("d", "a"), ("e", None)]
 
 
-@pytest.mark.parametrize("text, gigabytes", [("8G", 8), ("512M", 0.5), ("1T", 1024), ("921602G", 921602), ("1073741824", 1), ("1.5G", 1.5),
-                                             (None, None), ("", None), ("big", None)])
+@pytest.mark.parametrize("text, gigabytes", [
+    ("8G", 8), ("512M", 0.5), ("1T", 1024), ("921602G", 921602), ("1073741824", 1), ("1.5G", 1.5),
+    (None, None), ("", None), ("big", None)])
 def test_volume_sizes_are_told_in_gb(text, gigabytes):
     assert module.size_in_gb(text) == gigabytes
 
@@ -1965,7 +2173,8 @@ PCT_SAYS = {
 # (pve-container, pve-guest-common, pve-storage, pve-cluster, pve-common) or of the tool.
 RELATIVES = {
     (404, "VM 105 does not exist on node 'pve2'"): [
-        ("AbstractConfig", "snapshot: Configuration file 'nodes/pve2/lxc/105.conf' does not exist")],
+        ("AbstractConfig",
+         "snapshot: Configuration file 'nodes/pve2/lxc/105.conf' does not exist")],
     (404, "Snapshot 'nosuch' does not exist"): [
         ("AbstractConfig", "rollback: snapshot 'nosuch' does not exist"),
         ("API2/LXC", "clone: snapshot 'nosuch' does not exist")],
@@ -1994,8 +2203,8 @@ RELATIVES = {
         ("Cluster 6.0", "resize: error during cfs-locked 'storage-nas' operation: no quorum!"),
         ("API2/LXC", "clone: unable to create CT 105 - cluster not ready - no quorum?")],
     (409, "The storage has too little free space"): [
-        ("Plugin", "clone: clone failed: unable to create subvol '/srv/images/105/subvol-105-disk-0."
-                   "subvol' - No space left on device"),
+        ("Plugin", "clone: clone failed: unable to create subvol "
+                   "'/srv/images/105/subvol-105-disk-0.subvol' - No space left on device"),
         ("BTRFSPlugin", "clone: clone failed: failed to set file size for '/srv/x/disk.raw' - "
                         "No space left on device"),
         ("LXC", "clone: clone failed: failed to create directory /var/lib/lxc/105: "
@@ -2003,24 +2212,26 @@ RELATIVES = {
         ("File", "start: unable to write '/var/lib/lxc/104/config.tmp.9' - Disk quota exceeded"),
         ("RBDPlugin", "resize: rbd resize 'vm-104-disk-0' error: rbd: resize error: (28) "
                       "No space left on device"),
-        ("Common", "clone: clone failed: unable to create image: qemu-img: /srv/105/disk.raw: Could "
-                   "not resize file: No space left on device"),
-        ("lvm2 lv_manip.c", "clone: clone failed: lvcreate 'pve/vm-105-disk-0' error:   Volume group "
-                            '"pve" has insufficient free space (12 extents): 1280 required.'),
-        ("lvm2 lv_manip.c", "resize: error resizing volume '/dev/pve/vm-104-disk-0':   Insufficient "
-                            "suitable allocatable extents for logical volume x: 5 more required"),
-        ("libzfs_dataset.c", "resize: zfs error: cannot set property for 'rpool/data/vm-104-disk-0': "
-                             "size is greater than available space"),
-        ("libzfs_util.c", "clone: clone failed: zfs error: cannot create 'rpool/data/vm-105-disk-0': "
-                          "out of space"),
+        ("Common", "clone: clone failed: unable to create image: qemu-img: /srv/105/disk.raw: "
+                   "Could not resize file: No space left on device"),
+        ("lvm2 lv_manip.c", "clone: clone failed: lvcreate 'pve/vm-105-disk-0' error:   Volume "
+                            'group "pve" has insufficient free space (12 extents): 1280 required.'),
+        ("lvm2 lv_manip.c", "resize: error resizing volume '/dev/pve/vm-104-disk-0':   "
+                            "Insufficient suitable allocatable extents for logical volume x: "
+                            "5 more required"),
+        ("libzfs_dataset.c", "resize: zfs error: cannot set property for "
+                             "'rpool/data/vm-104-disk-0': size is greater than available space"),
+        ("libzfs_util.c", "clone: clone failed: zfs error: cannot create "
+                          "'rpool/data/vm-105-disk-0': out of space"),
         ("mke2fs.c", "clone: clone failed: command 'mkfs.ext4 -O mmp /dev/x' failed: exit code 1",
          "mkfs.ext4: No space left on device while writing out and closing file system"),
         ("lvm2 lv_manip.c", "clone: clone failed: command '/sbin/lvcreate x' failed: exit code 5",
          '  Volume group "pve" has insufficient free space (12 extents): 1280 required.')],
     (503, "The storage is busy with another Proxmox command; try again"): [
-        ("Cluster 6.0", "clone: error during cfs-locked 'storage-nas' operation: got lock timeout - "
-                        "aborting command"),
-        ("Tools", "destroy: can't lock file '/var/lock/pve-manager/pve-storage-local' - got timeout")],
+        ("Cluster 6.0", "clone: error during cfs-locked 'storage-nas' operation: got lock timeout "
+                        "- aborting command"),
+        ("Tools",
+         "destroy: can't lock file '/var/lock/pve-manager/pve-storage-local' - got timeout")],
     (503, "Proxmox is busy with another command; try again"): [
         ("Cluster", "destroy: cfs-lock 'file-user_cfg' error: got lock request timeout"),
         ("Cluster", "destroy: 'domain-ha'-locked command timed out - aborting")],
@@ -2078,7 +2289,8 @@ RELATIVES = {
         ("Plugin", "delsnapshot: can't delete snapshot for this image format"),
         ("LVMPlugin", "snapshot: can't snapshot 'raw' volume"),
         ("LVMPlugin", "rollback: can't rollback snapshot for 'raw' volume"),
-        ("LVMPlugin", "snapshot: snapshot is working with qcow2 format only at LVMPlugin.pm line 567."),
+        ("LVMPlugin",
+         "snapshot: snapshot is working with qcow2 format only at LVMPlugin.pm line 567."),
         ("ISCSIPlugin", "snapshot: snapshot is not possible on iscsi storage"),
         ("ISCSIDirectPlugin", "rollback: volume snapshot rollback is not possible on iscsi device"),
         ("Storage", "snapshot: snapshot file/device '/dev/sdb1' is not possible")],
@@ -2087,7 +2299,8 @@ RELATIVES = {
                            "(snapstate = prepare)")],
     (409, "Newer snapshots exist on the storage; it can go back to the newest one only: "
           "delete those first"): [
-        ("LVMPlugin", "rollback: can't rollback, 'a1' is not most recent snapshot on 'vm-104-disk-0'"),
+        ("LVMPlugin",
+         "rollback: can't rollback, 'a1' is not most recent snapshot on 'vm-104-disk-0'"),
         ("libzfs, zfs_main.c", "rollback: zfs error: cannot rollback to 'rpool/data/x@a1': more "
                                "recent snapshots or bookmarks exist")],
     (409, "The snapshot is in the configuration but no longer on the storage"): [
@@ -2101,10 +2314,11 @@ RELATIVES = {
                              "does not exist")],
     (409, "The container's volume is missing on its storage"): [
         ("LvmThinPlugin", "start: no such logical volume pve/base-104-disk-0"),
-        ("Plugin", "delsnapshot: volume /srv/images/104/x.qcow2 is missing at Plugin.pm line 1499."),
+        ("Plugin",
+         "delsnapshot: volume /srv/images/104/x.qcow2 is missing at Plugin.pm line 1499."),
         ("Plugin", "clone: clone failed: volume 'local:104/vm-104-disk-0.raw' does not exist"),
-        ("libzfs_dataset.c", "resize: zfs error: cannot open 'rpool/data/subvol-104-disk-0': dataset "
-                             "does not exist"),
+        ("libzfs_dataset.c", "resize: zfs error: cannot open 'rpool/data/subvol-104-disk-0': "
+                             "dataset does not exist"),
         ("lvm2 toollib.c", "resize: can't get size of '/dev/pve/vm-104-disk-0':   Failed to find "
                            'logical volume "pve/vm-104-disk-0"')],
     (409, "The volume or snapshot is in use (a backup, a replication, a linked clone or a "
@@ -2116,8 +2330,10 @@ RELATIVES = {
                             "pve/vm-104-disk-0 contains a filesystem in use."),
         ("lvm2 activate.c", "destroy: lvremove 'pve/vm-104-disk-0' error:   Logical volume "
                             "pve/vm-104-disk-0 is used by another device."),
-        ("libzfs_util.c", "rollback: zfs error: cannot unmount '/rpool/x': pool or dataset is busy"),
-        ("zfs_main.c", "destroy: zfs error: cannot destroy 'rpool/x': filesystem has dependent clones"),
+        ("libzfs_util.c",
+         "rollback: zfs error: cannot unmount '/rpool/x': pool or dataset is busy"),
+        ("zfs_main.c",
+         "destroy: zfs error: cannot destroy 'rpool/x': filesystem has dependent clones"),
         ("rbd Remove.cc", "destroy: rbd rm 'vm-104-disk-0' error: rbd: error: image still has "
                           "watchers"),
         ("rbd Snap.cc", "destroy: rbd unprotect vm-104-disk-0 snap '__base__' error: rbd: "
@@ -2136,8 +2352,10 @@ RELATIVES = {
         ("Storage", "start: storage 'nas' is disabled"),
         ("Storage", "start: unable to use volume nas:iso/x - content type needs to be 'images'"),
         ("ISCSIPlugin", "start: error: no iscsi support - please install open-iscsi"),
-        ("rbd Utils.cc", "start: rbd error: rbd: error opening pool 'x': (2) No such file or directory"),
-        ("lvm2 toollib.c", "start: can't activate LV '/dev/pve/x':   Volume group \"pve\" not found"),
+        ("rbd Utils.cc",
+         "start: rbd error: rbd: error opening pool 'x': (2) No such file or directory"),
+        ("lvm2 toollib.c",
+         "start: can't activate LV '/dev/pve/x':   Volume group \"pve\" not found"),
         ("API2/LXC", "clone: storage 'local' does not support CT rootdirs"),
         ("LXC", "start: storage 'iso' does not support containers"),
         ("LVMPlugin", "clone: clone failed: no such volume group 'pve'"),
@@ -2146,14 +2364,14 @@ RELATIVES = {
         ("CIFSPlugin", "start: connection check for storage 'nas' failed - session setup failed: "
                        "NT_STATUS_LOGON_FAILURE"),
         ("NFSPlugin", "start: mount error: mount.nfs: access denied by server while mounting x:/y"),
-        ("ZFSPoolPlugin", "start: could not activate storage 'tank', zfs error: cannot import 'tank': "
-                          "no such pool available")],
+        ("ZFSPoolPlugin", "start: could not activate storage 'tank', zfs error: cannot import "
+                          "'tank': no such pool available")],
     (503, "The storage is not reachable now"): [
         ("Storage", "start: connection check for storage 'nas' failed - got timeout"),
         ("Plugin", "snapshot: unable to activate storage 'nas' - directory '/mnt/pve/nas' does not "
                    "exist or is unreachable"),
-        ("DirPlugin", "start: unable to activate storage 'usb' - directory is expected to be a mount "
-                      "point but is not mounted: '/mnt/usb'"),
+        ("DirPlugin", "start: unable to activate storage 'usb' - directory is expected to be a "
+                      "mount point but is not mounted: '/mnt/usb'"),
         ("NFSPlugin", "start: mount error: mount.nfs: Connection timed out"),
         ("rbd.cc", "resize: rbd error: rbd: couldn't connect to the cluster!")],
     (409, "Proxmox could not apply cpulimit to the container: no such thing"): [
@@ -2162,14 +2380,15 @@ RELATIVES = {
     (400, "Invalid cores: value must have a maximum value of 8192"): [
         ("JSONSchema", "set: 400 Parameter verification failed.\n"
                        "cores: value must have a maximum value of 8192\npct set <vmid> [OPTIONS]")],
-    (400, "Invalid snapshot_name: Proxmox takes 2 to 40 characters: a letter, then letters, digits, "
-          "_ and -"): [
+    (400, "Invalid snapshot_name: Proxmox takes 2 to 40 characters: a letter, then letters, "
+          "digits, _ and -"): [
         ("JSONSchema", "snapshot: 400 Parameter verification failed.\nsnapname: invalid format - "
                        "invalid configuration ID 'x'\n\npct snapshot <vmid> <snapname> [OPTIONS]")],
     (400, "Invalid new_vm_name: Proxmox takes a DNS name: labels of letters, digits and inner "
           "hyphens, joined by dots"): [
-        ("JSONSchema", "clone: 400 Parameter verification failed.\nhostname: invalid format - value "
-                       "does not look like a valid DNS name\n\npct clone <vmid> <newid> [OPTIONS]")],
+        ("JSONSchema", "clone: 400 Parameter verification failed.\nhostname: invalid format - "
+                       "value does not look like a valid DNS name\n\n"
+                       "pct clone <vmid> <newid> [OPTIONS]")],
     (500, "The daemon must run as root"): [("RESTEnvironment", "set: please run as root")],
 }
 
@@ -2183,14 +2402,16 @@ UNRELATED = [
     "start: directory '/srv/storage 'nas' does not exist",
     "start: bridge 'storage 'nas' is not online' does not exist",
     "set: unable to open file '/tmp/x - No space left on device' - Permission denied",
-    "set: can't lock file '/run/lock/lxc/pve-config-104.lock' - can't open file - Permission denied",
+    "set: can't lock file '/run/lock/lxc/pve-config-104.lock' - can't open file - "
+    "Permission denied",
     "destroy: encountered invalid lock, expected 'CT is locked (snapshot)'",
     "start: vm 104 - unable to parse config: x failed: no quorum!",
     "set: storage 'nas' is not online\ngot timeout",
     ("clone: clone failed: command 'rsync x' failed: exit code 23",
      'rsync: [sender] send_files failed to open "/x/you can\'t do that if it\'s a template": '
      "Permission denied (13)\nyou can't start a CT if it's a template\n"
-     'rsync: [receiver] mkstemp "/x/a: No space left on device (28)" failed: Permission denied (13)\n'
+     'rsync: [receiver] mkstemp "/x/a: No space left on device (28)" failed: '
+     "Permission denied (13)\n"
      "file: No space left on device\nstorage 'nas' is not online\nCT is locked (backup)"),
     ("destroy: got timeout", "zero out finished (note: 'No space left on device' is ok here): x"),
 ]
@@ -2223,12 +2444,14 @@ def test_what_pct_does_not_say_is_told_by_its_exit_status():
     assert told(255, " \n", "\n \n") == (500, "pct list failed with exit status 255")
     assert told(-9, "x") == (500, "pct list was ended by SIGKILL")
     assert told(255, "one\ntwo\n") == (500, "pct list failed: two")
-    assert told(0, "  Size is too big\n", "error resizing volume 'x':   Insufficient free space: 1\n",
-                ("pct", "resize", "104")) == (409, "The storage has too little free space")
+    assert told(
+        0, "  Size is too big\n", "error resizing volume 'x':   Insufficient free space: 1\n",
+        ("pct", "resize", "104")) == (409, "The storage has too little free space")
 
 
 @pytest.mark.parametrize("piece", [
-    "unable to ", "clone failed: ", "can't ", "'", "rsync: ", "cannot x '", "a ", "/etc/pve/'", "\n",
+    "unable to ", "clone failed: ", "can't ", "'", "rsync: ", "cannot x '", "a ", "/etc/pve/'",
+    "\n",
     "a\n", ": ", " - ", "unable to write '/etc/pve/'", "rbd: (", "x error: ", "volume "])
 def test_the_time_to_explain_a_failure_is_bounded(piece):
     """A pattern that backtracks would take minutes for this."""
@@ -2239,9 +2462,11 @@ def test_the_time_to_explain_a_failure_is_bounded(piece):
     assert time.perf_counter() - started < 5
 
 
-@pytest.mark.parametrize("written, clustered", [("auto", True), ('"auto"', True), ("off", False), ('"off"', False), ("false", False)])
+@pytest.mark.parametrize("written, clustered", [
+    ("auto", True), ('"auto"', True), ("off", False), ('"off"', False), ("false", False)])
 def test_a_cluster_is_looked_at_or_not(written, clustered):
-    assert module.load_config(GOOD_KEY + f"proxmox:\n  cluster: {written}\n").proxmox.cluster is clustered
+    assert module.load_config(
+        GOOD_KEY + f"proxmox:\n  cluster: {written}\n").proxmox.cluster is clustered
 
 
 def test_members_are_read():
@@ -2257,31 +2482,41 @@ def test_members_are_read():
 }
 """
     assert module.parse_members(document) == ("pve1", module.Cluster("lab", True, {
-        "pve1": module.Node("pve1", True, True, "192.0.2.1"), "pve2": module.Node("pve2", False, False, "192.0.2.2"),
+        "pve1": module.Node("pve1", True, True, "192.0.2.1"),
+        "pve2": module.Node("pve2", False, False, "192.0.2.2"),
         "pve3": module.Node("pve3", False, False, None)}))
-    assert module.parse_members(document.replace('"quorate": 1', '"quorate": 0'))[1].quorate is False
+    assert module.parse_members(
+        document.replace('"quorate": 1', '"quorate": 0'))[1].quorate is False
     alone = module.parse_members(document.replace('"online": 1', '"online": 0'))[1]
-    assert [node.online for node in alone.nodes.values()] == [True, False, False], "this node is, whatever corosync says"
+    assert [node.online for node in alone.nodes.values()] == [True, False, False], (
+        "this node is, whatever corosync says")
     assert module.parse_members('{\n"nodename": "pve",\n"version": 0\n}\n') == ("pve", None)
 
 
-@pytest.mark.parametrize("document", ["", "{", "[]", "null", '{"ids": []}x', '{"ids": 7}', '{"version": 1}'])
+@pytest.mark.parametrize("document", [
+    "", "{", "[]", "null", '{"ids": []}x', '{"ids": 7}', '{"version": 1}'])
 def test_a_list_of_guests_that_is_garbled_is_503_and_one_that_is_not_there_is_empty(document):
     with pytest.raises(module.Problem) as refusal:
         module.parse_vmlist(document)
-    assert (refusal.value.status, refusal.value.error) == (503, "Proxmox's file .vmlist cannot be understood")
-    assert module.parse_vmlist(None) == {} and module.parse_news(document) == module.parse_news(None) == {}
+    assert (refusal.value.status, refusal.value.error) == (
+        503, "Proxmox's file .vmlist cannot be understood")
+    assert (module.parse_vmlist(None) == {}
+            and module.parse_news(document) == module.parse_news(None) == {})
 
 
 def test_what_nodes_broadcast_is_read():
-    news = module.parse_news("pve2-node/pve-2:864000::1700000000:0.1:48:0.02:0:137438953472:1\npve-node-9.0/pve3:1:c:2:3:4\n"
-                             "pve2.3-vm/204:3600:web-2:running:0:1700000000:2\npve-vm-9.0/304:0:x:stopped:0:1700000000:2\n"
+    news = module.parse_news("pve2-node/pve-2:864000::1700000000:0.1:48:0.02:0:137438953472:1\n"
+                             "pve-node-9.0/pve3:1:c:2:3:4\n"
+                             "pve2.3-vm/204:3600:web-2:running:0:1700000000:2\n"
+                             "pve-vm-9.0/304:0:x:stopped:0:1700000000:2\n"
                              "pve2-storage/pve2/local:1:2:3\nnonsense\n")
     assert set(news) == {("node", "pve-2"), ("node", "pve3"), ("vm", "204"), ("vm", "304")}
     assert news["node", "pve-2"][4:8] == ["48", "0.02", "0", "137438953472"]
     assert module.heard(news["vm", "204"]) == (None, None), "it is years old"
-    assert module.heard(["3600", "web-2", "running", "0", str(int(time.time()) - 10), "2"]) == ("running", 3600)
-    assert module.heard(None) == module.heard(["3600"]) == module.heard(["1", "x", "running", "0", "U"]) == (None, None)
+    assert module.heard(["3600", "web-2", "running", "0", str(int(time.time()) - 10), "2"]) == (
+        "running", 3600)
+    assert (module.heard(None) == module.heard(["3600"])
+            == module.heard(["1", "x", "running", "0", "U"]) == (None, None))
 
 
 # Time in proportion to length
@@ -2301,31 +2536,46 @@ def failed(text):
     return module.Result(255, "", text, False)
 
 
-NOTES = [" ", "\t", '"', "'", "\\", ",", "[", "]", "{", ":", ";", "=", "%", "#", "-", "/", "0", "1", "x", "E", "\x01", "\x80", "\r", "\n",
+NOTES = [" ", "\t", '"', "'", "\\", ",", "[", "]", "{", ":", ";", "=", "%", "#", "-", "/",
+         "0", "1", "x", "E", "\x01", "\x80", "\r", "\n",
          " \t", " x", "a, ", "''", '\\"', "1,", "1:", " #", ": ", "a:\r\n", "a: x\n", "%41"]
-READERS = [     # (what is read, by what, what may stand before the filling, fillings of its own, what may stand behind)
-    ("request line", lambda text: module.parse_request_line(text.encode("latin-1")), ["", "GET /", "GET / HTTP/1.", "GET http://", "GET http://[", "GET http://x:"],
+# what is read, by what, what may stand before the filling, fillings of its own,
+# what may stand behind
+READERS = [
+    ("request line", lambda text: module.parse_request_line(text.encode("latin-1")),
+     ["", "GET /", "GET / HTTP/1.", "GET http://", "GET http://[", "GET http://x:"],
      ["/ ", "x:"], ["", " HTTP/1.1"]),
-    ("head", lambda text: module.parse_head(text.encode("latin-1"), 1), ["", "A:", "Host: x\r\nA: b", "Content-Length:", "Host:", "A"],
+    ("head", lambda text: module.parse_head(text.encode("latin-1"), 1),
+     ["", "A:", "Host: x\r\nA: b", "Content-Length:", "Host:", "A"],
      ["Host: x\r\n", "x\x01", "b,"], ["", "\x01"]),
     ("query", module.parse_query, ["", "a="], ["&a=", "%4"], ["", "%"]),
-    ("body", lambda text: module.parse_object(text.encode()), ["", '{"a": ', '{"a": "', '{"a": 1.', '{"a": 1e'], ['{"a":', '"a":1,', "[1],", "\\u0041"], ["", "}"]),
-    ("content type", lambda text: module.read_object(request_with(content_type=text)), ["", "application/json", "application/json;", 'application/json; charset="'],
+    ("body", lambda text: module.parse_object(text.encode()),
+     ["", '{"a": ', '{"a": "', '{"a": 1.', '{"a": 1e'],
+     ['{"a":', '"a":1,', "[1],", "\\u0041"], ["", "}"]),
+    ("content type", lambda text: module.read_object(request_with(content_type=text)),
+     ["", "application/json", "application/json;", 'application/json; charset="'],
      [";charset=", "; a=b", '";'], ["", "x"]),
     ("X-Forwarded-For", lambda text: module.client_of(
-        {"x-forwarded-for": text}, "127.0.0.1", module.networks(["127.0.0.1", "10.0.0.0/8"])), ["", "["],
-     ["10.0.0.1,", "::1,", "1.", "a:"], ["", "x", ",10.0.0.1"]),
+        {"x-forwarded-for": text}, "127.0.0.1", module.networks(["127.0.0.1", "10.0.0.0/8"])),
+     ["", "["], ["10.0.0.1,", "::1,", "1.", "a:"], ["", "x", ",10.0.0.1"]),
     ("path in a log", module.loggable_path, ["", "/"], ["/a"], ["", "?"]),
     ("line in a log", safe, ["", KEY[:-1]], [KEY, KEY[:-1]], [""]),
     ("settings", module.load_yaml, ["", "a: ", "a: x", "a: [", 'a: "', "a: 1:1"],
      ["a,", "'a',", '"a",', "a   ,", "- 'x'\n", "\\x41", "1_", "a:\n- b\n"], ["", "]"]),
-    ("container", module.parse_config, ["", "a:", "a: x", "[", "delete: "], ["#x\n", "[a]\n", "a: x \t", "!a,"], ["", "x"]),
+    ("container", module.parse_config, ["", "a:", "a: x", "[", "delete: "],
+     ["#x\n", "[a]\n", "a: x \t", "!a,"], ["", "x"]),
     ("state", module.parse_status, ["", "a: ", "mem: 1"], ["a: 1\n"], ["", "x"]),
-    ("members", module.parse_members, ["", '{"nodename": ', '{"nodename": "'], ['{"a":', "[", "11"], ["", "}"]),
+    ("members", module.parse_members, ["", '{"nodename": ', '{"nodename": "'],
+     ['{"a":', "[", "11"], ["", "}"]),
     ("guests", module.parse_vmlist, ["", '{"ids": '], ['{"a":', "[", "11"], ["", "}"]),
-    ("broadcast", module.parse_news, ["", "pve2-node/", "pve-vm-9.0/1:", "pve"], ["pve-vm/", "pve2-node/x:1\n", "pve2-node/x\n", "pve1.-"], ["", "x"]),
-    ("snapshots", module.parse_snapshots, ["", "`-> ", "`-> a ", "`-> a 2026-01-01 00:00:00 "], ["`-> a\n", "`-> ", " `-> a 2026-01-01 00:00:00 x\n"], ["", "x"]),
-    ("traffic", module.parse_net_dev, ["", "veth104i0:", "veth104i0: 1 1 1 1 1 1 1 1 1", " veth104i"], ["veth104i0:\n", "veth104i", " 1"], ["", "x"]),
+    ("broadcast", module.parse_news, ["", "pve2-node/", "pve-vm-9.0/1:", "pve"],
+     ["pve-vm/", "pve2-node/x:1\n", "pve2-node/x\n", "pve1.-"], ["", "x"]),
+    ("snapshots", module.parse_snapshots,
+     ["", "`-> ", "`-> a ", "`-> a 2026-01-01 00:00:00 "],
+     ["`-> a\n", "`-> ", " `-> a 2026-01-01 00:00:00 x\n"], ["", "x"]),
+    ("traffic", module.parse_net_dev,
+     ["", "veth104i0:", "veth104i0: 1 1 1 1 1 1 1 1 1", " veth104i"],
+     ["veth104i0:\n", "veth104i", " 1"], ["", "x"]),
     ("pressure", module.parse_pressure, ["", "some avg10=", "some avg10=1 avg60=1 avg300=1 total=1"], [" total=", "1.", "some avg10=1 "], ["", "\n"]),
     ("marks", lambda text: module.marks({"tags": text}), ["", "a"], [";", "a;", " ,"], ["", "x"]),
     ("option", lambda text: module.option(text, "size"), ["", "x,size="], ["size=", ",size", ",size=,"], ["", "x"]),
