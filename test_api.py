@@ -2578,16 +2578,24 @@ READERS = [
      ["veth104i0:\n", "veth104i", " 1"], ["", "x"]),
     ("pressure", module.parse_pressure, ["", "some avg10=", "some avg10=1 avg60=1 avg300=1 total=1"], [" total=", "1.", "some avg10=1 "], ["", "\n"]),
     ("marks", lambda text: module.marks({"tags": text}), ["", "a"], [";", "a;", " ,"], ["", "x"]),
-    ("option", lambda text: module.option(text, "size"), ["", "x,size="], ["size=", ",size", ",size=,"], ["", "x"]),
-    ("mount point", lambda text: module.mount_points({"mp0": text}), ["", "a:b,mp="], ["mp=", ",mp", ",volume=,", ",size="], ["", "x"]),
+    ("option", lambda text: module.option(text, "size"), ["", "x,size="],
+     ["size=", ",size", ",size=,"], ["", "x"]),
+    ("mount point", lambda text: module.mount_points({"mp0": text}), ["", "a:b,mp="],
+     ["mp=", ",mp", ",volume=,", ",size="], ["", "x"]),
     ("size", module.size_in_gb, ["", "1."], [], ["", "G"]),
-    ("failure", lambda text: module.explain_failure(["pct", "set", "104"], failed(text)), ["", "400 Parameter verification failed.\n", "ipcc_send_rec"],
+    ("failure", lambda text: module.explain_failure(["pct", "set", "104"], failed(text)),
+     ["", "400 Parameter verification failed.\n", "ipcc_send_rec"],
      [word for rules in (module.FAILURE_RULES, module.REASON_RULES) for pattern, *_ in rules
-       for word in re.findall(r"[\w' ]{9,}", pattern)] + ["CT is locked (", "CT 1 ", "CT 1", "CT 1 already", "'/"], ["", "x"]),
-    ("reply", lambda text: module.parse_reply(text.encode()), ["", "\n", "\n1 1 1"], ["\n1 1 1", "1 "], ["", "\n"]),
-    ("number", lambda text: module.find_number(r"^file (\d+)", text), ["", "file 1"], ["file ", "file x\n"], ["", "x"]),
-    ("row", lambda text: module.row_number("file", text), ["", "file 1"], ["file ", "file x\n", "\nfile", "file"], ["", "x"]),
-    ("disks", module.parse_io, ["", "8:0 rbytes=1"], ["8:0", " rbytes=", " rbytes=1", "\n", "rbytes"], ["", "\n"]),
+      for word in re.findall(r"[\w' ]{9,}", pattern)]
+     + ["CT is locked (", "CT 1 ", "CT 1", "CT 1 already", "'/"], ["", "x"]),
+    ("reply", lambda text: module.parse_reply(text.encode()), ["", "\n", "\n1 1 1"],
+     ["\n1 1 1", "1 "], ["", "\n"]),
+    ("number", lambda text: module.find_number(r"^file (\d+)", text), ["", "file 1"],
+     ["file ", "file x\n"], ["", "x"]),
+    ("row", lambda text: module.row_number("file", text), ["", "file 1"],
+     ["file ", "file x\n", "\nfile", "file"], ["", "x"]),
+    ("disks", module.parse_io, ["", "8:0 rbytes=1"],
+     ["8:0", " rbytes=", " rbytes=1", "\n", "rbytes"], ["", "\n"]),
     ("number", module.number, ["", "1", "-1."], [], [""]),
     ("decimal", module.decimal, ["", "1", "-1."], [], [""]),
 ]
@@ -2596,7 +2604,8 @@ SIZES = (4096, 8192, 16384, 32768)
 
 @pytest.fixture
 def long_numbers():
-    """Let int() take time in the square of the digits, as it does in the first releases of Python 3.9."""
+    """Let int() take time in the square of the digits, as it does in the first releases of Python
+    3.9."""
     limit = getattr(sys, "get_int_max_str_digits", lambda: 0)()
     set_limit = getattr(sys, "set_int_max_str_digits", lambda digits: None)
     set_limit(0)
@@ -2612,7 +2621,8 @@ def seconds_for(read, text):
 
 
 def grows_in_proportion(read, texts):
-    """Eight times the text takes eight times as long, and 64 times where each character costs a look at all others."""
+    """Eight times the text takes eight times as long, and 64 times where each character costs a
+    look at all others."""
     def is_straight(short, long):
         return long < max(0.002, 20 * short)
     longest = seconds_for(read, texts[-1])
@@ -2622,8 +2632,10 @@ def grows_in_proportion(read, texts):
     return is_straight(times[0], times[-1])
 
 
-@pytest.mark.parametrize("read, before, own, behind", [row[1:] for row in READERS], ids=[row[0] for row in READERS])
-def test_what_others_write_is_read_in_time_in_proportion_to_its_length(read, before, own, behind, long_numbers):
+@pytest.mark.parametrize("read, before, own, behind", [row[1:] for row in READERS],
+                         ids=[row[0] for row in READERS])
+def test_what_others_write_is_read_in_time_in_proportion_to_its_length(
+        read, before, own, behind, long_numbers):
     for start, filling, end in itertools.product(before, NOTES + own, behind):
         texts = [start + filling * ((size - len(start)) // len(filling)) + end for size in SIZES]
         straight = grows_in_proportion(read, texts)
@@ -2634,24 +2646,30 @@ def test_a_command_for_another_node_is_one_argument_of_ssh():
     node = module.Node("pve2", False, True, "192.0.2.2")
     hostile = ["pct", "set", "104; id", "$(id)", "a b", "'", "-o"]
     command = module.over_ssh(node, hostile, None)
-    assert command[:-1] == ["ssh", "-e", "none", "-o", "BatchMode=yes", "-o", "HostKeyAlias=pve2", "-o", "ConnectTimeout=3",
-                            "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3", "-o", "ControlMaster=auto",
-                            "-o", "ControlPath=/run/lxc_autoscale_api/%C", "-o", "ControlPersist=300", "root@192.0.2.2", "--"]
+    assert command[:-1] == [
+        "ssh", "-e", "none", "-o", "BatchMode=yes", "-o", "HostKeyAlias=pve2",
+        "-o", "ConnectTimeout=3", "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3",
+        "-o", "ControlMaster=auto", "-o", "ControlPath=/run/lxc_autoscale_api/%C",
+        "-o", "ControlPersist=300", "root@192.0.2.2", "--"]
     assert shlex.split(command[-1]) == ["sh", "-c", module.REMOTE, "sh", *hostile]
-    command = module.over_ssh(node._replace(known_hosts="/pve2/ssh_known_hosts"), ["pct", "list"], 15)
+    command = module.over_ssh(
+        node._replace(known_hosts="/pve2/ssh_known_hosts"), ["pct", "list"], 15)
     assert {"UserKnownHostsFile=/pve2/ssh_known_hosts", "GlobalKnownHostsFile=none"} < set(command)
     assert shlex.split(command[-1])[4:] == ["timeout", "-s", "KILL", "15", "pct", "list"]
 
 
-@pytest.mark.parametrize("script", ["true", "exit 255", "echo out; echo err >&2; exit 2", "printf 'no end of line'", "printf '\\n1 2 3\\n'",
-                                    "printf '\\xff\\x00'; printf '1 0 0\\n' >&2", "kill -9 $$", "head -c 3000000 /dev/zero"])
+@pytest.mark.parametrize("script", [
+    "true", "exit 255", "echo out; echo err >&2; exit 2", "printf 'no end of line'",
+    "printf '\\n1 2 3\\n'", "printf '\\xff\\x00'; printf '1 0 0\\n' >&2", "kill -9 $$",
+    "head -c 3000000 /dev/zero"])
 def test_what_ran_on_another_node_comes_back_as_it_was(script, tmp_path):
     remote = module.REMOTE.replace("/run/", f"{tmp_path}/")
     there = subprocess.run(["sh", "-c", remote, "sh", "sh", "-c", script], capture_output=True)
     here = subprocess.run(["sh", "-c", script], capture_output=True)
     code = here.returncode if here.returncode >= 0 else 128 - here.returncode
     said = here.stderr if here.returncode >= 0 else b"Killed\n"        # the shell there says so
-    assert module.parse_reply(b"a greeting from .bashrc\n" + there.stdout) == (code, here.stdout, said)
+    assert module.parse_reply(b"a greeting from .bashrc\n" + there.stdout) == (
+        code, here.stdout, said)
     assert module.parse_reply(there.stdout[:-1]) is None, "an answer that was cut short is none"
     assert os.listdir(tmp_path) == []
 
@@ -2671,8 +2689,10 @@ def test_a_change_is_either_cancelled_or_begun():
     changes.cancel(refused_one, module.busy("in time", 1))
     assert not refused_one.future.set_running_or_notify_cancel()
     assert refused_one.started.done() and refused_one.problem.error == "in time"
-    assert {key: refused_one.row()[key] for key in ("state", "outcome", "began", "status", "error")} == {
-        "state": "failed", "outcome": "nothing_done", "began": None, "status": 503, "error": "in time"}
+    assert {key: refused_one.row()[key]
+            for key in ("state", "outcome", "began", "status", "error")} == {
+        "state": "failed", "outcome": "nothing_done", "began": None, "status": 503,
+        "error": "in time"}
 
 
 def test_a_gate_lets_in_as_many_as_it_is_wide_and_the_others_in_order():
@@ -2699,8 +2719,9 @@ def test_the_limiter_agrees_with_a_recount_of_all_requests():
     limiter = module.RateLimiter(5, 10, clock=lambda: now[0])
     for _ in range(5000):
         now[0] += chance.choice([0, 0.1, 0.5, 3])
-        address, client = chance.choice([("192.0.2.1", "a"), ("192.0.2.2", "b"), ("2001:db8:0:1::1", "c"), ("2001:db8:0:1:f::2", "c"),
-                                         ("2001:db8:0:2::1", "d"), ("fe80::1", "e")])
+        address, client = chance.choice([
+            ("192.0.2.1", "a"), ("192.0.2.2", "b"), ("2001:db8:0:1::1", "c"),
+            ("2001:db8:0:1:f::2", "c"), ("2001:db8:0:2::1", "d"), ("fe80::1", "e")])
         counted = [moment for who, moment in history if who == client and moment > now[0] - 10]
         admitted, remaining, wait = limiter.admit(address)
         assert admitted == (len(counted) < 5)
@@ -2711,18 +2732,24 @@ def test_the_limiter_agrees_with_a_recount_of_all_requests():
 
 
 def test_a_limiter_without_room_agrees_with_a_recount_by_networks(monkeypatch):
-    """The same rule once more, slow and plain: no client is forgotten while a request of it counts."""
+    """The same rule once more, slow and plain: no client is forgotten while a request of it
+    counts."""
     monkeypatch.setattr(module, "MAX_CLIENTS", 20)
     chance, now, counted, seen = random.Random(3), [0.0], {}, set()
     limiter = module.RateLimiter(3, 10, clock=lambda: now[0])
     for _ in range(5000):
         now[0] += chance.choice([0, 0.01, 0.1, 0.3])
-        network = module.ipaddress.ip_network(chance.choice(["192.0.2.0/28", "198.51.0.0/16", "10.0.0.0/8", "2001:db8::/62", "2001:db8::/40", "::/0"]))
+        network = module.ipaddress.ip_network(chance.choice([
+            "192.0.2.0/28", "198.51.0.0/16", "10.0.0.0/8",
+            "2001:db8::/62", "2001:db8::/40", "::/0"]))
         address = network[chance.randrange(network.num_addresses)]
-        counted = {who: [moment for moment in moments if moment > now[0] - 10] for who, moments in counted.items()}
+        counted = {who: [moment for moment in moments if moment > now[0] - 10]
+                   for who, moments in counted.items()}
         counted = {who: moments for who, moments in counted.items() if moments}
-        wider = [module.ipaddress.ip_network((address, bits), strict=False) for bits in ((32, 24, 16, 0) if address.version == 4 else (64, 48, 32, 0))]
-        who = next(each for each, room in zip(wider, (20, 30, 40, 9999)) if each in counted or len(counted) < room)
+        wider = [module.ipaddress.ip_network((address, bits), strict=False)
+                 for bits in ((32, 24, 16, 0) if address.version == 4 else (64, 48, 32, 0))]
+        who = next(each for each, room in zip(wider, (20, 30, 40, 9999))
+                   if each in counted or len(counted) < room)
         moments = counted.setdefault(who, [])
         admitted = len(moments) < 3
         if admitted:
@@ -2730,7 +2757,8 @@ def test_a_limiter_without_room_agrees_with_a_recount_by_networks(monkeypatch):
         assert limiter.admit(str(address)) == (admitted, 3 - len(moments), moments[0] + 10 - now[0])
         assert len(limiter.clients) == len(counted) <= 42
         seen.add((who.prefixlen, admitted))
-    assert seen == {(bits, admitted) for bits in (64, 48, 32, 24, 16, 0) for admitted in (True, False)}
+    assert seen == {
+        (bits, admitted) for bits in (64, 48, 32, 24, 16, 0) for admitted in (True, False)}
 
 
 def test_the_limiter_forgets_idle_clients_and_is_bounded(monkeypatch):
@@ -2757,7 +2785,7 @@ def test_one_ipv6_network_is_one_client():
 
 @pytest.mark.parametrize("crowd", [
     [f"2001:db8:1:{number:x}::1" for number in range(65536)],               # the /64s of a /48
-    [f"10.1.{number >> 8}.{number & 255}" for number in range(65536)],      # a network of 65,536 hosts
+    [f"10.1.{number >> 8}.{number & 255}" for number in range(65536)],   # a network of 65,536 hosts
     [f"2001:{number:x}:{number:x}::1" for number in range(65536)],          # 65,536 providers
 ])
 def test_no_crowd_makes_a_refused_client_free_again(crowd):
@@ -2770,7 +2798,7 @@ def test_no_crowd_makes_a_refused_client_free_again(crowd):
         now[0] += 59 / len(crowd)
         limiter.admit(client)
     assert [limiter.admit(each)[0] for each in refused] == [False, False]
-    assert limiter.admit("203.0.113.1") == (True, 119, 60)                  # a newcomer is served beside them
+    assert limiter.admit("203.0.113.1") == (True, 119, 60)      # a newcomer is served beside them
     assert len(limiter.clients) <= 2 * module.MAX_CLIENTS + 2
     now[0] = 120
     assert [limiter.admit(each) for each in refused] == [(True, 119, 60)] * 2
@@ -2781,7 +2809,8 @@ def test_an_admission_costs_the_same_with_many_clients():
         limiter = module.RateLimiter(120, 3600)
         for number in range(count):
             limiter.admit(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
-        addresses = [f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}" for number in range(count - 10, count)] * 10
+        addresses = [f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
+                     for number in range(count - 10, count)] * 10
         times = []
         for _ in range(50):
             started = time.perf_counter()
@@ -2794,19 +2823,24 @@ def test_an_admission_costs_the_same_with_many_clients():
 
 
 def limited(launch, tls=False, **rates):
-    """A daemon whose limiter counts its only client: from behind a trusted proxy nobody is local."""
-    return launch(tls=tls, rate_limiting={"max_requests_per_minute": 3, "time_window_seconds": 60, **rates})
+    """A daemon whose limiter counts its only client: from behind a trusted proxy nobody is
+    local."""
+    return launch(
+        tls=tls, rate_limiting={"max_requests_per_minute": 3, "time_window_seconds": 60, **rates})
 
 
 def test_a_client_over_its_limit_is_told_when_to_come_back(launch):
     api = limited(launch)
     via = {"X-Forwarded-For": "198.51.100.7"}
-    replies = [api.get("/resource/cluster/status", headers=via, key=key) for key in (KEY, "wrong-key-wrong-key", KEY, KEY)]
-    assert [reply.status for reply in replies] == [200, 401, 200, 429]      # a wrong key counts as well
+    replies = [api.get("/resource/cluster/status", headers=via, key=key)
+               for key in (KEY, "wrong-key-wrong-key", KEY, KEY)]
+    # a wrong key counts as well
+    assert [reply.status for reply in replies] == [200, 401, 200, 429]
     assert [reply.headers["X-RateLimit-Remaining"] for reply in replies] == ["2", "1", "0", "0"]
     last = replies[-1]
     seconds = last.body["retry_after_seconds"]
-    assert last.body == error("Rate limit exceeded", retry_after_seconds=seconds, limit=3, window_seconds=60)
+    assert last.body == error(
+        "Rate limit exceeded", retry_after_seconds=seconds, limit=3, window_seconds=60)
     assert 55 <= seconds <= 60 and last.headers["Retry-After"] == str(seconds)
     assert abs(int(last.headers["X-RateLimit-Reset"]) - time.time() - seconds) < 3
     assert last.headers["X-RateLimit-Limit"] == "3"
@@ -2818,11 +2852,15 @@ def test_a_client_over_its_limit_is_told_when_to_come_back(launch):
 
 def test_a_proxied_ipv6_client_is_limited_by_its_network_and_logged_by_its_address(launch):
     api = limited(launch)
-    said = [f"[2001:db8:0:1::{number}]:{40000 + number}" for number in range(1, 5)] + ["2001:db8:0:2::1", "198.51.100.7:1", "198.51.100.7:2"]
-    assert [api.get("/routes", headers={"X-Forwarded-For": each}).status for each in said] == [200, 200, 200, 429, 200, 200, 200]
+    said = [f"[2001:db8:0:1::{number}]:{40000 + number}" for number in range(1, 5)] + [
+        "2001:db8:0:2::1", "198.51.100.7:1", "198.51.100.7:2"]
+    assert [api.get("/routes", headers={"X-Forwarded-For": each}).status for each in said] == [
+        200, 200, 200, 429, 200, 200, 200]
     wait_until(lambda: api.log("access").count(" GET /routes ") == 7)
-    assert sorted(re.findall(r"(\S+) GET /routes (\d+)", api.log("access"))) == [       # of two connections either may be logged first
-        ("198.51.100.7", "200"), ("198.51.100.7", "200"), ("2001:db8:0:1::1", "200"), ("2001:db8:0:1::2", "200"), ("2001:db8:0:1::3", "200"),
+    # of two connections either may be logged first
+    assert sorted(re.findall(r"(\S+) GET /routes (\d+)", api.log("access"))) == [
+        ("198.51.100.7", "200"), ("198.51.100.7", "200"), ("2001:db8:0:1::1", "200"),
+        ("2001:db8:0:1::2", "200"), ("2001:db8:0:1::3", "200"),
         ("2001:db8:0:1::4", "429"), ("2001:db8:0:2::1", "200")]
 
 
@@ -2854,17 +2892,27 @@ def test_a_local_client_is_never_limited_and_a_proxied_one_always(launch):
     ("127.0.0.1", {"x-forwarded-for": ""}, ("127.0.0.1", False)),
     ("127.0.0.1", {"x-forwarded-for": "198.51.100.1, nonsense"}, ("127.0.0.1", False)),
     ("127.0.0.1", {"x-real-ip": "198.51.100.2"}, ("198.51.100.2", False)),
-    ("127.0.0.1", {"x-forwarded-for": "198.51.100.1", "x-real-ip": "198.51.100.2"}, ("198.51.100.1", False)),
+    ("127.0.0.1", {"x-forwarded-for": "198.51.100.1", "x-real-ip": "198.51.100.2"},
+     ("198.51.100.1", False)),
     ("127.0.0.1", {"x-forwarded-for": "::ffff:198.51.100.1"}, ("198.51.100.1", False)),
     ("127.0.0.2", {"x-forwarded-for": "198.51.100.1"}, ("127.0.0.2", True)),
-    *((peer, {name: said}, (client, False)) for peer in ("127.0.0.1", "::1") for name in ("x-forwarded-for", "x-real-ip") for said, client in (
-        ("198.51.100.1:5678", "198.51.100.1"), ("[2001:db8::1]", "2001:db8::1"), ("[2001:db8::1]:443", "2001:db8::1"),
-        ("2001:DB8:0::1", "2001:db8::1"), ("[::ffff:198.51.100.1]:443", "198.51.100.1"), ("fe80::1%eth0", "fe80::1"), ("[fe80::1%25eth0]:5", "fe80::1"),
-        ("203.0.113.9:1, 198.51.100.1:5678, [::1]:443, 127.0.0.1:80", "198.51.100.1"), ("\t198.51.100.1:1 , ::1", "198.51.100.1"),
-        *((said, peer) for said in ("198.51.100.1:", "198.51.100.1:x", "198.51.100.1:123456", "[2001:db8::1]443", "[2001:db8::1", "2001:db8::1]:443", "[]", "[]:1",
-                                    "198.51.100.1:5678:9", '"[2001:db8::1]"', "unknown", "unix:", "_hidden", "198.51.100.01", "3325256705", ",", "," * 30000, " " * 30000,
-                                    "[" * 30000, "1" * 30000, "198.51.100.1," + " " * 30000, "[::1]:4" + "4" * 30000)),
-        ("203.0.113.9," + "127.0.0.1," * 31 + "::1", "127.0.0.1"), ("203.0.113.9," + "127.0.0.1," * 30 + "::1", "203.0.113.9"))),
+    *((peer, {name: said}, (client, False))
+      for peer in ("127.0.0.1", "::1") for name in ("x-forwarded-for", "x-real-ip")
+      for said, client in (
+        ("198.51.100.1:5678", "198.51.100.1"), ("[2001:db8::1]", "2001:db8::1"),
+        ("[2001:db8::1]:443", "2001:db8::1"), ("2001:DB8:0::1", "2001:db8::1"),
+        ("[::ffff:198.51.100.1]:443", "198.51.100.1"), ("fe80::1%eth0", "fe80::1"),
+        ("[fe80::1%25eth0]:5", "fe80::1"),
+        ("203.0.113.9:1, 198.51.100.1:5678, [::1]:443, 127.0.0.1:80", "198.51.100.1"),
+        ("\t198.51.100.1:1 , ::1", "198.51.100.1"),
+        *((said, peer) for said in (
+            "198.51.100.1:", "198.51.100.1:x", "198.51.100.1:123456", "[2001:db8::1]443",
+            "[2001:db8::1", "2001:db8::1]:443", "[]", "[]:1", "198.51.100.1:5678:9",
+            '"[2001:db8::1]"', "unknown", "unix:", "_hidden", "198.51.100.01", "3325256705",
+            ",", "," * 30000, " " * 30000, "[" * 30000, "1" * 30000,
+            "198.51.100.1," + " " * 30000, "[::1]:4" + "4" * 30000)),
+        ("203.0.113.9," + "127.0.0.1," * 31 + "::1", "127.0.0.1"),
+        ("203.0.113.9," + "127.0.0.1," * 30 + "::1", "203.0.113.9"))),
 ])
 def test_only_a_trusted_proxy_speaks_for_others(peer, headers, client):
     trusted = module.networks(["127.0.0.1", "::1"])
@@ -2886,7 +2934,8 @@ def test_a_long_header_of_addresses_costs_little():
             module.client_of({"x-forwarded-for": said}, "127.0.0.1", trusted)
             times.append(time.perf_counter() - started)
         return min(times)
-    for hop in (",", " ,", "127.0.0.1,", "[::1]:1,", "[", "]", "1", ".", ":", "[1:", " ", " x", "%"):
+    for hop in (
+            ",", " ,", "127.0.0.1,", "[::1]:1,", "[", "]", "1", ".", ":", "[1:", " ", " x", "%"):
         short, long = (hop * (size // len(hop)) + "127.0.0.1" for size in (4000, 32000))
         assert seconds(long) < 16 * seconds(short) + 0.0005 and seconds(long) < 0.005, hop
 
@@ -2900,10 +2949,12 @@ def parse_exposition(text):
             assert kind[1] not in types
             types[kind[1]] = kind[2]
         elif not re.fullmatch(r"# HELP \S+ .+", line):
-            name, value = re.fullmatch(r'([a-z_]+(?:\{(?:[a-z_]+="(?:[^"\\\n]|\\[\\"n])*",?)+\})?) (\S+)', line).groups()
+            name, value = re.fullmatch(
+                r'([a-z_]+(?:\{(?:[a-z_]+="(?:[^"\\\n]|\\[\\"n])*",?)+\})?) (\S+)', line).groups()
             assert name not in values
             values[name] = float(value)
-            assert re.sub(r"\{.*|_(bucket|sum|count)(?=\{|$)", "", name) in types or name.split("{")[0] in types
+            assert (re.sub(r"\{.*|_(bucket|sum|count)(?=\{|$)", "", name) in types
+                    or name.split("{")[0] in types)
     return types, values
 
 
@@ -2915,16 +2966,22 @@ def test_histograms_are_cumulative_and_labels_are_escaped():
     _, values = parse_exposition(metrics.render({}))
     buckets = [value for name, value in values.items() if "_bucket" in name]
     assert buckets == [2, 2, 3] + [3] * (len(module.REQUEST_BUCKETS) - 3) + [4]
-    assert values['lxc_autoscale_api_request_duration_seconds_count{method="GET",endpoint="/x"}'] == 4
-    assert values['lxc_autoscale_api_request_duration_seconds_sum{method="GET",endpoint="/x"}'] == pytest.approx(7200.0215)
-    assert values['lxc_autoscale_api_requests_total{method="a\\"b\\\\c\\nd",endpoint="/x",status="200"}'] == 1
+    assert values[
+        'lxc_autoscale_api_request_duration_seconds_count{method="GET",endpoint="/x"}'] == 4
+    assert values[
+        'lxc_autoscale_api_request_duration_seconds_sum{method="GET",endpoint="/x"}'
+    ] == pytest.approx(7200.0215)
+    assert values[
+        'lxc_autoscale_api_requests_total{method="a\\"b\\\\c\\nd",endpoint="/x",status="200"}'] == 1
 
 
-@pytest.mark.parametrize("value", ["", "max", None, [], float("nan"), float("inf"), -float("inf"), 10 ** 400])
+@pytest.mark.parametrize(
+    "value", ["", "max", None, [], float("nan"), float("inf"), -float("inf"), 10 ** 400])
 def test_what_is_no_number_is_left_out_of_the_exposition(value):
     metrics, one = module.Metrics(), "lxc_autoscale_container_pids"
     whole = metrics.render({})
-    assert metrics.render({one: {("104",): value}}) == whole            # a family without samples is not named either
+    # a family without samples is not named either
+    assert metrics.render({one: {("104",): value}}) == whole
     help_and_type = f"# HELP {one} Processes and threads.\n# TYPE {one} gauge\n"
     told = metrics.render({one: {("104",): value, ("105",): 7}})
     assert help_and_type + f'{one}{{container_id="105"}} 7\n' in told and "104" not in told
@@ -2947,14 +3004,19 @@ def test_cores_and_memory_are_set(api, host):
 def test_all_spellings_work_and_may_come_together(api, host):
     assert api.post("/scale/cores", {"lxc_id": 104, "cores": 2}).status == 200
     assert api.post("/scale/cores", {"container_id": "104", "cores": 4}).status == 200
-    assert api.post("/scale/cores", {"vm_id": "104", "lxc_id": 104, "container_id": "0104", "cores": 3}).status == 200
+    assert api.post("/scale/cores", {
+        "vm_id": "104", "lxc_id": 104, "container_id": "0104", "cores": 3}).status == 200
     assert api.get("/resource/vm/config?container_id=104").body["data"]["cores"] == 3
-    for path in ("/resource/vm/config?lxc_id=104", "/resource/lxc/config?vm_id=104", "/resource/lxc/config?vm_id=104&lxc_id=104"):
+    for path in ("/resource/vm/config?lxc_id=104", "/resource/lxc/config?vm_id=104",
+                 "/resource/lxc/config?vm_id=104&lxc_id=104"):
         assert api.get(path).body["data"]["cores"] == 3
     assert api.get("/resource/lxc/status?lxc_id=104").body["data"]["name"] == "web-01"
-    reply = api.post("/clone/create", {"lxc_id": 106, "new_lxc_id": 105, "new_lxc_name": "test_clone"})
-    assert reply.body == ok("Cloned VM 106 to new VM 105 (test_clone)", {"vm_id": 105, "started": True})
-    reply = api.post("/clone/create", {"container_id": 106, "new_lxc_id": 108, "new_lxc_name": "c", "hostname": "c"})
+    reply = api.post(
+        "/clone/create", {"lxc_id": 106, "new_lxc_id": 105, "new_lxc_name": "test_clone"})
+    assert reply.body == ok(
+        "Cloned VM 106 to new VM 105 (test_clone)", {"vm_id": 105, "started": True})
+    reply = api.post("/clone/create", {
+        "container_id": 106, "new_lxc_id": 108, "new_lxc_name": "c", "hostname": "c"})
     assert reply.body == ok("Cloned VM 106 to new VM 108 (c)", {"vm_id": 108, "started": True})
 
 
@@ -2968,48 +3030,63 @@ def test_storage_grows_by_what_was_asked(api, host):
 def test_a_resize_that_fails_with_exit_status_0_is_a_failure(api, host):
     host.add(107, rootfs="local-lvm:vm-107-disk-0,size=16380G")
     reply = api.post("/scale/storage/increase", {"vm_id": 107, "disk_size": 16384})
-    assert (reply.status, reply.body["error"]) == (500, "The rootfs of VM 107 has grown to 32764G, but its file system has not followed")
+    assert (reply.status, reply.body["error"]) == (
+        500, "The rootfs of VM 107 has grown to 32764G, but its file system has not followed")
     assert "Failed to update the container's filesystem" in reply.body["details"]
-    host.faults(resize={"work_fails": "error resizing volume '/dev/pve/vm-104-disk-0':   Error during parsing of command line."})
+    host.faults(resize={"work_fails": (
+        "error resizing volume '/dev/pve/vm-104-disk-0':   "
+        "Error during parsing of command line.")})
     reply = api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 5})
-    assert (reply.status, reply.body) == (500, error("The rootfs of VM 104 was not grown as asked; its size is now 8G", outcome="incomplete",
-                                                     details="error resizing volume '/dev/pve/vm-104-disk-0':   Error during parsing of command line."))
+    assert (reply.status, reply.body) == (500, error(
+        "The rootfs of VM 104 was not grown as asked; its size is now 8G", outcome="incomplete",
+        details=("error resizing volume '/dev/pve/vm-104-disk-0':   "
+                 "Error during parsing of command line.")))
     host.faults(resize={"exit": 0, "stdout": "nothing happened\n"})
     assert api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 5}).status == 500
     metrics = api.get("/metrics").body
-    assert 'lxc_autoscale_scaling_failures_total{container_id="104",resource="storage",reason="failed"} 2' in metrics
-    assert 'lxc_autoscale_scaling_actions_total' not in metrics.replace("# ", "").split("lxc_autoscale_scaling_actions_total{")[0]
+    assert ('lxc_autoscale_scaling_failures_total'
+            '{container_id="104",resource="storage",reason="failed"} 2') in metrics
+    assert 'lxc_autoscale_scaling_actions_total' not in metrics.replace("# ", "").split(
+        "lxc_autoscale_scaling_actions_total{")[0]
 
 
-NOISE = [                                       # what pct prints on stderr at every call, though all goes well
-    'Plugin "PVE::Storage::Custom::ExamplePlugin" is implementing an older storage API, an upgrade is recommended',
-    "vm 104 - unable to parse config: lxc.cgroup.devices.allow = c 10:200 rwm", "  /dev/sr0: open failed: No medium found",
+NOISE = [       # what pct prints on stderr at every call, though all goes well
+    'Plugin "PVE::Storage::Custom::ExamplePlugin" is implementing an older storage API, '
+    'an upgrade is recommended',
+    "vm 104 - unable to parse config: lxc.cgroup.devices.allow = c 10:200 rwm",
+    "  /dev/sr0: open failed: No medium found",
     "Task finished with 1 warning(s)!",
 ]
-CHANGES = [                                     # method, path, body, message, data: in this order each of them works
+CHANGES = [     # method, path, body, message, data: in this order each of them works
     ("POST", "/scale/cores", {"cores": 4}, "CPU cores set to 4 for VM 104", {}),
     ("POST", "/scale/ram", {"memory": 4096}, "Memory set to 4096 MB for VM 104", {}),
-    ("POST", "/scale/storage/increase", {"disk_size": 5}, "Storage increased by 5 GB for VM 104", {}),
+    ("POST", "/scale/storage/increase", {"disk_size": 5},
+     "Storage increased by 5 GB for VM 104", {}),
     ("POST", "/snapshot/create", {"snapshot_name": "s1"}, "Snapshot 's1' created for VM 104", {}),
-    ("POST", "/snapshot/rollback", {"snapshot_name": "s1"}, "Rolled back VM 104 to snapshot 's1'", {}),
+    ("POST", "/snapshot/rollback", {"snapshot_name": "s1"},
+     "Rolled back VM 104 to snapshot 's1'", {}),
     ("DELETE", "/snapshot/delete", {"snapshot_name": "s1"}, "Snapshot 's1' of VM 104 deleted", {}),
-    ("POST", "/clone/create", {"new_vm_id": 105, "new_vm_name": "x", "start": True}, "Cloned VM 104 to new VM 105 (x)",
-     {"vm_id": 105, "started": True}),
+    ("POST", "/clone/create", {"new_vm_id": 105, "new_vm_name": "x", "start": True},
+     "Cloned VM 104 to new VM 105 (x)", {"vm_id": 105, "started": True}),
     ("DELETE", "/clone/delete", {}, "Deleted VM 104", {}),
 ]
 
 
 def test_a_change_that_succeeded_has_what_pct_said_on_stderr_as_warnings(api, host):
-    commands = ("set", "resize", "snapshot", "rollback", "delsnapshot", "clone", "start", "destroy", "status")
+    commands = ("set", "resize", "snapshot", "rollback", "delsnapshot", "clone", "start",
+                "destroy", "status")
     host.faults(**{command: {"stderr": "\n".join([*NOISE, ""])} for command in commands})
     for method, path, body, message, data in CHANGES:
         reply = api.request(method, path, {"vm_id": 104, **body})
-        assert (reply.status, reply.body) == (200, ok(message, {**data, "warnings": [line.strip() for line in NOISE]}))
+        assert (reply.status, reply.body) == (
+            200, ok(message, {**data, "warnings": [line.strip() for line in NOISE]}))
     assert host.running(105) and host.snapshots(105) == [] and not host.path(104).exists()
-    assert (host.conf(105)["rootfs"], host.conf(105)["cores"]) == ("local-lvm:vm-105-disk-0,size=13G", "4")
+    assert (host.conf(105)["rootfs"], host.conf(105)["cores"]) == (
+        "local-lvm:vm-105-disk-0,size=13G", "4")
     assert api.log("error") == ""
     assert parse_exposition(api.get("/metrics").body)[1][
-        'lxc_autoscale_scaling_actions_total{container_id="104",resource="storage",action="increase"}'] == 1
+        'lxc_autoscale_scaling_actions_total'
+        '{container_id="104",resource="storage",action="increase"}'] == 1
 
 
 def test_warnings_are_bounded(api, host):
@@ -3019,7 +3096,8 @@ def test_warnings_are_bounded(api, host):
 
 
 @pytest.mark.parametrize("said", [
-    "Failed to update the container's filesystem: command 'resize2fs /dev/pve/vm-104-disk-0' failed: exit code 1",
+    ("Failed to update the container's filesystem: "
+     "command 'resize2fs /dev/pve/vm-104-disk-0' failed: exit code 1"),
     "internal error: CT running but mount point not attached to a loop device",
     "internal error: CT running but mountpoint not attached to a loop device",
     "command 'losetup --set-capacity /dev/loop3' failed: exit code 1",
@@ -3038,28 +3116,36 @@ def test_a_resize_that_failed_stays_one_among_what_pct_always_says(api, host):
     why = "error resizing volume '/dev/pve/vm-104-disk-0':   Error during parsing of command line."
     host.faults(resize={"work_fails": why, "stderr": "\n".join([*NOISE, ""])})
     reply = api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 5})
-    assert (reply.status, reply.body) == (500, error("The rootfs of VM 104 was not grown as asked; its size is now 8G", outcome="incomplete",
-                                                     details="\n".join([*NOISE, why])))
+    assert (reply.status, reply.body) == (500, error(
+        "The rootfs of VM 104 was not grown as asked; its size is now 8G", outcome="incomplete",
+        details="\n".join([*NOISE, why])))
 
 
 @pytest.mark.parametrize("before, after, status", [
-    ("x,size=8G", "x,size=13G", 200), ("x,size=8G", "x,size=13312M", 200), ("x,size=1019G", "x,size=1T", 200),
+    ("x,size=8G", "x,size=13G", 200), ("x,size=8G", "x,size=13312M", 200),
+    ("x,size=1019G", "x,size=1T", 200),
     ("x,size=8G", "x,size=15G", 200),                           # somebody else grew it as well
-    ("x,size=8G", "x,size=12G", 500), ("x,size=8G", "x,size=8192M", 500), ("x,size=8G", "x,size=8G,mountoptions=noatime", 500),
+    ("x,size=8G", "x,size=12G", 500), ("x,size=8G", "x,size=8192M", 500),
+    ("x,size=8G", "x,size=8G,mountoptions=noatime", 500),
     ("x,size=8G", "x,size=3G", 500), ("x,size=8G", "x", 500), ("x,size=8G", None, 500),
     ("x,size=8392708K", "x,size=13635588K", 200), ("x,size=8392708K", "x,size=13635587K", 500),
-    ("x,size=8594132993", "x,size=13962842113", 200),           # bytes, if it is no whole number of K
-    ("x", "x,size=13G", 200),                                   # pct writes the size with each success
-    ("x", "x", 500), ("/mnt/bind", "/mnt/bind", 500), ("x,size=0T", "x,size=5G", 200), ("x,size=0T", "x,size=4G", 500),
+    ("x,size=8594132993", "x,size=13962842113", 200),       # bytes, if it is no whole number of K
+    ("x", "x,size=13G", 200),                               # pct writes the size with each success
+    ("x", "x", 500), ("/mnt/bind", "/mnt/bind", 500), ("x,size=0T", "x,size=5G", 200),
+    ("x,size=0T", "x,size=4G", 500),
 ])
-def test_a_resize_succeeded_if_the_configured_size_rose_by_what_was_asked(before, after, status, monkeypatch):
+def test_a_resize_succeeded_if_the_configured_size_rose_by_what_was_asked(
+        before, after, status, monkeypatch):
     sizes = [module.Conf({"rootfs": rootfs}, {}, {}) for rootfs in (before, after)]
-    change = module.Change(module.PATHS["/scale/storage/increase"], {"vm_id": 104}, "127.0.0.1", None)
+    change = module.Change(
+        module.PATHS["/scale/storage/increase"], {"vm_id": 104}, "127.0.0.1", None)
     monkeypatch.setattr(change, "conf", lambda: sizes.pop(0))
-    commands = module.SimpleNamespace(change=lambda node, argv: module.Result(0, "", NOISE[0], False))
+    commands = module.SimpleNamespace(
+        change=lambda node, argv: module.Result(0, "", NOISE[0], False))
     change.host = module.SimpleNamespace(commands=commands)
     if status == 200:
-        assert module.grow_storage(change, 104, 5, "rootfs", None) == "Storage increased by 5 GB for VM 104"
+        assert module.grow_storage(change, 104, 5, "rootfs", None) == (
+            "Storage increased by 5 GB for VM 104")
         assert change.warnings == [NOISE[0]]
     else:
         size = module.option(after, "size") or "unknown"
@@ -3074,24 +3160,30 @@ def test_snapshots_are_taken_listed_and_rolled_back(api, host):
     before = int(time.time())
     reply = api.post("/snapshot/create", {"vm_id": 104, "snapshot_name": "backup_20241224"})
     assert (reply.status, reply.body) == (200, ok("Snapshot 'backup_20241224' created for VM 104"))
-    subprocess.run([host.root / "bin/pct", "snapshot", "104", "second", "--description", "line one\nline two: x"], check=True)
+    subprocess.run([host.root / "bin/pct", "snapshot", "104", "second",
+                    "--description", "line one\nline two: x"], check=True)
     reply = api.get("/snapshot/list?vm_id=104")
     times = [row["timestamp"] for row in reply.body["data"]]
     assert reply.body == ok("Found 2 snapshots for VM 104", [
-        {"name": "backup_20241224", "timestamp": times[0], "description": None, "parent": None, "state": None},
-        {"name": "second", "timestamp": times[1], "description": "line one\nline two: x", "parent": "backup_20241224", "state": None}])
+        {"name": "backup_20241224", "timestamp": times[0], "description": None, "parent": None,
+         "state": None},
+        {"name": "second", "timestamp": times[1], "description": "line one\nline two: x",
+         "parent": "backup_20241224", "state": None}])
     assert all(module.utc(before) <= moment <= module.utc(time.time()) for moment in times)
     api.post("/scale/cores", {"vm_id": 104, "cores": 8})
     reply = api.post("/snapshot/rollback", {"vm_id": 104, "snapshot_name": "backup_20241224"})
-    assert (reply.status, reply.body) == (200, ok("Rolled back VM 104 to snapshot 'backup_20241224'"))
+    assert (reply.status, reply.body) == (
+        200, ok("Rolled back VM 104 to snapshot 'backup_20241224'"))
     assert host.conf(104)["cores"] == "2" and host.running(104)
 
 
 def test_an_incomplete_snapshot_has_its_state(api, host):
     with open(host.path(104), "a") as file:
-        file.write("\n[whole]\nsnaptime: 1795461031\n\n[vzdump]\nsnaptime: 1795461032\nparent: whole\nsnapstate: prepare\n"
+        file.write("\n[whole]\nsnaptime: 1795461031\n"
+                   "\n[vzdump]\nsnaptime: 1795461032\nparent: whole\nsnapstate: prepare\n"
                    "\n[gone]\nsnaptime: 1795461033\nsnapstate: delete\n")
-    assert [(row["name"], row["state"]) for row in api.get("/snapshot/list?vm_id=104").body["data"]] == [
+    assert [(row["name"], row["state"])
+            for row in api.get("/snapshot/list?vm_id=104").body["data"]] == [
         ("whole", None), ("vzdump", "prepare"), ("gone", "delete")]
 
 
@@ -3100,13 +3192,17 @@ def test_a_rolled_back_container_runs_again_only_if_it_ran(api, host):
         api.post("/snapshot/create", {"vm_id": vm_id, "snapshot_name": "s1"})
         assert api.post("/snapshot/rollback", {"vm_id": vm_id, "snapshot_name": "s1"}).status == 200
         assert host.running(vm_id) == ran
-    assert [call for call in host.calls() if "rollback" in call] == ["pct rollback 104 s1 --start 1", "pct rollback 106 s1"]
+    assert [call for call in host.calls() if "rollback" in call] == [
+        "pct rollback 104 s1 --start 1", "pct rollback 106 s1"]
 
 
 @pytest.mark.parametrize("name, says", [
-    ("2024-backup", "Invalid snapshot_name: Proxmox takes 2 to 40 characters: a letter, then letters, digits, _ and -"),
-    ("x", "Invalid snapshot_name: Proxmox takes 2 to 40 characters: a letter, then letters, digits, _ and -"),
-    ("x" * 41, "Invalid snapshot_name: Proxmox takes 2 to 40 characters: a letter, then letters, digits, _ and -"),
+    ("2024-backup", "Invalid snapshot_name: Proxmox takes 2 to 40 characters: "
+                    "a letter, then letters, digits, _ and -"),
+    ("x", "Invalid snapshot_name: Proxmox takes 2 to 40 characters: "
+          "a letter, then letters, digits, _ and -"),
+    ("x" * 41, "Invalid snapshot_name: Proxmox takes 2 to 40 characters: "
+               "a letter, then letters, digits, _ and -"),
     ("current", "Invalid snapshot_name: Proxmox reserves the name 'current'"),
 ])
 def test_snapshot_names_that_pct_refuses_are_a_clear_400(api, name, says):
@@ -3116,8 +3212,10 @@ def test_snapshot_names_that_pct_refuses_are_a_clear_400(api, name, says):
 
 @pytest.mark.parametrize("source", [104, 106])
 def test_a_container_is_cloned_running_or_not(api, host, source):
-    reply = api.post("/clone/create", {"vm_id": source, "new_vm_id": 105, "new_vm_name": "test_clone"})
-    assert (reply.status, reply.body) == (200, ok(f"Cloned VM {source} to new VM 105 (test_clone)", {"vm_id": 105, "started": True}))
+    reply = api.post(
+        "/clone/create", {"vm_id": source, "new_vm_id": 105, "new_vm_name": "test_clone"})
+    assert (reply.status, reply.body) == (200, ok(
+        f"Cloned VM {source} to new VM 105 (test_clone)", {"vm_id": 105, "started": True}))
     assert host.conf(105)["hostname"] == "test-clone" and host.running(105)
     assert host.snapshots(source) == [] and "lock" not in host.conf(source)
     assert api.delete("/clone/delete", {"vm_id": 105}).body == ok("Deleted VM 105")
@@ -3129,58 +3227,76 @@ def test_a_clone_is_started_if_asked(api, host):
     assert api.post("/clone/create", {**body, "start": "true"}).status == 400
     assert api.post("/clone/create", {**body, "start": True}).status == 200
     assert host.running(105)
-    assert api.delete("/clone/delete", {"vm_id": 105}).status == 200            # a running one is stopped and destroyed
+    # a running one is stopped and destroyed
+    assert api.delete("/clone/delete", {"vm_id": 105}).status == 200
     assert host.calls()[-1] == "pct destroy 105 --force 1" and not host.running(105)
     host.faults(start={"work_fails": "unable to get PID for CT 105 (not running?)"})
     reply = api.post("/clone/create", {**body, "start": True})
     assert (reply.status, reply.body["error"]) == (
-        409, "VM 105 was cloned, but did not start: The container is just starting or stopping; look at its state and try again")
-    assert reply.body["details"].endswith("start it with: pct start 105, or remove it with: pct destroy 105")
+        409, "VM 105 was cloned, but did not start: The container is just starting or stopping; "
+             "look at its state and try again")
+    assert reply.body["details"].endswith(
+        "start it with: pct start 105, or remove it with: pct destroy 105")
 
 
 def test_a_clone_needs_an_id_of_its_own(api, host):
     body = {"vm_id": 104, "new_vm_id": 104, "new_vm_name": "x"}
-    assert api.post("/clone/create", body).body == refused("Invalid new_vm_id: must differ from vm_id")
-    assert api.post("/clone/create", {**body, "new_vm_id": 106}).body["error"] == "The id 106 is taken"
-    assert api.post("/clone/create", {**body, "new_vm_id": 105, "new_vm_name": "a..b"}).body["error"].startswith("Invalid new_vm_name: Proxmox takes a DNS name")
+    assert api.post("/clone/create", body).body == refused(
+        "Invalid new_vm_id: must differ from vm_id")
+    assert api.post("/clone/create", {**body, "new_vm_id": 106}).body["error"] == (
+        "The id 106 is taken")
+    assert api.post("/clone/create", {
+        **body, "new_vm_id": 105, "new_vm_name": "a..b"}).body["error"].startswith(
+            "Invalid new_vm_name: Proxmox takes a DNS name")
     assert host.snapshots(104) == [] and not host.path(105).exists()
 
 
 @pytest.mark.parametrize("method, path, body", [
-    ("POST", "/scale/cores", {"cores": 4}), ("POST", "/scale/ram", {"memory": 512}), ("POST", "/scale/storage/increase", {"disk_size": 1}),
-    ("POST", "/snapshot/create", {"snapshot_name": "s1"}), ("POST", "/snapshot/rollback", {"snapshot_name": "s1"}),
-    ("POST", "/clone/create", {"new_vm_id": 105, "new_vm_name": "x"}), ("DELETE", "/clone/delete", {}),
-    ("GET", "/resource/vm/status?vm_id=999", None), ("GET", "/resource/vm/config?vm_id=999", None), ("GET", "/snapshot/list?vm_id=999", None),
+    ("POST", "/scale/cores", {"cores": 4}), ("POST", "/scale/ram", {"memory": 512}),
+    ("POST", "/scale/storage/increase", {"disk_size": 1}),
+    ("POST", "/snapshot/create", {"snapshot_name": "s1"}),
+    ("POST", "/snapshot/rollback", {"snapshot_name": "s1"}),
+    ("POST", "/clone/create", {"new_vm_id": 105, "new_vm_name": "x"}),
+    ("DELETE", "/clone/delete", {}), ("GET", "/resource/vm/status?vm_id=999", None),
+    ("GET", "/resource/vm/config?vm_id=999", None), ("GET", "/snapshot/list?vm_id=999", None),
 ])
 def test_a_container_that_does_not_exist_is_404(steady, method, path, body):
     reply = steady.request(method, path, None if body is None else {"vm_id": 999, **body})
     assert (reply.status, reply.body["error"]) == (404, "VM 999 does not exist on node 'proxmox'")
 
 
-STATUS = {"vm_id": 104, "lxc_id": 104, "node": "proxmox", "name": "web-01", "status": "running", "lock": None, "template": False, "tags": [],
-          "cpu": 2, "memory": 2048, "memory_used": 500, "memory_shared": 50, "swap": 512, "swap_used": 0,
-          "pressure": {"cpu": 2.38, "memory": 0.0, "io": 0.63}, "disk": 8, "disk_read": 1048576, "disk_write": 2097152}
-STOPPED_STATUS = {**STATUS, "vm_id": 106, "lxc_id": 106, "name": "db-01", "status": "stopped", "cpu_usage": 0, "memory_used": 0, "memory_shared": 0, "pressure": None,
-           "disk_used": None, "uptime": 0,
-           "network_in": 0, "network_out": 0, "disk_read": 0, "disk_write": 0}
+STATUS = {
+    "vm_id": 104, "lxc_id": 104, "node": "proxmox", "name": "web-01", "status": "running",
+    "lock": None, "template": False, "tags": [], "cpu": 2, "memory": 2048, "memory_used": 500,
+    "memory_shared": 50, "swap": 512, "swap_used": 0,
+    "pressure": {"cpu": 2.38, "memory": 0.0, "io": 0.63},
+    "disk": 8, "disk_read": 1048576, "disk_write": 2097152}
+STOPPED_STATUS = {
+    **STATUS, "vm_id": 106, "lxc_id": 106, "name": "db-01", "status": "stopped", "cpu_usage": 0,
+    "memory_used": 0, "memory_shared": 0, "pressure": None, "disk_used": None, "uptime": 0,
+    "network_in": 0, "network_out": 0, "disk_read": 0, "disk_write": 0}
 
 
 def test_status_is_read_from_the_container_s_files(api, host):
     busy = subprocess.Popen([sys.executable, "-c", (
         "import sys, time\nfor n in range(1, 2000):\n"
-        "    open(sys.argv[1], 'r+').write(f'usage_usec {5000000 + n * 2000}\\n'); time.sleep(0.002)"), str(host.cgroup / "lxc/104/cpu.stat")])
+        "    open(sys.argv[1], 'r+').write(f'usage_usec {5000000 + n * 2000}\\n'); "
+        "time.sleep(0.002)"), str(host.cgroup / "lxc/104/cpu.stat")])
     try:
-        wait_until(lambda: "usage_usec 5000000\n" not in (host.cgroup / "lxc/104/cpu.stat").read_text())
+        wait_until(lambda: (
+            "usage_usec 5000000\n" not in (host.cgroup / "lxc/104/cpu.stat").read_text()))
         reply = api.get("/resource/vm/status?vm_id=104")
     finally:
         busy.kill()
         busy.wait()
     data = reply.body["data"]
     assert 0 < data.pop("cpu_usage") < 100
-    assert reply.body == ok("Retrieved status for VM 104", {**STATUS, "uptime": None, "disk_used": None, "network_in": None, "network_out": None})
+    assert reply.body == ok("Retrieved status for VM 104", {
+        **STATUS, "uptime": None, "disk_used": None, "network_in": None, "network_out": None})
     assert api.get("/resource/vm/status?vm_id=106").body["data"] == STOPPED_STATUS
     assert host.calls() == []
-    (host.cgroup / "lxc/104/ns/init.scope/cgroup.procs").write_text(f"{os.getpid()}\n1\n")      # any process will do as its init
+    # any process will do as its init
+    (host.cgroup / "lxc/104/ns/init.scope/cgroup.procs").write_text(f"{os.getpid()}\n1\n")
     with open(host.path(104), "a") as file:
         file.write("\n[pve:pending]\nhostname: later\nmemory: 1\n")        # not what it has now
     data = api.get("/resource/vm/status?vm_id=104").body["data"]
@@ -3191,7 +3307,8 @@ def test_status_is_read_from_the_container_s_files(api, host):
 @pytest.fixture
 def process():
     """A process with two numbers, as the init of a container is seen by its host, or a skip."""
-    flags = ["--pid", "--fork", "--kill-child"] + ([] if os.geteuid() == 0 else ["--user", "--map-root-user"])
+    flags = ["--pid", "--fork", "--kill-child"] + (
+        [] if os.geteuid() == 0 else ["--user", "--map-root-user"])
     outer = subprocess.Popen(["unshare", *flags, "sleep", "100"], stderr=subprocess.DEVNULL)
     children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
     wait_until(lambda: outer.poll() is not None or children.read_text())
@@ -3203,7 +3320,8 @@ def process():
 
 
 def test_an_init_that_is_no_systemd_is_the_one_that_is_process_1_inside(api, host, process):
-    """Its processes are all in ns/cgroup.procs, as those of a busybox are, the init not always first."""
+    """Its processes are all in ns/cgroup.procs, as those of a busybox are, the init not always
+    first."""
     folder = host.cgroup / "lxc/104/ns"
     shutil.rmtree(folder / "init.scope")
     (folder / "cgroup.procs").write_text(f"0\n{os.getpid()}\n{process}\n")
@@ -3219,22 +3337,26 @@ def test_an_init_that_is_no_systemd_is_the_one_that_is_process_1_inside(api, hos
     ("Name:\tinit\nNSpid:\t837\t1\nNSpgid:\t837\t1\n", True),
     ("Name:\tsh\nNSpid:\t899\t12\nNSpgid:\t899\t1\n", False),
     ("NSpid:\t950\t40\t1\n", False),           # of a container inside it
-    ("Name:\tNSpid:\t8\t1\nNSpid:\t1\n", False), ("NSpid:\t837\t11\n", False), ("", False), (None, False)])
+    ("Name:\tNSpid:\t8\t1\nNSpid:\t1\n", False), ("NSpid:\t837\t11\n", False), ("", False),
+    (None, False)])
 def test_the_init_of_a_container_is_told_by_its_numbers(status, first):
     assert module.is_init(status) == first
 
 
 def test_what_no_process_tells_is_not_guessed(host):
     """The files of a busybox (103) and of a systemd (101), as a host had them."""
-    proxmox = module.Proxmox(None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
+    proxmox = module.Proxmox(
+        None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
     for vm_id, files in ((101, {"init.scope/cgroup.procs": f"{os.getpid()}\n", "cgroup.procs": "",
                                 "system.slice/systemd-journald.service/cgroup.procs": "1\n"}),
                          (103, {"cgroup.procs": "999999998\n999999999\n"})):
         host.add(vm_id)
-        for name, text in {**{f"ns/{name}": text for name, text in files.items()}, "cpu.stat": "usage_usec 1\n"}.items():
+        for name, text in {**{f"ns/{name}": text for name, text in files.items()},
+                           "cpu.stat": "usage_usec 1\n"}.items():
             (host.cgroup / f"lxc/{vm_id}/{name}").parent.mkdir(parents=True, exist_ok=True)
             (host.cgroup / f"lxc/{vm_id}/{name}").write_text(text)
-    assert (proxmox.init_pid(101), proxmox.init_pid(103), proxmox.init_pid(999)) == (os.getpid(), None, None)
+    assert (proxmox.init_pid(101), proxmox.init_pid(103), proxmox.init_pid(999)) == (
+        os.getpid(), None, None)
     rows = {row["vm_id"]: (row["status"], row["uptime"]) for row in proxmox.list()}
     assert rows[103] == ("running", None) and rows[106] == ("stopped", 0)
     assert rows[101][0] == "running" and 0 <= rows[101][1] < 3600
@@ -3256,9 +3378,11 @@ ALL = os.cpu_count()
     ({"cpulimit": "much", "memory": "9" * 20}, None, None, 0, None),
     ({"cores": "", "memory": "", "swap": ""}, None, 512, 0, ALL),
 ])
-def test_what_is_allotted_has_the_defaults_of_proxmox_or_is_null(host, values, cores, memory, swap, cpus):
+def test_what_is_allotted_has_the_defaults_of_proxmox_or_is_null(
+        host, values, cores, memory, swap, cpus):
     host.path(107).write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
-    proxmox = module.Proxmox(None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
+    proxmox = module.Proxmox(
+        None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
     assert (module.allotted(values), module.processors(values)) == ((cores, memory, swap), cpus)
     row, = (row for row in proxmox.list() if row["vm_id"] == 107)
     assert (row["cores"], row["memory"], row["name"]) == (cores, memory, "CT107")
@@ -3268,21 +3392,26 @@ def test_what_is_allotted_has_the_defaults_of_proxmox_or_is_null(host, values, c
     assert (config["cores"], config["memory_mb"], config["swap_mb"]) == (cores, memory, swap)
     gauges = proxmox.gauges()
     assert gauges["lxc_autoscale_container_cpu_cores"].get(("107",)) == cores
-    assert gauges["lxc_autoscale_container_memory_limit_bytes"].get(("107",)) == (memory and memory * 2**20)
+    assert gauges["lxc_autoscale_container_memory_limit_bytes"].get(("107",)) == (
+        memory and memory * 2**20)
 
 
 @pytest.mark.parametrize("name", ["1234", "00012", "1e5", "true", "null", "0x10", "1.50"])
 def test_a_name_that_looks_like_a_number_is_text(host, name):
     host.add(107, name)
-    proxmox = module.Proxmox(None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
+    proxmox = module.Proxmox(
+        None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
     assert [row["name"] for row in proxmox.list() if row["vm_id"] == 107] == [name]
     assert proxmox.status(107)["name"] == proxmox.config(107, 128, 1048576)["hostname"] == name
-    values = module.parse_status(f"name: {name}\nlock: {name}\ntags: {name}\ncpus: 1.5\nmem: 7\nswap: none\nuptime: 0\n")
-    assert values == {"name": name, "lock": name, "tags": name, "cpus": 1.5, "mem": 7, "swap": None, "uptime": 0}
+    values = module.parse_status(
+        f"name: {name}\nlock: {name}\ntags: {name}\ncpus: 1.5\nmem: 7\nswap: none\nuptime: 0\n")
+    assert values == {
+        "name": name, "lock": name, "tags": name, "cpus": 1.5, "mem": 7, "swap": None, "uptime": 0}
 
 
 def test_a_snapshot_without_a_time_that_can_be_has_none():
-    conf = module.parse_config("[a]\nsnaptime: soon\n[b]\nsnaptime: 1234567890123456789\n[c]\nsnaptime: 1795461031\n")
+    conf = module.parse_config("[a]\nsnaptime: soon\n[b]\nsnaptime: 1234567890123456789\n"
+                               "[c]\nsnaptime: 1795461031\n")
     assert [(row["name"], row["timestamp"]) for row in module.snapshots_of(conf)] == [
         ("a", None), ("b", None), ("c", "2026-11-23T19:10:31Z")]
 
@@ -3290,19 +3419,21 @@ def test_a_snapshot_without_a_time_that_can_be_has_none():
 def test_status_is_asked_of_pct_where_the_files_are_missing(asking, host):
     data = asking.get("/resource/vm/status?vm_id=104").body["data"]
     assert (data.pop("cpu_usage"), 3600 <= data.pop("uptime") < 3700) == (None, True)
-    assert data == {**STATUS, "memory_shared": None, "disk_used": 1.2, "network_in": 12345, "network_out": 67890}
+    assert data == {**STATUS, "memory_shared": None, "disk_used": 1.2,
+                    "network_in": 12345, "network_out": 67890}
     assert asking.get("/resource/vm/status?vm_id=106").body["data"] == STOPPED_STATUS
-    host.faults(status={"stdout": "status: running\ncpus: 2\nnew-key: of some later version\n", "exit": 0})
+    host.faults(status={
+        "stdout": "status: running\ncpus: 2\nnew-key: of some later version\n", "exit": 0})
     data = asking.get("/resource/vm/status?vm_id=106").body["data"]
-    assert data == {**dict.fromkeys(data), "vm_id": 106, "lxc_id": 106, "node": "proxmox", "status": "running", "cpu": 2,
-                    "template": False, "tags": []}
+    assert data == {**dict.fromkeys(data), "vm_id": 106, "lxc_id": 106, "node": "proxmox",
+                    "status": "running", "cpu": 2, "template": False, "tags": []}
     assert set(call.split()[1] for call in host.calls()) == {"status"}
 
 
 STATUS_KEYS = [
-    "vm_id", "lxc_id", "node", "name", "status", "lock", "template", "tags", "cpu", "cpu_usage", "memory", "memory_used",
-    "memory_shared", "swap", "swap_used", "pressure", "disk", "disk_used", "uptime", "network_in", "network_out",
-    "disk_read", "disk_write"]
+    "vm_id", "lxc_id", "node", "name", "status", "lock", "template", "tags", "cpu", "cpu_usage",
+    "memory", "memory_used", "memory_shared", "swap", "swap_used", "pressure", "disk", "disk_used",
+    "uptime", "network_in", "network_out", "disk_read", "disk_write"]
 
 
 @pytest.mark.parametrize("source", ["api", "asking"])
@@ -3310,24 +3441,32 @@ def test_lock_template_and_tags_are_told_from_files_and_by_pct(request, host, so
     host.add(107, "golden", lock="backup", template=1, tags="web;prod", onboot=1)
     data = request.getfixturevalue(source).get("/resource/vm/status?vm_id=107").body["data"]
     assert list(data) == STATUS_KEYS
-    assert {key: data[key] for key in ("status", "lock", "template", "tags", "pressure", "memory_shared")} == {
-        "status": "stopped", "lock": "backup", "template": True, "tags": ["web", "prod"], "pressure": None, "memory_shared": 0}
+    assert {key: data[key] for key in (
+        "status", "lock", "template", "tags", "pressure", "memory_shared")} == {
+            "status": "stopped", "lock": "backup", "template": True, "tags": ["web", "prod"],
+            "pressure": None, "memory_shared": 0}
 
 
 @pytest.mark.parametrize("values, marks", [
     ({}, (None, False, [])), ({"lock": "", "template": "0", "tags": ""}, (None, False, [])),
-    ({"lock": "snapshot-delete", "template": "1", "tags": "a;b"}, ("snapshot-delete", True, ["a", "b"])),
-    ({"template": 1, "tags": "b,a c\td\0e"}, (None, True, ["b", "a", "c", "d", "e"])), ({"tags": " ;,x; "}, (None, False, ["x"])),
+    ({"lock": "snapshot-delete", "template": "1", "tags": "a;b"},
+     ("snapshot-delete", True, ["a", "b"])),
+    ({"template": 1, "tags": "b,a c\td\0e"}, (None, True, ["b", "a", "c", "d", "e"])),
+    ({"tags": " ;,x; "}, (None, False, ["x"])),
 ])
 def test_lock_template_and_tags_are_read_as_proxmox_writes_them(values, marks):
     assert module.marks(values) == marks
 
 
 @pytest.mark.parametrize("text, waited", [
-    ("some avg10=2.38 avg60=1.64 avg300=0.43 total=7508914\nfull avg10=1.93 avg60=1.23 avg300=0.31 total=6\n", (2.38, 7.508914)),
-    ("some avg10=0.00 avg60=0.00 avg300=0.00 total=0\n", (0, 0)),            # no line `full`, as before Linux 5.13
-    ("full avg10=1.93 avg60=1.23 avg300=0.31 total=6\n", (None, None)), ("some avg10=2.38 avg60=1.64\n", (None, None)),
-    ("some avg10=much avg60=1 avg300=1 total=5\n", (None, 5e-6)), ("", (None, None)), (None, (None, None))])
+    ("some avg10=2.38 avg60=1.64 avg300=0.43 total=7508914\n"
+     "full avg10=1.93 avg60=1.23 avg300=0.31 total=6\n", (2.38, 7.508914)),
+    # no line `full`, as before Linux 5.13
+    ("some avg10=0.00 avg60=0.00 avg300=0.00 total=0\n", (0, 0)),
+    ("full avg10=1.93 avg60=1.23 avg300=0.31 total=6\n", (None, None)),
+    ("some avg10=2.38 avg60=1.64\n", (None, None)),
+    ("some avg10=much avg60=1 avg300=1 total=5\n", (None, 5e-6)), ("", (None, None)),
+    (None, (None, None))])
 def test_pressure_is_read(text, waited):
     assert module.parse_pressure(text) == waited
 
@@ -3347,7 +3486,8 @@ def test_what_the_kernel_does_not_measure_is_null_and_no_metric(api, host, monke
             raise OSError(errno.EOPNOTSUPP, "Operation not supported")
         return real(path, *rest)
     monkeypatch.setattr(module.os, "open", refuse)
-    proxmox = module.Proxmox(None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
+    proxmox = module.Proxmox(
+        None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
     assert proxmox.status(104)["pressure"] is None
 
 
@@ -3385,11 +3525,16 @@ def test_with_control_groups_of_version_1_pct_is_asked(api, host):
 
 def test_traffic_is_told_from_inside_the_container():
     text = ("Inter-|   Receive                                                |  Transmit\n"
-            " face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed\n"
-            "    lo:     5    1    0    0    0     0          0         0       5       1    0    0    0     0       0          0\n"
-            "veth104i0:  100    1    0    0    0     0          0         0     7000    1    0    0    0     0       0          0\n"
-            "veth104i1: 1    1    0    0    0     0          0         0     2    1    0    0    0     0       0          0\n"
-            "veth1040i0: 9    1    0    0    0     0          0         0     9    1    0    0    0     0       0          0\n")
+            " face |bytes    packets errs drop fifo frame compressed multicast"
+            "|bytes    packets errs drop fifo colls carrier compressed\n"
+            "    lo:     5    1    0    0    0     0          0         0"
+            "       5       1    0    0    0     0       0          0\n"
+            "veth104i0:  100    1    0    0    0     0          0         0"
+            "     7000    1    0    0    0     0       0          0\n"
+            "veth104i1: 1    1    0    0    0     0          0         0"
+            "     2    1    0    0    0     0       0          0\n"
+            "veth1040i0: 9    1    0    0    0     0          0         0"
+            "     9    1    0    0    0     0       0          0\n")
     assert module.parse_net_dev(text) == {104: (7002, 101), 1040: (9, 9)}
 
 
@@ -3401,7 +3546,8 @@ def test_identical_reads_share_a_process_and_none_sees_the_past(asking, host):
         later = [pool.submit(asking.get, "/resource/vm/status?vm_id=106") for _ in range(10)]
         other = pool.submit(asking.get, "/resource/vm/status?vm_id=104")
         wait_until(lambda: threads(asking) >= 12)
-        host.path(106).write_text(host.path(106).read_text().replace("memory: 2048", "memory: 4096"))
+        host.path(106).write_text(
+            host.path(106).read_text().replace("memory: 2048", "memory: 4096"))
         host.go()
         assert [each.result().body["data"]["memory"] for each in later] == [4096] * 10
         assert (first.result().status, other.result().status) == (200, 200)
@@ -3411,10 +3557,11 @@ def test_identical_reads_share_a_process_and_none_sees_the_past(asking, host):
 def test_config_tells_the_allotment_and_its_limits(api, host):
     reply = api.get("/resource/vm/config?vm_id=104")
     memory = min(1048576, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20)
-    limits = {"cores": {"min": 1, "max": min(128, os.cpu_count())}, "memory_mb": {"min": 64, "max": memory}, "disk_gb": {"min": 8}}
+    limits = {"cores": {"min": 1, "max": min(128, os.cpu_count())},
+              "memory_mb": {"min": 64, "max": memory}, "disk_gb": {"min": 8}}
     assert reply.body == ok("Successfully retrieved configuration for VM 104", {
-        "vm_id": 104, "lxc_id": 104, "cores": 2, "memory_mb": 2048, "swap_mb": 512, "disk_gb": 8, "hostname": "web-01", "limits": limits,
-        "mountpoints": []})
+        "vm_id": 104, "lxc_id": 104, "cores": 2, "memory_mb": 2048, "swap_mb": 512, "disk_gb": 8,
+        "hostname": "web-01", "limits": limits, "mountpoints": []})
     assert host.calls() == []                               # the file says it all
     host.add(107, cores=None, rootfs="local-lvm:vm-107-disk-0,size=512M")
     data = api.get("/resource/vm/config?vm_id=107").body["data"]
@@ -3422,12 +3569,15 @@ def test_config_tells_the_allotment_and_its_limits(api, host):
 
 
 def test_mount_points_are_told_by_number(api, host):
-    host.add(107, mp10="local-lvm:vm-107-disk-2,mp=/srv/data,size=512M", mp2="/mnt/photos,mp=/photos,ro=1,size=0T",
-             mp0="backup=1,mp=/var/lib/db,size=1T,volume=local-zfs:subvol-107-disk-1", mp1="/dev/sdb1,mp=/raw",
+    host.add(107, mp10="local-lvm:vm-107-disk-2,mp=/srv/data,size=512M",
+             mp2="/mnt/photos,mp=/photos,ro=1,size=0T",
+             mp0="backup=1,mp=/var/lib/db,size=1T,volume=local-zfs:subvol-107-disk-1",
+             mp1="/dev/sdb1,mp=/raw",
              unused0="local-lvm:vm-107-disk-9", mp3="local-lvm:vm-107-disk-3,mp=/x")
     reply = api.get("/resource/vm/config?vm_id=107")
     assert reply.body["data"]["mountpoints"] == [
-        {"disk": "mp0", "path": "/var/lib/db", "size_gb": 1024, "volume": "local-zfs:subvol-107-disk-1"},
+        {"disk": "mp0", "path": "/var/lib/db", "size_gb": 1024,
+         "volume": "local-zfs:subvol-107-disk-1"},
         {"disk": "mp1", "path": "/raw", "size_gb": None, "volume": "/dev/sdb1"},
         {"disk": "mp2", "path": "/photos", "size_gb": None, "volume": "/mnt/photos"},
         {"disk": "mp3", "path": "/x", "size_gb": None, "volume": "local-lvm:vm-107-disk-3"},
@@ -3436,17 +3586,21 @@ def test_mount_points_are_told_by_number(api, host):
 
 def test_without_files_the_same_is_asked_of_pct(host, launch):
     subprocess.run([host.root / "bin/pct", "snapshot", "104", "first"], check=True)
-    subprocess.run([host.root / "bin/pct", "snapshot", "104", "second", "--description", "one line"], check=True)
+    subprocess.run([host.root / "bin/pct", "snapshot", "104", "second",
+                    "--description", "one line"], check=True)
     with open(host.path(106), "a") as file:
         file.write("\n[pve:pending]\ncores: 7\ndelete: swap\n")
     with_files = launch()
-    without = launch(proxmox={"pve_dir": str(host.root / "nowhere"), "cgroup_dir": str(host.root / "nowhere")})
-    for path in ("/resource/vm/config?vm_id=104", "/resource/vm/config?vm_id=106", "/snapshot/list?vm_id=104"):
+    without = launch(proxmox={"pve_dir": str(host.root / "nowhere"),
+                              "cgroup_dir": str(host.root / "nowhere")})
+    for path in ("/resource/vm/config?vm_id=104", "/resource/vm/config?vm_id=106",
+                 "/snapshot/list?vm_id=104"):
         assert with_files.get(path).body == without.get(path).body
     assert host.calls()[-3:] == ["pct config 104", "pct config 106", "pct listsnapshot 104"]
     assert without.get("/resource/vm/config?vm_id=106").body["data"]["cores"] == 7
     assert without.post("/scale/storage/increase", {"vm_id": 106, "disk_size": 1}).status == 200
-    assert without.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"}).status == 200
+    assert without.post("/clone/create", {
+        "vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"}).status == 200
     assert "container_cpu_cores" not in without.get("/metrics").body
 
 
@@ -3456,31 +3610,47 @@ def test_node_and_cluster_are_told(launch, host):
     assert data["message"] == "Retrieved status for node 'proxmox'"
     assert 0 <= data["data"].pop("cpu_usage") <= 100
     assert data["data"] == {
-        "node": "proxmox", "cpu_count": 8, "load_average": [0.21, 0.35, 0.4], "memory_usage": 25.0, "memory_total": 32000, "memory_used": 8000,
-        "swap_total": 8192, "swap_used": 0, "disk_total": 100, "disk_used": 20, "uptime": 864000, "version": "8.3.0"}
+        "node": "proxmox", "cpu_count": 8, "load_average": [0.21, 0.35, 0.4],
+        "memory_usage": 25.0, "memory_total": 32000, "memory_used": 8000, "swap_total": 8192,
+        "swap_used": 0, "disk_total": 100, "disk_used": 20, "uptime": 864000, "version": "8.3.0"}
     assert host.calls() == [], "no process was needed"
     reply = api.get("/resource/node/status?node_name=nosuch")
-    assert (reply.status, reply.body["error"]) == (404, "Node 'nosuch' does not exist; known here: proxmox")
+    assert (reply.status, reply.body["error"]) == (
+        404, "Node 'nosuch' does not exist; known here: proxmox")
     node = {"name": "proxmox", "online": True, "local": True, "address": "192.0.2.10"}
-    assert api.get("/resource/cluster/status").body == ok("Retrieved cluster status", {"cluster": None, "quorate": True, "nodes": [node]})
-    host.write("cluster.json", [{"type": "cluster", "name": "lab", "quorate": 0, "nodes": 2}, {"type": "node", "name": "b", "online": 0, "ip": "192.0.2.11"}])
+    assert api.get("/resource/cluster/status").body == ok(
+        "Retrieved cluster status", {"cluster": None, "quorate": True, "nodes": [node]})
+    host.write("cluster.json", [
+        {"type": "cluster", "name": "lab", "quorate": 0, "nodes": 2},
+        {"type": "node", "name": "b", "online": 0, "ip": "192.0.2.11"}])
     assert api.get("/resource/cluster/status").body["data"] == {
-        "cluster": "lab", "quorate": False, "nodes": [{"name": "b", "online": False, "local": False, "address": "192.0.2.11"}]}
+        "cluster": "lab", "quorate": False, "nodes": [
+            {"name": "b", "online": False, "local": False, "address": "192.0.2.11"}]}
 
 
-# What a real host (pve-manager 9.2.11) told of itself: pvesh, and files of /proc with the same numbers.
+# What a real host (pve-manager 9.2.11) told of itself: pvesh, and files of /proc with the same
+# numbers.
 TOLD_BY_PVESH = {
-    "cpu": 0, "cpuinfo": {"cores": 2, "cpus": 2, "sockets": 1}, "idle": 0, "ksm": {"shared": 0}, "loadavg": ["3.09", "2.80", "1.88"],
-    "memory": {"available": 3552903168, "free": 3543830528, "total": 4112306176, "used": 559403008}, "pveversion": "pve-manager/9.2.11/14a22df3",
+    "cpu": 0, "cpuinfo": {"cores": 2, "cpus": 2, "sockets": 1}, "idle": 0, "ksm": {"shared": 0},
+    "loadavg": ["3.09", "2.80", "1.88"],
+    "memory": {"available": 3552903168, "free": 3543830528, "total": 4112306176, "used": 559403008},
+    "pveversion": "pve-manager/9.2.11/14a22df3",
     "rootfs": {"avail": 4547010560, "free": 4885909504, "total": 6249086976, "used": 1363177472},
     "swap": {"free": 1073287168, "total": 1073737728, "used": 450560}, "uptime": 1232, "wait": 0}
 TOLD_BY_PROC = {
-    "stat": "cpu  1 2 3 4 5 6 7 8 9 10\ncpu0 1 2 3 4 5 6 7 8 9 10\ncpu1 1 2 3 4 5 6 7 8 9 10\nintr 1 2\n",
+    "stat": "cpu  1 2 3 4 5 6 7 8 9 10\ncpu0 1 2 3 4 5 6 7 8 9 10\ncpu1 1 2 3 4 5 6 7 8 9 10\n"
+            "intr 1 2\n",
     "loadavg": "3.09 2.80 1.88 2/136 2904\n", "uptime": "1232.99 2000.11\n",
-    "meminfo": "MemTotal:        4015924 kB\nMemFree:         3460772 kB\nMemAvailable:    3469632 kB\nBuffers:           20000 kB\n"
-               "Cached:           180000 kB\nSwapCached:            8 kB\nSwapTotal:       1048572 kB\nSwapFree:        1048132 kB\n",
-    "pvecfg.pm": "package PVE::pvecfg;\n\nuse strict;\nuse warnings;\n\nsub package {\n    return 'pve-manager';\n}\n\nsub version {\n    return '9.2.11';\n}\n\n"
-                 "sub release {\n    return '9.2';\n}\n\nsub repoid {\n    return '14a22df3';\n}\n\nsub version_text {\n    return '9.2.11/14a22df3';\n}\n",
+    "meminfo": "MemTotal:        4015924 kB\nMemFree:         3460772 kB\n"
+               "MemAvailable:    3469632 kB\nBuffers:           20000 kB\n"
+               "Cached:           180000 kB\nSwapCached:            8 kB\n"
+               "SwapTotal:       1048572 kB\nSwapFree:        1048132 kB\n",
+    "pvecfg.pm": "package PVE::pvecfg;\n\nuse strict;\nuse warnings;\n\n"
+                 "sub package {\n    return 'pve-manager';\n}\n\n"
+                 "sub version {\n    return '9.2.11';\n}\n\n"
+                 "sub release {\n    return '9.2';\n}\n\n"
+                 "sub repoid {\n    return '14a22df3';\n}\n\n"
+                 "sub version_text {\n    return '9.2.11/14a22df3';\n}\n",
 }
 
 
@@ -3488,15 +3658,20 @@ def test_proc_tells_of_a_node_what_its_pvesh_tells(launch, host):
     for name, text in TOLD_BY_PROC.items():
         (host.proc / name).write_text(text)
     host.faults(get={"stdout": json.dumps(TOLD_BY_PVESH), "exit": 0})
-    disk = Code("lambda path: daemon.SimpleNamespace(f_frsize=4096, f_blocks=1525656, f_bfree=1192849)")
-    here = launch(constants={**host.as_node(), "os.statvfs": disk}).get("/resource/node/status?node_name=proxmox").body["data"]
+    disk = Code(
+        "lambda path: daemon.SimpleNamespace(f_frsize=4096, f_blocks=1525656, f_bfree=1192849)")
+    here = launch(constants={**host.as_node(), "os.statvfs": disk}).get(
+        "/resource/node/status?node_name=proxmox").body["data"]
     assert host.calls() == []
-    asked = launch(proxmox={"pve_dir": "/nowhere"}).get("/resource/node/status?node_name=other").body["data"]
+    asked = launch(proxmox={"pve_dir": "/nowhere"}).get(
+        "/resource/node/status?node_name=other").body["data"]
     assert host.calls() == ["pvesh get /nodes/other/status --output-format json"]
-    assert (here.pop("node"), asked.pop("node"), here.pop("cpu_usage"), asked.pop("cpu_usage")) == ("proxmox", "other", 0.0, None)
+    assert (here.pop("node"), asked.pop("node"), here.pop("cpu_usage"), asked.pop("cpu_usage")) == (
+        "proxmox", "other", 0.0, None)
     assert here == asked == {
-        "cpu_count": 2, "load_average": [3.09, 2.8, 1.88], "memory_usage": 13.6, "memory_total": 3921.8, "memory_used": 533.49,
-        "swap_total": 1024, "swap_used": 0.43, "disk_total": 5.82, "disk_used": 1.27, "uptime": 1232, "version": "9.2.11"}
+        "cpu_count": 2, "load_average": [3.09, 2.8, 1.88], "memory_usage": 13.6,
+        "memory_total": 3921.8, "memory_used": 533.49, "swap_total": 1024, "swap_used": 0.43,
+        "disk_total": 5.82, "disk_used": 1.27, "uptime": 1232, "version": "9.2.11"}
 
 
 def test_of_a_node_that_proc_says_nothing_of_nothing_is_told(launch, host):
@@ -3504,20 +3679,26 @@ def test_of_a_node_that_proc_says_nothing_of_nothing_is_told(launch, host):
         (host.proc / name).write_text("?\n")
     reply = launch(constants=host.as_node()).get("/resource/node/status?node_name=proxmox")
     assert (reply.status, host.calls()) == (200, []) and reply.body["data"] == {
-        "node": "proxmox", **dict.fromkeys(("cpu_usage", "cpu_count", "load_average", "memory_usage", "memory_total", "memory_used",
-                                            "swap_total", "swap_used", "uptime", "version")), "disk_total": 100, "disk_used": 20}
+        "node": "proxmox", **dict.fromkeys((
+            "cpu_usage", "cpu_count", "load_average", "memory_usage", "memory_total",
+            "memory_used", "swap_total", "swap_used", "uptime", "version")),
+        "disk_total": 100, "disk_used": 20}
 
 
 def test_another_node_is_measured_before_its_pvesh_loads_it(tmp_path):
-    (tmp_path / ".members").write_text(json.dumps({"nodename": "a", "cluster": {"name": "lab", "quorate": 1}, "nodelist": {
-        name: {"online": 1, "ip": address} for name, address in (("a", "192.0.2.1"), ("b", "192.0.2.2"))}}))
+    (tmp_path / ".members").write_text(json.dumps({
+        "nodename": "a", "cluster": {"name": "lab", "quorate": 1}, "nodelist": {
+            name: {"online": 1, "ip": address}
+            for name, address in (("a", "192.0.2.1"), ("b", "192.0.2.2"))}}))
     asked = []
 
     def read(node, *argv):
         asked.append((node.name, argv[:2]))
-        stdout = json.dumps(TOLD_BY_PVESH) if argv[0] == "pvesh" else f"cpu  {len(asked)} 0 0 {len(asked)} 0 0 0 0 0 0\n"
+        stdout = (json.dumps(TOLD_BY_PVESH) if argv[0] == "pvesh"
+                  else f"cpu  {len(asked)} 0 0 {len(asked)} 0 0 0 0 0 0\n")
         return module.Result(0, stdout, "", False)
-    host = module.Proxmox(module.SimpleNamespace(read=read), module.Files(module.Workers()), str(tmp_path), "/nowhere", True)
+    host = module.Proxmox(module.SimpleNamespace(read=read), module.Files(module.Workers()),
+                          str(tmp_path), "/nowhere", True)
     assert host.node_status("b")["cpu_usage"] == 50.0
     stat = ("b", ("cat", "/proc/stat"))
     assert asked == [stat, stat, ("b", ("pvesh", "get"))]
@@ -3537,27 +3718,34 @@ def test_health_is_what_pct_says_and_is_kept(host, launch):
     reply = launch().get("/health/check", key=None)
     assert (reply.status, reply.body["status"]) == (503, "unhealthy")
     assert reply.body["checks"]["lxc_commands"] == {
-        "ok": False, "detail": "Proxmox's cluster file system does not answer; see: systemctl status pve-cluster"}
+        "ok": False, "detail": (
+            "Proxmox's cluster file system does not answer; see: systemctl status pve-cluster")}
 
 
 def test_many_ask_for_health_and_one_probe_answers(host, launch):
     host.faults(list={"pause": 0.3})
     api = launch()
     with concurrent.futures.ThreadPoolExecutor(20) as pool:
-        assert set(pool.map(lambda _: api.get("/health/check", key=None).status, range(20))) == {200}
+        assert set(pool.map(
+            lambda _: api.get("/health/check", key=None).status, range(20))) == {200}
     assert host.calls() == ["pct list"]
 
 
 def test_routes_are_listed_from_the_table(steady):
     rows = steady.get("/routes").body["routes"]
     assert [(row["endpoint"], row["methods"]) for row in rows] == [
-        ("/health/check", ["GET"]), ("/metrics", ["GET"]), ("/routes", ["GET"]), ("/openapi.json", ["GET"]), ("/scale/cores", ["POST"]), ("/scale/ram", ["POST"]),
-        ("/scale/storage/increase", ["POST"]), ("/snapshot/create", ["POST"]), ("/snapshot/list", ["GET"]), ("/snapshot/delete", ["DELETE"]),
-        ("/snapshot/rollback", ["POST"]), ("/clone/create", ["POST"]), ("/clone/delete", ["DELETE"]),
-        ("/power/start", ["POST"]), ("/power/stop", ["POST"]), ("/power/shutdown", ["POST"]), ("/power/reboot", ["POST"]),
+        ("/health/check", ["GET"]), ("/metrics", ["GET"]), ("/routes", ["GET"]),
+        ("/openapi.json", ["GET"]), ("/scale/cores", ["POST"]), ("/scale/ram", ["POST"]),
+        ("/scale/storage/increase", ["POST"]), ("/snapshot/create", ["POST"]),
+        ("/snapshot/list", ["GET"]), ("/snapshot/delete", ["DELETE"]),
+        ("/snapshot/rollback", ["POST"]), ("/clone/create", ["POST"]),
+        ("/clone/delete", ["DELETE"]),
+        ("/power/start", ["POST"]), ("/power/stop", ["POST"]), ("/power/shutdown", ["POST"]),
+        ("/power/reboot", ["POST"]),
         ("/operations", ["GET"]), ("/resource/vm/list", ["GET"]), ("/resource/lxc/list", ["GET"]),
         ("/resource/vm/status", ["GET"]), ("/resource/lxc/status", ["GET"]),
-        ("/resource/vm/config", ["GET"]), ("/resource/lxc/config", ["GET"]), ("/resource/node/status", ["GET"]), ("/resource/cluster/status", ["GET"])]
+        ("/resource/vm/config", ["GET"]), ("/resource/lxc/config", ["GET"]),
+        ("/resource/node/status", ["GET"]), ("/resource/cluster/status", ["GET"])]
     assert all(row["description"].endswith(".") for row in rows)
 
 
@@ -3567,15 +3755,19 @@ def test_head_options_and_wrong_methods(either):
         head = read_answer(sock, head=True)
         sock.sendall(f"GET /routes HTTP/1.1\r\nHost: x\r\nX-API-Key: {KEY}\r\n\r\n".encode())
         full = read_answer(sock)
-    assert (head.status, head.body, head.headers["Content-Length"]) == (200, "", full.headers["Content-Length"])
-    for path, allow in (("/routes", "GET, HEAD, OPTIONS"), ("/scale/cores", "POST, OPTIONS"), ("/clone/delete", "DELETE, OPTIONS")):
+    assert (head.status, head.body, head.headers["Content-Length"]) == (
+        200, "", full.headers["Content-Length"])
+    for path, allow in (("/routes", "GET, HEAD, OPTIONS"), ("/scale/cores", "POST, OPTIONS"),
+                        ("/clone/delete", "DELETE, OPTIONS")):
         reply = either.request("OPTIONS", path)
         assert (reply.status, reply.body, reply.headers["Allow"]) == (204, "", allow)
         reply = either.request("PATCH", path)
-        assert (reply.status, reply.body, reply.headers["Allow"]) == (405, error(f"Wrong method; {path} takes {allow}"), allow)
+        assert (reply.status, reply.body, reply.headers["Allow"]) == (
+            405, error(f"Wrong method; {path} takes {allow}"), allow)
     for path in ("/", "/nowhere", "/routes/", "//routes", "/ROUTES", "/%72outes", "/routes%00"):
         reply = either.get(path)
-        assert (reply.status, reply.body) == (404, error("Unknown path; GET /routes lists the endpoints"))
+        assert (reply.status, reply.body) == (
+            404, error("Unknown path; GET /routes lists the endpoints"))
 
 
 def test_scaling_and_requests_are_counted(api, host):
@@ -3591,28 +3783,42 @@ def test_scaling_and_requests_are_counted(api, host):
     api.get("/resource/vm/list")
     api.request("BREW", "/routes")
     types, values = parse_exposition(api.get("/metrics").body)
-    assert {name: value for name, value in values.items() if "scaling" in name or "cpu_cores" in name or "memory_mb" in name} == {
+    assert {name: value for name, value in values.items()
+            if "scaling" in name or "cpu_cores" in name or "memory_mb" in name} == {
         'lxc_autoscale_scaling_actions_total{container_id="104",resource="cpu",action="set"}': 1,
         'lxc_autoscale_scaling_actions_total{container_id="104",resource="ram",action="set"}': 1,
-        'lxc_autoscale_scaling_actions_total{container_id="104",resource="storage",action="increase"}': 1,
-        'lxc_autoscale_scaling_failures_total{container_id="unknown",resource="cpu",reason="not_found"}': 1,
-        'lxc_autoscale_scaling_failures_total{container_id="104",resource="ram",reason="conflict"}': 1,
-        'lxc_autoscale_container_cpu_cores{container_id="104"}': 4, 'lxc_autoscale_container_cpu_cores{container_id="106"}': 2,
-        'lxc_autoscale_container_memory_mb{container_id="104"}': 4096, 'lxc_autoscale_container_memory_mb{container_id="106"}': 2048}
-    assert values['lxc_autoscale_api_requests_total{method="POST",endpoint="/scale/ram",status="409"}'] == 1
-    assert values['lxc_autoscale_api_requests_total{method="GET",endpoint="unknown",status="404"}'] == 1
-    assert [values[f'lxc_autoscale_api_requests_total{{method="GET",endpoint="/resource/{word}/list",status="200"}}']
+        'lxc_autoscale_scaling_actions_total'
+        '{container_id="104",resource="storage",action="increase"}': 1,
+        'lxc_autoscale_scaling_failures_total'
+        '{container_id="unknown",resource="cpu",reason="not_found"}': 1,
+        'lxc_autoscale_scaling_failures_total'
+        '{container_id="104",resource="ram",reason="conflict"}': 1,
+        'lxc_autoscale_container_cpu_cores{container_id="104"}': 4,
+        'lxc_autoscale_container_cpu_cores{container_id="106"}': 2,
+        'lxc_autoscale_container_memory_mb{container_id="104"}': 4096,
+        'lxc_autoscale_container_memory_mb{container_id="106"}': 2048}
+    assert values['lxc_autoscale_api_requests_total'
+                  '{method="POST",endpoint="/scale/ram",status="409"}'] == 1
+    assert values['lxc_autoscale_api_requests_total'
+                  '{method="GET",endpoint="unknown",status="404"}'] == 1
+    assert [values['lxc_autoscale_api_requests_total'
+                   f'{{method="GET",endpoint="/resource/{word}/list",status="200"}}']
             for word in ("lxc", "vm")] == [1, 2]
-    assert values['lxc_autoscale_api_request_duration_seconds_count{method="GET",endpoint="/resource/lxc/list"}'] == 1
-    assert values['lxc_autoscale_api_requests_total{method="other",endpoint="/routes",status="405"}'] == 1
-    assert values['lxc_autoscale_api_request_duration_seconds_count{method="POST",endpoint="/scale/ram"}'] == 2
-    assert types["lxc_autoscale_api_requests_total"] == "counter" and types["lxc_autoscale_api_request_duration_seconds"] == "histogram"
+    assert values['lxc_autoscale_api_request_duration_seconds_count'
+                  '{method="GET",endpoint="/resource/lxc/list"}'] == 1
+    assert values['lxc_autoscale_api_requests_total'
+                  '{method="other",endpoint="/routes",status="405"}'] == 1
+    assert values['lxc_autoscale_api_request_duration_seconds_count'
+                  '{method="POST",endpoint="/scale/ram"}'] == 2
+    assert (types["lxc_autoscale_api_requests_total"] == "counter"
+            and types["lxc_autoscale_api_request_duration_seconds"] == "histogram")
 
 
 def test_ids_that_no_container_has_make_no_series_of_their_own(api, host):
-    host.list(300)                                              # in the cluster's list, without a file here
+    host.list(300)                                      # in the cluster's list, without a file here
     host.list(301, kind="qemu")
-    refusals = [("400 Parameter verification failed.\nvmid: no\n", "refused"), ("CT is locked (backup)\n", "conflict"),
+    refusals = [("400 Parameter verification failed.\nvmid: no\n", "refused"),
+                ("CT is locked (backup)\n", "conflict"),
                 ("cluster not ready - no quorum?\n", "unavailable"), ("something else\n", "failed")]
     for number, (said, _) in enumerate(refusals):
         host.faults(set={"exit": 255, "stderr": said})
@@ -3621,25 +3827,32 @@ def test_ids_that_no_container_has_make_no_series_of_their_own(api, host):
     host.faults()
     assert api.post("/scale/ram", {"vm_id": 800, "memory": 512}).status == 404
     (host.root / "bin/pct").unlink()
-    assert api.post("/scale/ram", {"vm_id": 801, "memory": 512}).status == 404     # its file is not there: no pct is asked
+    # its file is not there: no pct is asked
+    assert api.post("/scale/ram", {"vm_id": 801, "memory": 512}).status == 404
     assert api.post("/scale/ram", {"vm_id": 104, "memory": 512}).status == 503
     name = "lxc_autoscale_scaling_failures_total"
-    values = {series: value for series, value in parse_exposition(api.get("/metrics").body)[1].items() if series.startswith(name)}
-    expected = {f'{name}{{container_id="104",resource="cpu",reason="{reason}"}}': 1 for _, reason in refusals}
-    assert values == {**expected, f'{name}{{container_id="300",resource="cpu",reason="not_found"}}': 4,
-                      f'{name}{{container_id="unknown",resource="cpu",reason="not_found"}}': 12,
-                      f'{name}{{container_id="unknown",resource="ram",reason="not_found"}}': 2,
-                      f'{name}{{container_id="104",resource="ram",reason="unavailable"}}': 1}
+    values = {
+        series: value for series, value in parse_exposition(api.get("/metrics").body)[1].items()
+        if series.startswith(name)}
+    expected = {f'{name}{{container_id="104",resource="cpu",reason="{reason}"}}': 1
+                for _, reason in refusals}
+    assert values == {
+        **expected, f'{name}{{container_id="300",resource="cpu",reason="not_found"}}': 4,
+        f'{name}{{container_id="unknown",resource="cpu",reason="not_found"}}': 12,
+        f'{name}{{container_id="unknown",resource="ram",reason="not_found"}}': 2,
+        f'{name}{{container_id="104",resource="ram",reason="unavailable"}}': 1}
 
 
 # Who may come in
 
 @pytest.mark.parametrize("given", [
-    {}, {"X-API-Key": ""}, {"X-API-Key": "x"}, {"X-API-Key": KEY[:-1]}, {"X-API-Key": KEY + "x"}, {"X-API-Key": KEY.upper()}, {"X-API-Key": "é" * 20},
-    {"Authorization": f"Bearer {KEY}"},
+    {}, {"X-API-Key": ""}, {"X-API-Key": "x"}, {"X-API-Key": KEY[:-1]}, {"X-API-Key": KEY + "x"},
+    {"X-API-Key": KEY.upper()}, {"X-API-Key": "é" * 20}, {"Authorization": f"Bearer {KEY}"},
 ])
 def test_without_a_valid_key_every_path_but_two_is_401(steady, given):
-    paths = list(module.PATHS) + ["/", "/nowhere", "/health", "/metrics/", "/health/check/x", "/routes?x=%ff", "/%00", "/routes?api_key=", "/routes?api_key=x"]
+    paths = list(module.PATHS) + [
+        "/", "/nowhere", "/health", "/metrics/", "/health/check/x", "/routes?x=%ff", "/%00",
+        "/routes?api_key=", "/routes?api_key=x"]
     for path in paths:
         for method in ("GET", "POST", "DELETE", "OPTIONS", "HEAD", "PUT"):
             reply = steady.request(method, path, headers=given, key=None)
@@ -3654,15 +3867,21 @@ def test_a_key_may_come_in_the_header_or_in_the_query(steady):
     assert steady.get("/routes").status == 200
     assert steady.get(f"/routes?api_key={KEY}", key=None).status == 200
     assert steady.get(f"/routes?api%5Fkey={KEY.replace('-', '%2D')}", key=None).status == 200
-    assert steady.get(f"/routes?api_key={KEY}&api_key={KEY}", key=None).status == 401       # one guess a request
+    # one guess a request
+    assert steady.get(f"/routes?api_key={KEY}&api_key={KEY}", key=None).status == 401
     assert steady.get(f"/routes?api_key={KEY}", key="wrong").status == 401
-    assert statuses(steady.raw(f"GET /routes HTTP/1.0\r\nX-API-Key: {KEY}\r\nX-API-Key: {KEY}\r\n\r\n".encode()))[0] == [401]
+    assert statuses(steady.raw(
+        f"GET /routes HTTP/1.0\r\nX-API-Key: {KEY}\r\nX-API-Key: {KEY}\r\n\r\n".encode())
+    )[0] == [401]
 
 
 def test_several_keys_are_valid_at_once_and_none_is_needed_if_switched_off(launch):
     api = launch(authentication={"api_keys": ["second-key-0123456789", "third-key-0123456789"]})
-    assert [api.get("/routes", key=key).status for key in (KEY, "second-key-0123456789", "third-key-0123456789", "fourth-key-0123456789")] == [200, 200, 200, 401]
-    assert launch(authentication={"enabled": False, "api_key": None}).get("/routes", key=None).status == 200
+    assert [api.get("/routes", key=key).status for key in (
+        KEY, "second-key-0123456789", "third-key-0123456789", "fourth-key-0123456789")] == [
+            200, 200, 200, 401]
+    assert launch(authentication={"enabled": False, "api_key": None}).get(
+        "/routes", key=None).status == 200
 
 
 READING_KEY = "reading-key-0123456789"
@@ -3670,46 +3889,59 @@ READING_KEY = "reading-key-0123456789"
 
 def test_a_key_that_may_only_read_reads_everything_and_changes_nothing(launch, host):
     api = launch(authentication={"read_only_keys": [READING_KEY]}, rate_limiting={"enabled": False})
-    valid = {"vm_id": 104, "cores": 4, "memory": 4096, "disk_size": 1, "snapshot_name": "x", "new_vm_id": 105, "new_vm_name": "y", "node_name": "proxmox"}
+    valid = {"vm_id": 104, "cores": 4, "memory": 4096, "disk_size": 1, "snapshot_name": "x",
+             "new_vm_id": 105, "new_vm_name": "y", "node_name": "proxmox"}
     for path, route in module.PATHS.items():
         values = {each.name: valid[each.name] for each in route.parameters if each.name in valid}
         if route.method == "GET":
-            query = "?" + "&".join(f"{name}={value}" for name, value in values.items()) if values else ""
+            query = ("?" + "&".join(f"{name}={value}" for name, value in values.items())
+                     if values else "")
             for method in ("GET", "HEAD"):
                 assert api.request(method, path + query, key=READING_KEY).status == 200, path
-        for key_in in ({"key": READING_KEY}, {"key": None, "path": f"{path}?api_key={READING_KEY}"}):
+        for key_in in ({"key": READING_KEY},
+                       {"key": None, "path": f"{path}?api_key={READING_KEY}"}):
             for method in ("POST", "DELETE") if route.key else ():
                 reply = api.request(method, **{"path": path, "body": values, **key_in})
                 assert (reply.status, reply.body["error"]) == (403, "This key may only read"), path
         assert api.request("OPTIONS", path, key=READING_KEY).status == 204
-    assert api.post("/nowhere", {}, key=READING_KEY).status == 403 and api.get("/nowhere", key=READING_KEY).status == 404
-    assert [call for call in host.calls() if not call.startswith(("pct list", "pct config", "pct status", "pct listsnapshot", "pvesh get"))] == []
+    assert (api.post("/nowhere", {}, key=READING_KEY).status == 403
+            and api.get("/nowhere", key=READING_KEY).status == 404)
+    assert [call for call in host.calls() if not call.startswith(
+        ("pct list", "pct config", "pct status", "pct listsnapshot", "pvesh get"))] == []
     assert api.post("/scale/cores", {"vm_id": 104, "cores": 4}).status == 200
     host.faults(set={"exit": 255, "stderr": f"said {READING_KEY}"})
     assert api.post("/scale/cores", {"vm_id": 104, "cores": 5}).status == 500
-    assert "said [API key]" in api.log("error") and READING_KEY not in api.log() + api.log("error") + api.log("access")
+    assert ("said [API key]" in api.log("error")
+            and READING_KEY not in api.log() + api.log("error") + api.log("access"))
 
 
 def test_metrics_ask_for_a_key_if_they_are_told_to(launch, host):
-    api = launch(authentication={"read_only_keys": [READING_KEY], "metrics": "key"}, rate_limiting={"max_requests_per_minute": 7})
+    api = launch(authentication={"read_only_keys": [READING_KEY], "metrics": "key"},
+                 rate_limiting={"max_requests_per_minute": 7})
     for path in ("/metrics", "/metrics?api_key=x", "/metrics?_=1"):
         reply = api.get(path, key=None)
-        assert (reply.status, reply.body, reply.headers["WWW-Authenticate"]) == (401, error("Missing or invalid API key"), 'ApiKey realm="lxc_autoscale_api"')
-    assert [api.get("/metrics", key=key).status for key in (KEY, READING_KEY, "x")] == [200, 200, 401]
+        assert (reply.status, reply.body, reply.headers["WWW-Authenticate"]) == (
+            401, error("Missing or invalid API key"), 'ApiKey realm="lxc_autoscale_api"')
+    assert [api.get("/metrics", key=key).status for key in (KEY, READING_KEY, "x")] == [
+        200, 200, 401]
     assert api.get(f"/metrics?api_key={READING_KEY}", key=None).status == 200
     assert api.get("/health/check", key=None).status == 200
-    guesses = [api.get("/metrics", key="x", headers={"X-Forwarded-For": "198.51.100.7"}).status for _ in range(9)]
+    guesses = [api.get("/metrics", key="x", headers={"X-Forwarded-For": "198.51.100.7"}).status
+               for _ in range(9)]
     assert guesses == [401] * 7 + [429] * 2
 
 
 def test_time_does_not_tell_how_much_of_a_key_is_right():
     """All keys are compared, as digests of one length, whatever was sent."""
-    config = module.load_config(f'authentication:\n  api_key: "{KEY}"\n  read_only_keys: ["second-key-0123456789"]\n')
+    config = module.load_config(
+        f'authentication:\n  api_key: "{KEY}"\n  read_only_keys: ["second-key-0123456789"]\n')
     api, compared = module.Api(config, None, module.Metrics()), []
-    real, module.hmac.compare_digest = module.hmac.compare_digest, lambda a, b: compared.append((len(a), len(b))) or real(a, b)
+    real, module.hmac.compare_digest = module.hmac.compare_digest, lambda a, b: (
+        compared.append((len(a), len(b))) or real(a, b))
     try:
         for key in (KEY, KEY[:-1] + "x", "x", "second-key-0123456789"):
-            request = module.Request("GET", "/routes", "", {"x-api-key": key}, None, None, module.Client(None, "-"))
+            request = module.Request(
+                "GET", "/routes", "", {"x-api-key": key}, None, None, module.Client(None, "-"))
             with contextlib.suppress(module.Problem):
                 api.authenticate(request, None)
     finally:
@@ -3720,36 +3952,51 @@ def test_time_does_not_tell_how_much_of_a_key_is_right():
 def test_no_key_appears_in_any_log_answer_or_metric(launch, host):
     api = launch(inside=["env"])        # with a command line of its own
     quoted = "".join(f"%{ord(char):02x}" for char in KEY)
-    for line in (f"GET /routes?api_key={KEY} HTTP/1.1", f"GET /routes?api_key={quoted} HTTP/1.1", f"GET /routes?api_key={KEY}&api_key={KEY} HTTP/1.1",
-                 f"GET /nowhere?api_key={KEY} HTTP/1.1", f"GET /routes%3Fapi_key={KEY} HTTP/1.1", f"GET /routes%3Fapi_key={quoted} HTTP/1.1",
-                 f"GET /routes&api_key={KEY} HTTP/1.1", f"GET /{KEY} HTTP/1.1", f"GET /x;api_key={KEY} HTTP/1.1", f"GET /routes?{KEY}=1 HTTP/1.1",
-                 f"GET /routes api_key={KEY} HTTP/1.1", f"{KEY} / HTTP/1.1", f"GET http://x/?api_key={KEY} HTTP/1.1",
-                 f"GET https://x:5000/routes?api_key={KEY} HTTP/1.1", f"GET http://{KEY}/routes HTTP/1.1", f"GET http://u:{KEY}@x/ HTTP/1.1", f"GET http://x/{KEY} HTTP/1.1",
-                 f"GET http://x?{KEY} HTTP/1.1", f"GET http://x&api_key={KEY} HTTP/1.1", f"GET HTTP://x/routes%3Fapi_key={quoted} HTTP/1.2", f"GET /?api_key={KEY} HTTP/{KEY}", KEY):
+    for line in (
+            f"GET /routes?api_key={KEY} HTTP/1.1", f"GET /routes?api_key={quoted} HTTP/1.1",
+            f"GET /routes?api_key={KEY}&api_key={KEY} HTTP/1.1",
+            f"GET /nowhere?api_key={KEY} HTTP/1.1", f"GET /routes%3Fapi_key={KEY} HTTP/1.1",
+            f"GET /routes%3Fapi_key={quoted} HTTP/1.1", f"GET /routes&api_key={KEY} HTTP/1.1",
+            f"GET /{KEY} HTTP/1.1", f"GET /x;api_key={KEY} HTTP/1.1",
+            f"GET /routes?{KEY}=1 HTTP/1.1", f"GET /routes api_key={KEY} HTTP/1.1",
+            f"{KEY} / HTTP/1.1", f"GET http://x/?api_key={KEY} HTTP/1.1",
+            f"GET https://x:5000/routes?api_key={KEY} HTTP/1.1",
+            f"GET http://{KEY}/routes HTTP/1.1", f"GET http://u:{KEY}@x/ HTTP/1.1",
+            f"GET http://x/{KEY} HTTP/1.1", f"GET http://x?{KEY} HTTP/1.1",
+            f"GET http://x&api_key={KEY} HTTP/1.1",
+            f"GET HTTP://x/routes%3Fapi_key={quoted} HTTP/1.2",
+            f"GET /?api_key={KEY} HTTP/{KEY}", KEY):
         api.raw(f"{line}\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
-        api.raw(f"{line}\r\nHost: x\r\nConnection: close\r\nX-API-Key: {KEY}\r\nX-Forwarded-For: {KEY}\r\nReferer: {KEY}\r\n\r\n".encode())
-    answers = api.raw(f"POST /scale/cores HTTP/1.0\r\nX-API-Key: {KEY}\r\nContent-Type: application/json\r\nContent-Length: {len(KEY) + 8}\r\n\r\n"
-                      f'{{"{KEY}":1}}  '.encode())
+        api.raw((f"{line}\r\nHost: x\r\nConnection: close\r\nX-API-Key: {KEY}\r\n"
+                 f"X-Forwarded-For: {KEY}\r\nReferer: {KEY}\r\n\r\n").encode())
+    answers = api.raw((f"POST /scale/cores HTTP/1.0\r\nX-API-Key: {KEY}\r\n"
+                       "Content-Type: application/json\r\n"
+                       f"Content-Length: {len(KEY) + 8}\r\n\r\n"
+                       f'{{"{KEY}":1}}  ').encode())
     api.get("/last")
     wait_until(lambda: " GET /last 404 " in api.log("access"))
-    everything = answers.decode() + api.get("/metrics").body + api.said() + "".join(api.log(name) for name in ("main", "access", "error"))
+    everything = answers.decode() + api.get("/metrics").body + api.said() + "".join(
+        api.log(name) for name in ("main", "access", "error"))
     cmdline = Path(f"/proc/{api.process.pid}/cmdline").read_text()
     for part in (KEY, quoted, KEY[:12], KEY[-12:]):
         assert part not in everything and part not in cmdline
 
 
 def test_nothing_a_client_or_pct_says_forges_a_line_or_an_escape(api, host):
-    host.faults(set={"exit": 255, "stderr": "bad \x1b[31mred\x1b[0m\r\nforged line\n\x00\x07 \u2028 \x9b"})
+    host.faults(set={"exit": 255, "stderr": (
+        "bad \x1b[31mred\x1b[0m\r\nforged line\n\x00\x07 \u2028 \x9b")})
     reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4})
     assert reply.status == 500 and "forged line" in reply.body["details"]
     for path in ("/a%0d%0aforged", "/a%1b[31m", "/\x7f", "/a\tb"):
-        api.raw(f"GET {path} HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: \x1b[31m\r\nConnection: close\r\n\r\n".encode("latin-1"))
+        api.raw((f"GET {path} HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: \x1b[31m\r\n"
+                 "Connection: close\r\n\r\n").encode("latin-1"))
     api.get("/last")
     wait_until(lambda: " GET /last 404 " in api.log("access"))
     for name in ("main", "access", "error"):
         text = api.log(name)
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028]", text)
-        assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ", line) for line in text.splitlines())
+        assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ", line)
+                   for line in text.splitlines())
     assert r"\x1b[31mred\x1b[0m\r\nforged line" in api.log("error")
 
 
@@ -3764,14 +4011,19 @@ def test_without_a_key_the_log_names_the_address_alone(launch):
 
 
 def test_logs_say_who_did_what(api, host):
-    api.post("/scale/cores", {"vm_id": 104, "cores": 4}, headers={"X-Forwarded-For": "198.51.100.7"})
+    api.post("/scale/cores", {"vm_id": 104, "cores": 4},
+             headers={"X-Forwarded-For": "198.51.100.7"})
     main = api.log()
     assert re.search(r"Z INFO ran pct set 104 --cores 4: exit 0 in \d+\.\d{3} s\n", main)
-    assert re.search(rf"Z INFO change POST /scale/cores vm_id=104 cores=4 by 198\.51\.100\.7 with key {FINGERPRINT}: done, after \d+\.\d s\n", main)
-    assert f"Z INFO lxc_autoscale_api {module.VERSION} listens on 127.0.0.1 port {api.port}\n" in main
-    assert re.search(r"Z 198\.51\.100\.7 POST /scale/cores 200 \d+ \d+\.\d ms\n", wait_until(lambda: api.log("access")))
+    assert re.search(r"Z INFO change POST /scale/cores vm_id=104 cores=4 by 198\.51\.100\.7 "
+                     rf"with key {FINGERPRINT}: done, after \d+\.\d s\n", main)
+    assert (f"Z INFO lxc_autoscale_api {module.VERSION} listens on 127.0.0.1 port {api.port}\n"
+            in main)
+    assert re.search(r"Z 198\.51\.100\.7 POST /scale/cores 200 \d+ \d+\.\d ms\n",
+                     wait_until(lambda: api.log("access")))
     api.stop()
-    assert api.log().splitlines()[-2].endswith("INFO stopping on SIGTERM") and api.log().splitlines()[-1].endswith("INFO stopped")
+    assert (api.log().splitlines()[-2].endswith("INFO stopping on SIGTERM")
+            and api.log().splitlines()[-1].endswith("INFO stopped"))
 
 
 # The network
@@ -3783,7 +4035,8 @@ def framed(line="GET /routes HTTP/1.1", *headers, body=""):
 LOGIN = f"X-API-Key: {KEY}"
 JSON_KIND = "Content-Type: application/json"
 BAD_FRAMES = [
-    (b"\x00\x01\x02\r\n\r\n", 400), (b"GET\r\n\r\n", 400), (b"GET /\r\n", 400), (b"GET / \r\n\r\n", 400), (b"GET  / HTTP/1.1\r\n\r\n", 400),
+    (b"\x00\x01\x02\r\n\r\n", 400), (b"GET\r\n\r\n", 400), (b"GET /\r\n", 400),
+    (b"GET / \r\n\r\n", 400), (b"GET  / HTTP/1.1\r\n\r\n", 400),
     (b" GET / HTTP/1.1\r\n\r\n", 400), (b"GET / HTTP/1.1 \r\n\r\n", 400), (b"GET / http/1.1\r\n\r\n", 400), (b"G@T / HTTP/1.1\r\n\r\n", 400),
     (b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", 505), (b"GET / HTTP/0.9\r\n\r\n", 505), (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505), (b"GET / HTTP/1.10\r\n\r\n", 505),
     (framed("GET ftp://x/routes HTTP/1.1", "Host: x", LOGIN), 400), (framed("GET http:/routes HTTP/1.1", "Host: x", LOGIN), 400), (framed("GET http:///routes HTTP/1.1", "Host: x", LOGIN), 400),
