@@ -4038,31 +4038,66 @@ BAD_FRAMES = [
     (b"\x00\x01\x02\r\n\r\n", 400), (b"GET\r\n\r\n", 400), (b"GET /\r\n", 400),
     (b"GET / \r\n\r\n", 400), (b"GET  / HTTP/1.1\r\n\r\n", 400),
     (b" GET / HTTP/1.1\r\n\r\n", 400), (b"GET / HTTP/1.1 \r\n\r\n", 400), (b"GET / http/1.1\r\n\r\n", 400), (b"G@T / HTTP/1.1\r\n\r\n", 400),
-    (b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", 505), (b"GET / HTTP/0.9\r\n\r\n", 505), (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505), (b"GET / HTTP/1.10\r\n\r\n", 505),
-    (framed("GET ftp://x/routes HTTP/1.1", "Host: x", LOGIN), 400), (framed("GET http:/routes HTTP/1.1", "Host: x", LOGIN), 400), (framed("GET http:///routes HTTP/1.1", "Host: x", LOGIN), 400),
-    (framed("GET http://u:p@x/routes HTTP/1.1", "Host: x", LOGIN), 400), (framed("GET http://x#y HTTP/1.1", "Host: x", LOGIN), 400), (framed("GET http://x:y/ HTTP/1.1", "Host: x", LOGIN), 400),
-    (framed("GET http://[::1/ HTTP/1.1", "Host: x", LOGIN), 400), (framed("GET http://x\\y/ HTTP/1.1", "Host: x", LOGIN), 400), (framed("GET x/routes HTTP/1.1", "Host: x", LOGIN), 400),
-    (framed("GET ?x HTTP/1.1", "Host: x", LOGIN), 400), (framed("GET http://x/routes HTTP/1.1", LOGIN), 400), (framed("GET http://x/routes HTTP/1.1", "Host: x", "Host: x", LOGIN), 400),
-    (framed("GET http://x/routes HTTP/1.1", "Host: a/b", LOGIN), 400), (framed("GET http://x/routes HTTP/2.0", "Host: x"), 505), (framed("GET /routes HTTP/1.2", LOGIN), 400),
-    (framed("GET /routes HTTP/01.1", "Host: x"), 505), (b"\r\n" * 4097 + framed("GET /routes HTTP/1.1", "Host: x", LOGIN), 400), (b"\n" + framed("GET /routes HTTP/1.1", "Host: x", LOGIN), 400),
-    (b"\r\r\n" + framed("GET /routes HTTP/1.1", "Host: x", LOGIN), 400), (b"\r\n " + framed("GET /routes HTTP/1.1", "Host: x", LOGIN), 400),
-    (framed("CONNECT x:80 HTTP/1.1", "Host: x"), 400), (framed("OPTIONS * HTTP/1.1", "Host: x"), 400),
-    (framed("GET /a\x80b HTTP/1.1", "Host: x"), 400), (framed("GET /a\x00b HTTP/1.1", "Host: x"), 400), (framed("GET /caf\xc3\xa9 HTTP/1.1", "Host: x"), 400),
-    (framed("GET /routes HTTP/1.1", LOGIN), 400), (framed("GET /routes HTTP/1.1", "Host: a", "Host: b", LOGIN), 400), (framed("GET /routes HTTP/1.1", "Host: a/b", LOGIN), 400),
-    (framed("GET / HTTP/1.1", "Host: x", "Bad Name: y"), 400), (framed("GET / HTTP/1.1", "Host: x", "Name : y"), 400), (framed("GET / HTTP/1.1", "Host: x", ": y"), 400),
-    (framed("GET / HTTP/1.1", "Host: x", "A: b", " folded"), 400), (framed("GET / HTTP/1.1", "Host: x", "no colon"), 400), (framed("GET / HTTP/1.1", "Host: x", "A: b\rc"), 400),
-    (framed("GET / HTTP/1.1", "Host: x", "A: b\nc: d"), 400), (framed("GET / HTTP/1.1", "Host: x", "A: b\x00c"), 400), (b"GET / HTTP/1.1\nHost: x\n\n", 400),
+    (b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", 505), (b"GET / HTTP/0.9\r\n\r\n", 505),
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505), (b"GET / HTTP/1.10\r\n\r\n", 505),
+    (framed("GET ftp://x/routes HTTP/1.1", "Host: x", LOGIN), 400),
+    (framed("GET http:/routes HTTP/1.1", "Host: x", LOGIN), 400),
+    (framed("GET http:///routes HTTP/1.1", "Host: x", LOGIN), 400),
+    (framed("GET http://u:p@x/routes HTTP/1.1", "Host: x", LOGIN), 400),
+    (framed("GET http://x#y HTTP/1.1", "Host: x", LOGIN), 400),
+    (framed("GET http://x:y/ HTTP/1.1", "Host: x", LOGIN), 400),
+    (framed("GET http://[::1/ HTTP/1.1", "Host: x", LOGIN), 400),
+    (framed("GET http://x\\y/ HTTP/1.1", "Host: x", LOGIN), 400),
+    (framed("GET x/routes HTTP/1.1", "Host: x", LOGIN), 400),
+    (framed("GET ?x HTTP/1.1", "Host: x", LOGIN), 400),
+    (framed("GET http://x/routes HTTP/1.1", LOGIN), 400),
+    (framed("GET http://x/routes HTTP/1.1", "Host: x", "Host: x", LOGIN), 400),
+    (framed("GET http://x/routes HTTP/1.1", "Host: a/b", LOGIN), 400),
+    (framed("GET http://x/routes HTTP/2.0", "Host: x"), 505),
+    (framed("GET /routes HTTP/1.2", LOGIN), 400),
+    (framed("GET /routes HTTP/01.1", "Host: x"), 505),
+    (b"\r\n" * 4097 + framed("GET /routes HTTP/1.1", "Host: x", LOGIN), 400),
+    (b"\n" + framed("GET /routes HTTP/1.1", "Host: x", LOGIN), 400),
+    (b"\r\r\n" + framed("GET /routes HTTP/1.1", "Host: x", LOGIN), 400),
+    (b"\r\n " + framed("GET /routes HTTP/1.1", "Host: x", LOGIN), 400),
+    (framed("CONNECT x:80 HTTP/1.1", "Host: x"), 400),
+    (framed("OPTIONS * HTTP/1.1", "Host: x"), 400),
+    (framed("GET /a\x80b HTTP/1.1", "Host: x"), 400),
+    (framed("GET /a\x00b HTTP/1.1", "Host: x"), 400),
+    (framed("GET /caf\xc3\xa9 HTTP/1.1", "Host: x"), 400),
+    (framed("GET /routes HTTP/1.1", LOGIN), 400),
+    (framed("GET /routes HTTP/1.1", "Host: a", "Host: b", LOGIN), 400),
+    (framed("GET /routes HTTP/1.1", "Host: a/b", LOGIN), 400),
+    (framed("GET / HTTP/1.1", "Host: x", "Bad Name: y"), 400),
+    (framed("GET / HTTP/1.1", "Host: x", "Name : y"), 400),
+    (framed("GET / HTTP/1.1", "Host: x", ": y"), 400),
+    (framed("GET / HTTP/1.1", "Host: x", "A: b", " folded"), 400),
+    (framed("GET / HTTP/1.1", "Host: x", "no colon"), 400),
+    (framed("GET / HTTP/1.1", "Host: x", "A: b\rc"), 400),
+    (framed("GET / HTTP/1.1", "Host: x", "A: b\nc: d"), 400),
+    (framed("GET / HTTP/1.1", "Host: x", "A: b\x00c"), 400), (b"GET / HTTP/1.1\nHost: x\n\n", 400),
     (b"GET / HTTP/1.1\r\nHost: x\nA: b\r\n\r\n", 400), (b"GET / HTTP/1.1\rHost: x\r\r", 400),
 ] + [
-    (framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, *lengths, body="{}"), status) for lengths, status in (
-        (("Content-Length: 2", "Content-Length: 3"), 400), (("Content-Length: 2", "Content-Length: 2"), 400), (("Content-Length: 2, 2",), 400), (("Content-Length: -2",), 400),
-        (("Content-Length: +2",), 400), (("Content-Length: 2 2",), 400), (("Content-Length: 0x2",), 400), (("Content-Length: \xb2",), 400), (("Content-Length:",), 400),
-        (("Content-Length: " + "0" * 500 + "2",), 400), (("Content-Length: 2.0",), 400), (("Transfer-Encoding: chunked",), 411), (("Transfer-Encoding: identity",), 411),
-        (("Transfer-Encoding: chunked", "Content-Length: 2"), 411), (("Transfer-Encoding: \x0bchunked",), 400), (("transfer-encoding: xchunked",), 411),
-        (("Content-Length: 2", "Expect: more"), 417), ((), 411), (("Content-Length: 65537",), 413), (("Content-Length: 999999999999",), 413))
+    (framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, *lengths, body="{}"), status)
+    for lengths, status in (
+        (("Content-Length: 2", "Content-Length: 3"), 400),
+        (("Content-Length: 2", "Content-Length: 2"), 400),
+        (("Content-Length: 2, 2",), 400), (("Content-Length: -2",), 400),
+        (("Content-Length: +2",), 400), (("Content-Length: 2 2",), 400),
+        (("Content-Length: 0x2",), 400), (("Content-Length: \xb2",), 400),
+        (("Content-Length:",), 400),
+        (("Content-Length: " + "0" * 500 + "2",), 400), (("Content-Length: 2.0",), 400),
+        (("Transfer-Encoding: chunked",), 411), (("Transfer-Encoding: identity",), 411),
+        (("Transfer-Encoding: chunked", "Content-Length: 2"), 411),
+        (("Transfer-Encoding: \x0bchunked",), 400), (("transfer-encoding: xchunked",), 411),
+        (("Content-Length: 2", "Expect: more"), 417), ((), 411), (("Content-Length: 65537",), 413),
+        (("Content-Length: 999999999999",), 413))
 ] + [
-    (framed("GET /" + "x" * 9000 + " HTTP/1.1", "Host: x"), 414), (framed("GET /routes?" + "a=1&" * 10000 + " HTTP/1.1", "Host: x", LOGIN), 414), (framed("GET / HTTP/1.1", "Host: x", "A: " + "x" * 40000), 431),
-    (framed("GET / HTTP/1.1", "Host: x", *(f"A{n}: x" for n in range(5000))), 431), (b"x" * 100000, 414),
+    (framed("GET /" + "x" * 9000 + " HTTP/1.1", "Host: x"), 414),
+    (framed("GET /routes?" + "a=1&" * 10000 + " HTTP/1.1", "Host: x", LOGIN), 414),
+    (framed("GET / HTTP/1.1", "Host: x", "A: " + "x" * 40000), 431),
+    (framed("GET / HTTP/1.1", "Host: x", *(f"A{n}: x" for n in range(5000))), 431),
+    (b"x" * 100000, 414),
 ]
 
 
@@ -4075,15 +4110,19 @@ def test_a_badly_framed_request_is_refused_in_json_and_ends_the_connection(eithe
 
 
 @pytest.mark.parametrize("line, headers, status", [
-    ("POST /scale/cores HTTP/1.1", [], 401), ("POST /nowhere HTTP/1.1", [LOGIN], 404), ("POST /routes HTTP/1.1", [LOGIN], 405),
-    ("POST /scale/cores HTTP/1.1", [LOGIN, "Content-Type: text/plain"], 415), ("GET /routes HTTP/1.1", [LOGIN], 200),
+    ("POST /scale/cores HTTP/1.1", [], 401), ("POST /nowhere HTTP/1.1", [LOGIN], 404),
+    ("POST /routes HTTP/1.1", [LOGIN], 405),
+    ("POST /scale/cores HTTP/1.1", [LOGIN, "Content-Type: text/plain"], 415),
+    ("GET /routes HTTP/1.1", [LOGIN], 200),
 ])
 def test_a_body_that_nobody_reads_is_never_the_next_request(either, line, headers, status):
     body = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
-    data = framed(line, "Host: x", f"Content-Length: {len(body)}", *headers, body=body) + framed("GET /health/check HTTP/1.1", "Host: x", "Connection: close")
+    data = framed(line, "Host: x", f"Content-Length: {len(body)}", *headers, body=body) \
+        + framed("GET /health/check HTTP/1.1", "Host: x", "Connection: close")
     assert statuses(either.raw(data))[0] == [status, 200]
     big = "G" * 70000
-    data = framed(line, "Host: x", f"Content-Length: {len(big)}", *headers, body=big) + framed("GET /health/check HTTP/1.1", "Host: x", "Connection: close")
+    data = framed(line, "Host: x", f"Content-Length: {len(big)}", *headers, body=big) \
+        + framed("GET /health/check HTTP/1.1", "Host: x", "Connection: close")
     assert statuses(either.raw(data))[0] == [413 if status == 415 else status]
 
 
@@ -4092,29 +4131,42 @@ def test_an_over_limit_body_is_no_request_either(launch, tls):
     api = limited(launch, tls=tls, max_requests_per_minute=1)
     via = "X-Forwarded-For: 198.51.100.7"
     body = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
-    data = framed("GET /health/check HTTP/1.1", "Host: x", via) + framed("POST /scale/cores HTTP/1.1", "Host: x", via, f"Content-Length: {len(body)}", body=body) \
+    data = framed("GET /health/check HTTP/1.1", "Host: x", via) \
+        + framed("POST /scale/cores HTTP/1.1", "Host: x", via,
+                 f"Content-Length: {len(body)}", body=body) \
         + framed("GET /metrics HTTP/1.1", "Host: x", "Connection: close")
     assert statuses(api.raw(data))[0] == [200, 429, 200]
 
 
 @pytest.mark.parametrize("target, status", [
-    ("http://x/routes", 200), ("https://pve.example.org:5000/routes?", 200), ("HTTP://[2001:db8::1]:/routes", 200), ("http://192.0.2.1:80/resource/vm/config?vm_id=104", 200),
-    ("http://x", 404), ("http://x?vm_id=104", 404), ("http://x/http://x/routes", 404), ("/http://x/routes", 404), ("//x/routes", 404),
+    ("http://x/routes", 200), ("https://pve.example.org:5000/routes?", 200),
+    ("HTTP://[2001:db8::1]:/routes", 200),
+    ("http://192.0.2.1:80/resource/vm/config?vm_id=104", 200),
+    ("http://x", 404), ("http://x?vm_id=104", 404), ("http://x/http://x/routes", 404),
+    ("/http://x/routes", 404), ("//x/routes", 404),
 ])
 def test_a_target_may_be_a_whole_url_whatever_host_it_names(either, target, status):
-    codes, body = statuses(either.raw(framed(f"GET {target} HTTP/1.1", "Host: other:81", LOGIN, "Connection: close")))
-    assert codes == [status] and body == (error("Unknown path; GET /routes lists the endpoints") if status == 404 else body)
+    codes, body = statuses(either.raw(
+        framed(f"GET {target} HTTP/1.1", "Host: other:81", LOGIN, "Connection: close")))
+    assert codes == [status] and body == (
+        error("Unknown path; GET /routes lists the endpoints") if status == 404 else body)
 
 
 @pytest.mark.parametrize("lines, says", [
-    ([], "Missing Host: HTTP/1.1 needs one"), (["Host: a", "host: a"], "Bad Host: there are 2, and one is needed"),
-    *[([f"Host: {value}"], "Bad Host: expected a name or an address, and perhaps a port, such as pve.example.org:5000 or [2001:db8::1]:5000")
-      for value in ("a/b", "a b", "a, b", "u@a", "a:b", "a:1:2", "[::1", "::1", "http://a", "a\xe9", ":5000")],
+    ([], "Missing Host: HTTP/1.1 needs one"),
+    (["Host: a", "host: a"], "Bad Host: there are 2, and one is needed"),
+    *[([f"Host: {value}"], "Bad Host: expected a name or an address, and perhaps a port, "
+                           "such as pve.example.org:5000 or [2001:db8::1]:5000")
+      for value in ("a/b", "a b", "a, b", "u@a", "a:b", "a:1:2", "[::1", "::1", "http://a",
+                    "a\xe9", ":5000")],
 ])
 def test_a_missing_host_two_and_a_bad_one_are_told_apart(either, lines, says):
-    assert statuses(either.raw(framed("GET /routes HTTP/1.1", *lines, LOGIN))) == ([400], error(says))
-    for value in ("", "x", "x:", "pve-1.example.org:5000", "a_b", "192.0.2.1:80", "[2001:db8::1]", "[fe80::1%25eth0]:5000"):
-        assert statuses(either.raw(framed("GET /routes HTTP/1.1", f"Host: {value}", LOGIN, "Connection: close")))[0] == [200]
+    assert statuses(either.raw(framed("GET /routes HTTP/1.1", *lines, LOGIN))) == (
+        [400], error(says))
+    for value in ("", "x", "x:", "pve-1.example.org:5000", "a_b", "192.0.2.1:80", "[2001:db8::1]",
+                  "[fe80::1%25eth0]:5000"):
+        assert statuses(either.raw(framed(
+            "GET /routes HTTP/1.1", f"Host: {value}", LOGIN, "Connection: close")))[0] == [200]
     assert statuses(either.raw(framed("GET /routes HTTP/1.0", LOGIN)))[0] == [200]
 
 
@@ -4125,14 +4177,19 @@ def test_a_later_http_1_is_answered_as_http_1_1(either, version):
             sock.sendall(framed(f"GET /routes HTTP/{version}", "Host: x", LOGIN))
             reply = http.client.HTTPResponse(sock)
             reply.begin()
-            assert (reply.status, reply.version, reply.headers.get("Connection")) == (200, 11, None) and reply.read()
+            assert (reply.status, reply.version, reply.headers.get("Connection")) == (
+                200, 11, None) and reply.read()
 
 
 def test_empty_lines_before_a_request_are_dropped(either):
-    first, last = framed("GET /routes HTTP/1.1", "Host: x", LOGIN), framed("GET /nowhere HTTP/1.1", "Host: x", LOGIN, "Connection: close")
+    first, last = (
+        framed("GET /routes HTTP/1.1", "Host: x", LOGIN),
+        framed("GET /nowhere HTTP/1.1", "Host: x", LOGIN, "Connection: close"))
     body = '{"vm_id": 104, "cores": 0}'
-    post = framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, f"Content-Length: {len(body)}", body=body)
-    assert statuses(either.raw(b"\r\n" + first + b"\r\n\r\n" + post + b"\r\n" + last))[0] == [200, 400, 404]
+    post = framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND,
+                  f"Content-Length: {len(body)}", body=body)
+    assert statuses(either.raw(b"\r\n" + first + b"\r\n\r\n" + post + b"\r\n" + last))[0] == [
+        200, 400, 404]
     assert statuses(either.raw(b"\r\n" * 4096 + last))[0] == [404]
     with either.connect(5) as sock:
         for part in (b"\r", b"\n", b"\r\n\r", b"\n" + post, b"\r", b"\n" + last[:1], last[1:]):
@@ -4157,18 +4214,22 @@ def test_empty_lines_alone_are_no_request_that_is_late(launch, tls):
                 with contextlib.suppress(socket.timeout, ConnectionError):
                     received = sock.recv(1000)
             assert not received and 0.3 < time.monotonic() - started < 2
-    side_by_side((closed_after, b""), (closed_after, framed("GET /routes HTTP/1.1", "Host: x", LOGIN)))
+    side_by_side((closed_after, b""),
+                 (closed_after, framed("GET /routes HTTP/1.1", "Host: x", LOGIN)))
 
 
 def test_pipelined_requests_are_answered_in_order(either):
-    paths = ["/routes", "/nowhere", "/health/check", "/metrics", "/resource/vm/config?vm_id=104"] * 5
-    data = b"".join(framed(f"GET {path} HTTP/1.1", "Host: x", LOGIN) for path in paths) + framed("GET /nowhere HTTP/1.1", "Host: x", "Connection: close", LOGIN)
+    paths = ["/routes", "/nowhere", "/health/check", "/metrics",
+             "/resource/vm/config?vm_id=104"] * 5
+    data = b"".join(framed(f"GET {path} HTTP/1.1", "Host: x", LOGIN) for path in paths) \
+        + framed("GET /nowhere HTTP/1.1", "Host: x", "Connection: close", LOGIN)
     assert statuses(either.raw(data))[0] == [200, 404, 200, 200, 200] * 5 + [404]
 
 
 def test_the_connection_is_kept_as_the_version_and_the_client_say(either):
-    for version, headers, kept in (("1.1", [], True), ("1.1", ["Connection: close"], False), ("1.0", [], False), ("1.0", ["Connection: keep-alive"], True),
-                                   ("1.1", ["Connection: TE, Close"], False)):
+    for version, headers, kept in (
+            ("1.1", [], True), ("1.1", ["Connection: close"], False), ("1.0", [], False),
+            ("1.0", ["Connection: keep-alive"], True), ("1.1", ["Connection: TE, Close"], False)):
         with either.connect(5) as sock:
             sock.sendall(framed(f"GET /health/check HTTP/{version}", "Host: x", *headers))
             reply = read_answer(sock)
@@ -4188,21 +4249,27 @@ def test_a_body_is_asked_for_only_if_it_will_be_read(either):
         assert sock.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(b'{"vm_id": 104, "cores": 0}\n')
         assert read_answer(sock).body["error"].startswith("Invalid cores")
-    for line, headers, status in (("POST /scale/cores HTTP/1.1", [], 401), ("POST /nowhere HTTP/1.1", [LOGIN], 404), ("GET /scale/cores HTTP/1.1", [LOGIN], 405)):
+    for line, headers, status in (
+            ("POST /scale/cores HTTP/1.1", [], 401), ("POST /nowhere HTTP/1.1", [LOGIN], 404),
+            ("GET /scale/cores HTTP/1.1", [LOGIN], 405)):
         assert statuses(either.raw(framed(line, *expect, *headers)))[0] == [status]
 
 
 def test_every_answer_has_the_headers_it_should(either):
     reply = either.get("/routes")
-    moment = time.mktime(time.strptime(reply.headers["Date"], "%a, %d %b %Y %H:%M:%S GMT")) - time.timezone
+    moment = time.mktime(time.strptime(
+        reply.headers["Date"], "%a, %d %b %Y %H:%M:%S GMT")) - time.timezone
     assert abs(moment - time.time()) < 5
     assert reply.headers["Server"] == f"lxc_autoscale_api/{module.VERSION}"
-    assert (reply.headers["Cache-Control"], reply.headers["X-Content-Type-Options"]) == ("no-store", "nosniff")
-    assert either.get("/metrics").headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert (reply.headers["Cache-Control"], reply.headers["X-Content-Type-Options"]) == (
+        "no-store", "nosniff")
+    assert (either.get("/metrics").headers["Content-Type"]
+            == "text/plain; version=0.0.4; charset=utf-8")
 
 
 def threads(daemon):
-    """The number of threads that are there for requests: not the main one, the accepting one and three for the logs."""
+    """The number of threads that are there for requests: not the main one, the accepting one and
+    three for the logs."""
     return len(os.listdir(f"/proc/{daemon.process.pid}/task")) - 5
 
 
@@ -4211,11 +4278,13 @@ def descriptors(daemon):
 
 
 def children(daemon):
-    return Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text().split()
+    return Path(
+        f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text().split()
 
 
 def resident_kb(daemon):
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{daemon.process.pid}/status").read_text())[1])
+    return int(re.search(
+        r"VmRSS:\s+(\d+)", Path(f"/proc/{daemon.process.pid}/status").read_text())[1])
 
 
 def cpu_ticks(daemon):
@@ -4223,7 +4292,8 @@ def cpu_ticks(daemon):
 
 
 def cpu_seconds(daemon):
-    """The processor time of a daemon and its ended threads: its clock as clock_getcpuclockid(3) numbers it."""
+    """The processor time of a daemon and its ended threads: its clock as clock_getcpuclockid(3)
+    numbers it."""
     return time.clock_gettime((~daemon.process.pid << 3) | 2)
 
 
@@ -4239,11 +4309,13 @@ def test_heads_that_end_in_a_forbidden_byte_delay_nobody(either):
         said = {statuses(read_all(sock))[1]["error"] for sock in hostile}
         spent = cpu_seconds(either) - before
     assert said == {"Bad header: expected 'Name: value' on a line of its own"}
-    assert spent < 0.2                  # by twelve of them and an honest request; each would cost seconds in the square
+    # by twelve of them and an honest request; each would cost seconds in the square
+    assert spent < 0.2
 
 
 def test_a_head_that_comes_byte_by_byte_costs_the_same_for_each_however_long_it_is(either):
-    head = framed("GET /routes HTTP/1.1", "Host: x", LOGIN, "Connection: close", "A: " + "x" * 16384, "B: " + "y" * 2000)
+    head = framed("GET /routes HTTP/1.1", "Host: x", LOGIN, "Connection: close",
+                  "A: " + "x" * 16384, "B: " + "y" * 2000)
     with either.connect() as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         sock.sendall(head[:-2000])
@@ -4269,26 +4341,30 @@ def test_a_line_end_may_be_torn_apart_and_a_bare_one_is_refused_at_once(launch, 
                 sock.sendall(whole[begin:end])
                 time.sleep(0.0005)
             assert read_answer(sock).status == 200
-    for bare in (b"GET / HTTP/1.1\r\nHost: x\r\nA: b\n", b"GET / HTTP/1.1\r\nHost: x\r\nA: b\rc", b"GET / HTTP/1.1\n", b"GET / HTTP/1.1\r\n\n"):
+    for bare in (b"GET / HTTP/1.1\r\nHost: x\r\nA: b\n", b"GET / HTTP/1.1\r\nHost: x\r\nA: b\rc",
+                 b"GET / HTTP/1.1\n", b"GET / HTTP/1.1\r\n\n"):
         with api.connect(5) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
             for byte in bare:
                 sock.sendall(bytes([byte]))
                 time.sleep(0.0005)
-            assert statuses(read_all(sock)) == ([400], error("Bad line ending: a line ends in CR LF, and neither stands alone"))
+            assert statuses(read_all(sock)) == ([400], error(
+                "Bad line ending: a line ends in CR LF, and neither stands alone"))
 
 
 def test_the_shipped_deadlines_are_those_of_the_documentation():
-    assert (module.REQUEST_SECONDS, module.IDLE_SECONDS, module.TURN_SECONDS, module.SLOT_SECONDS, module.PROBE_SECONDS, module.STOP_SECONDS) == (
-        10, 30, 60, 30, 10, 30)
-    assert (module.FILE_SECONDS, module.KILL_SECONDS, module.REACH_SECONDS, module.YIELD_SECONDS) == (5, 1, 4, 1)
+    assert (module.REQUEST_SECONDS, module.IDLE_SECONDS, module.TURN_SECONDS, module.SLOT_SECONDS,
+            module.PROBE_SECONDS, module.STOP_SECONDS) == (10, 30, 60, 30, 10, 30)
+    assert (module.FILE_SECONDS, module.KILL_SECONDS, module.REACH_SECONDS,
+            module.YIELD_SECONDS) == (5, 1, 4, 1)
 
 
 @OVER_BOTH
 def test_a_request_that_trickles_is_cut_off_at_its_deadline(launch, tls):
     api = launch(tls=tls, constants={"REQUEST_SECONDS": 0.4, "IDLE_SECONDS": 0.6})
     begun = framed("GET /routes HTTP/1.1", "Host: x", LOGIN)
-    body = framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, "Content-Length: 500", body="{" * 400)
+    body = framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, "Content-Length: 500",
+                  body="{" * 400)
 
     def trickled(data, late):
         started = time.monotonic()
@@ -4321,9 +4397,12 @@ def test_a_request_that_trickles_is_cut_off_at_its_deadline(launch, tls):
 
 
 def test_one_connection_too_many_is_told_so_at_once(launch, host):
-    api = launch(server={"max_connections": 4}, constants={"YIELD_SECONDS": 60, "LINGER_SECONDS": 0.3, "WORKER_SECONDS": 0.1})
-    assert api.get("/routes").status == 200         # whoever asked whether it listens is accepted before
-    wait_until(lambda: threads(api) == 0 and all((host.root / f"{name}.log").exists() for name in ("main", "access", "error")))
+    api = launch(server={"max_connections": 4}, constants={
+        "YIELD_SECONDS": 60, "LINGER_SECONDS": 0.3, "WORKER_SECONDS": 0.1})
+    # whoever asked whether it listens is accepted before
+    assert api.get("/routes").status == 200
+    wait_until(lambda: threads(api) == 0 and all(
+        (host.root / f"{name}.log").exists() for name in ("main", "access", "error")))
     used = descriptors(api) + 4
     held = [api.connect() for _ in range(4)]
     wait_until(lambda: (threads(api), descriptors(api)) == (4, used))
@@ -4335,14 +4414,16 @@ def test_one_connection_too_many_is_told_so_at_once(launch, host):
     wait_until(lambda: descriptors(api) == used)    # they are closed when they had time to read
     assert b"\r\nRetry-After: 1\r\n" in api.raw(framed("GET /health/check HTTP/1.1", "Host: x"))
     held.pop().close()
-    wait_until(lambda: b" 200 OK" in api.raw(framed("GET /health/check HTTP/1.1", "Host: x", "Connection: close")))
+    wait_until(lambda: b" 200 OK" in api.raw(
+        framed("GET /health/check HTTP/1.1", "Host: x", "Connection: close")))
     assert "lxc_autoscale_api_connections_refused_total 2" in api.get("/metrics").body
     for sock in held:
         sock.close()
 
 
 def is_healthy(api):
-    """Whether the health check is answered with 200; one connection too many is closed before TLS begins."""
+    """Whether the health check is answered with 200; one connection too many is closed before TLS
+    begins."""
     with contextlib.suppress(ConnectionError, ssl.SSLError):
         return api.get("/health/check").status == 200
 
@@ -4396,14 +4477,16 @@ def test_one_address_that_holds_all_places_with_answered_requests_gives_way(laun
 
 
 @OVER_BOTH
-def test_one_address_that_holds_all_places_with_work_gives_way_and_its_threads_end(launch, host, tls):
+def test_one_address_that_holds_all_places_with_work_gives_way_and_its_threads_end(
+        launch, host, tls):
     host.faults(list={"pause": True})
     api = launch(tls=tls, server={"max_connections": 8}, constants={"WORKER_SECONDS": 0.2})
     held = [api.connect(source="127.0.0.2") for _ in range(8)]
     for sock in held:
         sock.sendall(HEALTH)
     with contextlib.ExitStack() as honest:
-        watch = honest.enter_context(api.connect())         # one connection, for each further one takes a place
+        # one connection, for each further one takes a place
+        watch = honest.enter_context(api.connect())
         wait_until(lambda: "lxc_autoscale_api_requests_in_progress 8\n" in api_metrics(watch))
         others = [honest.enter_context(api.connect()) for _ in range(3)]
         for sock in others:
@@ -4421,15 +4504,18 @@ def test_a_client_behind_a_proxy_is_counted_by_its_own_address(launch):
     api = launch(server={"max_connections": 4}, constants={"YIELD_SECONDS": 60})
     held = [api.connect() for _ in range(3)]
     for sock in held:
-        sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN, "X-Forwarded-For: 198.51.100.7"))
+        sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN,
+                            "X-Forwarded-For: 198.51.100.7"))
         assert read_answer(sock).status == 200
     with api.connect() as honest:
-        honest.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN, "X-Forwarded-For: 198.51.100.8"))
+        honest.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN,
+                              "X-Forwarded-For: 198.51.100.8"))
         assert read_answer(honest).status == 200
         assert api.get("/routes").status == 200
         honest.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
         assert read_answer(honest).status == 200, "who holds little keeps it"
-    assert re.findall(r"WARNING (.*)\n", api.log("error")) == ["198.51.100.7 holds 3 of 4 connections; one of them gives way to 127.0.0.1"]
+    assert re.findall(r"WARNING (.*)\n", api.log("error")) == [
+        "198.51.100.7 holds 3 of 4 connections; one of them gives way to 127.0.0.1"]
     for sock in held:
         sock.close()
 
@@ -4440,7 +4526,8 @@ def test_who_leaves_while_a_request_waits_gives_the_place_back(launch, host, tls
     api = launch(tls=tls, server={"max_connections": 4}, constants={"LOOK_SECONDS": 0.05})
 
     def in_progress(count):
-        with contextlib.suppress(OSError):          # all places are taken: with TLS that is told by the end
+        # all places are taken: with TLS that is told by the end
+        with contextlib.suppress(OSError):
             return f"lxc_autoscale_api_requests_in_progress {count}\n" in api.get("/metrics").body
     for _ in range(3):
         gone = [api.connect() for _ in range(3)]
@@ -4457,7 +4544,8 @@ def test_who_leaves_while_a_request_waits_gives_the_place_back(launch, host, tls
 
 @OVER_BOTH
 def test_slow_readers_of_a_large_answer_share_its_bytes(launch, tls):
-    api = launch(tls=tls, constants={"Metrics.render": Code("lambda *_: daemon.time.sleep(0.3) or 8000000 * 'x'")})
+    api = launch(tls=tls, constants={
+        "Metrics.render": Code("lambda *_: daemon.time.sleep(0.3) or 8000000 * 'x'")})
     before = resident_kb(api)
     slow = [api.connect() for _ in range(20)]
     for sock in slow:
@@ -4470,7 +4558,8 @@ def test_slow_readers_of_a_large_answer_share_its_bytes(launch, tls):
 
 @OVER_BOTH
 def test_of_many_slow_readers_of_large_answers_the_oldest_gives_way(launch, tls):
-    api = launch(tls=tls, constants={"Metrics.render": Code("lambda *_: 8000000 * 'x'"), "MAX_SENDING": 3})
+    api = launch(tls=tls, constants={
+        "Metrics.render": Code("lambda *_: 8000000 * 'x'"), "MAX_SENDING": 3})
     slow = []
     for _ in range(5):
         slow.append(api.connect())
@@ -4488,20 +4577,27 @@ def test_clients_that_leave_cost_one_line_and_end_nothing(launch, host):
     host.faults(set={"delay": 0.3})
     body = '{"vm_id": 104, "cores": 5}'
     with api.connect() as sock:
-        sock.sendall(framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, f"Content-Length: {len(body)}", body=body))
+        sock.sendall(framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND,
+                            f"Content-Length: {len(body)}", body=body))
         wait_until(host.calls)
     wait_until(lambda: host.conf(104)["cores"] == "5")
-    wait_until(lambda: f"POST /scale/cores vm_id=104 cores=5 by 127.0.0.1 with key {FINGERPRINT}: done" in api.log())
+    wait_until(lambda: f"POST /scale/cores vm_id=104 cores=5 by 127.0.0.1 with key {FINGERPRINT}: "
+                       "done" in api.log())
     lines = len((api.log("access") + api.log("error")).splitlines())
-    with api.connect() as sock:                     # in the middle of a body, which is being waited for
-        sock.sendall(framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, "Content-Length: 50", "Expect: 100-continue"))
+    # in the middle of a body, which is being waited for
+    with api.connect() as sock:
+        sock.sendall(framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND,
+                            "Content-Length: 50", "Expect: 100-continue"))
         assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(b'{"vm_id"')
         sock.shutdown(socket.SHUT_WR)
-        assert statuses(read_all(sock)) == ([400], refused("The connection ended before the body did"))
+        assert statuses(read_all(sock)) == (
+            [400], refused("The connection ended before the body did"))
     lines += 1
     reset = b"\x01\x00\x00\x00\x00\x00\x00\x00"
-    for data in (b"", b"GET", framed("GET /routes HTTP/1.1", "Host: x", LOGIN), framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, "Content-Length: 50", body="{")):
+    for data in (b"", b"GET", framed("GET /routes HTTP/1.1", "Host: x", LOGIN),
+                 framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND,
+                        "Content-Length: 50", body="{")):
         for _ in range(10):
             sock = api.connect()
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
@@ -4526,11 +4622,14 @@ def client_context(daemon, **attributes):
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
 def test_tls_1_2_and_1_3_are_spoken_and_nothing_older_nor_without_forward_secrecy(steady_tls):
     for version, name in ((ssl.TLSVersion.TLSv1_2, "TLSv1.2"), (ssl.TLSVersion.TLSv1_3, "TLSv1.3")):
-        with client_context(steady_tls, minimum_version=version, maximum_version=version).wrap_socket(steady_tls.connect_plainly(), server_hostname="127.0.0.1") as sock:
+        with client_context(
+                steady_tls, minimum_version=version, maximum_version=version
+        ).wrap_socket(steady_tls.connect_plainly(), server_hostname="127.0.0.1") as sock:
             assert sock.version() == name and sock.compression() is None
             sock.sendall(HEALTH)
             assert read_answer(sock).status == 200
-    old = client_context(steady_tls, minimum_version=ssl.TLSVersion.TLSv1, maximum_version=ssl.TLSVersion.TLSv1_1)
+    old = client_context(steady_tls, minimum_version=ssl.TLSVersion.TLSv1,
+                         maximum_version=ssl.TLSVersion.TLSv1_1)
     old.set_ciphers("ALL:@SECLEVEL=0")
     weak = client_context(steady_tls, maximum_version=ssl.TLSVersion.TLSv1_2)
     weak.set_ciphers("ECDHE-ECDSA-AES128-SHA256:AES128-GCM-SHA256:DHE-RSA-AES128-GCM-SHA256")
@@ -4540,36 +4639,48 @@ def test_tls_1_2_and_1_3_are_spoken_and_nothing_older_nor_without_forward_secrec
 
 
 def test_renegotiation_and_compression_are_off(tmp_path):
-    config = module.load_config(GOOD_KEY + "server:\n  tls_certificate: {}\n  tls_key: {}\n".format(*tls_files(tmp_path).values()))
+    config = module.load_config(
+        GOOD_KEY
+        + "server:\n  tls_certificate: {}\n  tls_key: {}\n".format(*tls_files(tmp_path).values()))
     off = ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
     assert module.load_tls(config)[0].options & off == off
 
 
 def test_plain_http_on_a_tls_port_is_told_so(steady_tls):
-    for data in (HEALTH, framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, "Content-Length: 27", body='{"vm_id": 104, "cores": 4}\n'), b"\x00", b"\r\n"):
+    for data in (HEALTH, framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND,
+                                "Content-Length: 27", body='{"vm_id": 104, "cores": 4}\n'),
+                 b"\x00", b"\r\n"):
         with steady_tls.connect_plainly() as sock:
             sock.sendall(data)
-            assert statuses(read_all(sock)) == ([400], error("This port speaks TLS: ask for https:// instead of http://"))
+            assert statuses(read_all(sock)) == ([400], error(
+                "This port speaks TLS: ask for https:// instead of http://"))
 
 
 def test_what_is_no_tls_within_tls_ends_its_connection_and_nothing_else(steady_tls):
     hello = b"\x16\x03\x01\x00\x05hello"
-    for before, data in ((False, hello), (False, b"\x16"), (False, b"\x16\x03\x01\xff\xff" + b"x" * 70000), (True, b"\x17\x03\x03\x00\x20" + b"x" * 32), (True, HEALTH), (True, hello)):
+    for before, data in (
+            (False, hello), (False, b"\x16"), (False, b"\x16\x03\x01\xff\xff" + b"x" * 70000),
+            (True, b"\x17\x03\x03\x00\x20" + b"x" * 32), (True, HEALTH), (True, hello)):
         plain = steady_tls.connect_plainly()
         with socket.socket(fileno=os.dup(plain.fileno())) as raw:
             raw.settimeout(10)
-            sock = steady_tls.tls.wrap_socket(plain, server_hostname="127.0.0.1") if before else plain
+            sock = (steady_tls.tls.wrap_socket(plain, server_hostname="127.0.0.1") if before
+                    else plain)
             with contextlib.suppress(OSError):      # the daemon may have closed it already
                 raw.sendall(data)
                 raw.shutdown(socket.SHUT_WR)
             assert b"HTTP/1.1" not in read_all(raw)
             sock.close()
-    assert steady_tls.get("/routes").status == 200 and "Traceback" not in steady_tls.log("error") + steady_tls.said()
+    assert (steady_tls.get("/routes").status == 200
+            and "Traceback" not in steady_tls.log("error") + steady_tls.said())
 
 
 def test_a_connection_ends_as_tls_wants_it_so_that_nobody_takes_it_for_cut_off(steady_tls):
-    for data in (framed("GET /routes HTTP/1.1", "Host: x", LOGIN, "Connection: close"), b"x\r\n\r\n"):
-        with steady_tls.tls.wrap_socket(steady_tls.connect_plainly(), server_hostname="127.0.0.1", suppress_ragged_eofs=False) as sock:
+    for data in (framed("GET /routes HTTP/1.1", "Host: x", LOGIN, "Connection: close"),
+                 b"x\r\n\r\n"):
+        with steady_tls.tls.wrap_socket(
+                steady_tls.connect_plainly(), server_hostname="127.0.0.1",
+                suppress_ragged_eofs=False) as sock:
             sock.sendall(data)
             assert read_all(sock).startswith(b"HTTP/1.1 ")
 
@@ -4603,7 +4714,8 @@ def test_a_handshake_is_part_of_the_first_request_s_time(launch):
         started, received = time.monotonic(), None
         while received is None and time.monotonic() - started < 5:
             with contextlib.suppress(ConnectionError):
-                sock.sendall(b"\x16\x03\x01\x40\x00" if time.monotonic() - started < 0.02 else b"\x00")
+                sock.sendall(b"\x16\x03\x01\x40\x00" if time.monotonic() - started < 0.02
+                             else b"\x00")
             with contextlib.suppress(socket.timeout, ConnectionError):
                 received = sock.recv(1000)
         assert not received and 1.8 < time.monotonic() - started < 2.8
@@ -4611,10 +4723,14 @@ def test_a_handshake_is_part_of_the_first_request_s_time(launch):
 
 def test_what_the_network_takes_in_pieces_arrives_whole(tmp_path):
     """A send may take a part only; no byte of a record may be lost or sent twice."""
-    config = module.load_config(GOOD_KEY + "server:\n  tls_certificate: {}\n  tls_key: {}\n".format(*tls_files(tmp_path).values()))
+    config = module.load_config(
+        GOOD_KEY
+        + "server:\n  tls_certificate: {}\n  tls_key: {}\n".format(*tls_files(tmp_path).values()))
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
-    sock = module.SimpleNamespace(recv=to_server.read, sendall=to_client.write, send=lambda data, *_: to_client.write(data[:7000]))
-    server, client = module.Tls(sock, module.load_tls(config)[0]), module.unverified().wrap_bio(to_client, to_server)
+    sock = module.SimpleNamespace(recv=to_server.read, sendall=to_client.write,
+                                  send=lambda data, *_: to_client.write(data[:7000]))
+    server, client = (module.Tls(sock, module.load_tls(config)[0]),
+                      module.unverified().wrap_bio(to_client, to_server))
     for _ in range(2):
         with contextlib.suppress(ssl.SSLWantReadError):
             client.do_handshake()
@@ -4630,7 +4746,8 @@ def test_what_the_network_takes_in_pieces_arrives_whole(tmp_path):
 
 
 def test_500_handshakes_that_never_end_delay_nobody_and_are_gone_in_time(launch):
-    api = launch(tls=True, server={"max_connections": 600}, constants={"REQUEST_SECONDS": 1.3, "LINGER_SECONDS": 0.3, "WORKER_SECONDS": 0.2})
+    api = launch(tls=True, server={"max_connections": 600}, constants={
+        "REQUEST_SECONDS": 1.3, "LINGER_SECONDS": 0.3, "WORKER_SECONDS": 0.2})
     outgoing = ssl.MemoryBIO()
     with pytest.raises(ssl.SSLWantReadError):
         api.tls.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="127.0.0.1").do_handshake()
@@ -4638,7 +4755,8 @@ def test_500_handshakes_that_never_end_delay_nobody_and_are_gone_in_time(launch)
     slow, begun, times = [], time.monotonic(), []
     for number in range(500):
         slow.append(api.connect_plainly())
-        slow[-1].sendall((b"", hello[:1], hello[:-1], hello)[number % 4])      # and the last waits for its answer
+        # and the last waits for its answer
+        slow[-1].sendall((b"", hello[:1], hello[:-1], hello)[number % 4])
     while time.monotonic() - begun < 1.2:
         for sock in slow[1::4]:
             with contextlib.suppress(OSError):
@@ -4689,12 +4807,16 @@ def test_a_reload_takes_a_renewed_certificate_and_closes_nothing(launch, host):
             if taken is certificate:
                 wait_until(lambda: certificate_of(api) == taken.replace("\n", ""))
             else:
-                said = f"not reloaded, the old settings stay: {host.root}/api.yaml:4: server.tls_certificate {host.root}/tls.pem must hold a certificate in PEM"
+                said = (f"not reloaded, the old settings stay: {host.root}/api.yaml:4: "
+                        f"server.tls_certificate {host.root}/tls.pem "
+                        "must hold a certificate in PEM")
                 wait_until(lambda: said in api.log("error") and said in api.said())
                 assert certificate_of(api) == taken.replace("\n", "")
             sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
             assert read_answer(sock).status == 200
-    wait_until(lambda: f"WARNING server.tls_certificate {host.root}/tls.pem has expired (20210101000000, in UTC); clients will refuse it\n" in api.log("error"))
+    wait_until(lambda: (
+        f"WARNING server.tls_certificate {host.root}/tls.pem has expired "
+        "(20210101000000, in UTC); clients will refuse it\n") in api.log("error"))
     assert "may need a restart" not in api.log()
 
 
@@ -4705,12 +4827,15 @@ def test_a_certificate_that_hangs_at_a_reload_delays_nobody(launch, host):
     api.process.send_signal(signal.SIGHUP)
     started = time.monotonic()
     assert api.get("/routes").status == 200 and time.monotonic() - started < 0.25
-    wait_until(lambda: f"not reloaded, the old settings stay: {host.root}/api.yaml:4: server.tls_certificate: {HANGING}" in api.log("error"))
+    wait_until(lambda: (f"not reloaded, the old settings stay: {host.root}/api.yaml:4: "
+                        f"server.tls_certificate: {HANGING}") in api.log("error"))
     assert api.get("/routes").status == 200
     assert api.stop() == 0
 
 
-@pytest.mark.parametrize("pem, end", [(CERTIFICATE, "21261101031243"), (EXPIRED, "20210101000000"), ("text before\n" + EXPIRED + CERTIFICATE, "20210101000000"), ("", None)])
+@pytest.mark.parametrize("pem, end", [
+    (CERTIFICATE, "21261101031243"), (EXPIRED, "20210101000000"),
+    ("text before\n" + EXPIRED + CERTIFICATE, "20210101000000"), ("", None)])
 def test_the_end_of_a_certificate_is_read_from_it(pem, end):
     assert module.end_of_certificate(pem) == end
 
@@ -4718,7 +4843,8 @@ def test_the_end_of_a_certificate_is_read_from_it(pem, end):
 # Proxmox fails
 
 def commands_alive(host):
-    """The ids of all processes that were started as a simulated command of this host, and of their children."""
+    """The ids of all processes that were started as a simulated command of this host, and of their
+    children."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -4740,12 +4866,15 @@ def test_pct_that_is_missing_or_cannot_run_is_503(asking, host):
     text = pct.read_text()
     pct.unlink()
     reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4})
-    assert (reply.status, reply.body["error"], reply.headers["Retry-After"]) == (503, "Nothing was done: pct is not installed, or not on the daemon's PATH", "60")
+    assert (reply.status, reply.body["error"], reply.headers["Retry-After"]) == (
+        503, "Nothing was done: pct is not installed, or not on the daemon's PATH", "60")
     pct.write_text("no program")
     pct.chmod(0o644)
-    assert api.get("/resource/vm/status?vm_id=104").body == error("pct cannot be started: Permission denied")
+    assert api.get("/resource/vm/status?vm_id=104").body == error(
+        "pct cannot be started: Permission denied")
     pct.chmod(0o755)
-    assert api.get("/resource/vm/status?vm_id=104").body == error("pct cannot be started: Exec format error")
+    assert api.get("/resource/vm/status?vm_id=104").body == error(
+        "pct cannot be started: Exec format error")
     pct.write_text(text)
     assert api.get("/resource/vm/status?vm_id=104").status == 200
 
@@ -4755,8 +4884,10 @@ def test_pct_that_is_missing_or_cannot_run_is_503(asking, host):
     ({"signal": 11}, 500, "pct status 104 was ended by SIGSEGV"),
     ({"exit": 7, "stderr": "first line\nsecond line\n"}, 500, "pct status 104 failed: second line"),
     ({"spew": 100_000_000, "exit": 0}, 500, "pct status 104 printed more than 4 MiB"),
-    ({"exit": 1, "bytes": "fffe80", "stderr": ""}, 500, "pct status 104 failed: \ufffd\ufffd\ufffd"),
-    ({"exit": 255, "stderr": "cluster not ready - no quorum?\n"}, 503, "The Proxmox cluster has no quorum, so nothing can be changed"),
+    ({"exit": 1, "bytes": "fffe80", "stderr": ""}, 500,
+     "pct status 104 failed: \ufffd\ufffd\ufffd"),
+    ({"exit": 255, "stderr": "cluster not ready - no quorum?\n"}, 503,
+     "The Proxmox cluster has no quorum, so nothing can be changed"),
 ])
 def test_a_read_that_fails_is_told_and_the_next_one_works(steady, fault, status, says):
     steady.host.faults(status=fault)
@@ -4798,14 +4929,17 @@ HANGING = "Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-c
 
 def test_a_file_of_proxmox_that_hangs_is_503_and_all_else_works(launch, host):
     os.mkfifo(host.path(110))                       # whoever reads it waits for a writer
-    api = launch(proxmox={"read_timeout_seconds": 1}, constants={"FILE_SECONDS": 0.3, "MAX_HUNG": 5, "WORKER_SECONDS": 0.2})
+    api = launch(proxmox={"read_timeout_seconds": 1}, constants={
+        "FILE_SECONDS": 0.3, "MAX_HUNG": 5, "WORKER_SECONDS": 0.2})
 
     def hangs(path):
         started = time.monotonic()
         reply = api.get(path)
-        assert (reply.status, reply.body, reply.headers["Retry-After"]) == (503, error(HANGING), "30")
+        assert (reply.status, reply.body, reply.headers["Retry-After"]) == (
+            503, error(HANGING), "30")
         assert 0.2 < time.monotonic() - started < 1.5
-    health, *_ = side_by_side((api.get, "/health/check"), *((hangs, path) for path in ("/resource/vm/config?vm_id=110", "/resource/vm/list", "/metrics")))
+    health, *_ = side_by_side((api.get, "/health/check"), *((hangs, path) for path in (
+        "/resource/vm/config?vm_id=110", "/resource/vm/list", "/metrics")))
     for path in ("/resource/vm/config?vm_id=104", "/resource/vm/status?vm_id=104", "/routes"):
         assert api.get(path).status == 200
     # pct list reads that file, too
@@ -4813,16 +4947,21 @@ def test_a_file_of_proxmox_that_hangs_is_503_and_all_else_works(launch, host):
         "ok": False, "detail": "pct list did not finish in 1 s and was ended"})
     assert api.post("/scale/cores", {"vm_id": 106, "cores": 4}).status == 200
     assert api.get("/resource/vm/status?vm_id=110").status == 503
-    started = time.monotonic()                      # the same is not read again, and another not while five hang
-    assert api.get("/resource/vm/config?vm_id=110").body == error(HANGING) and time.monotonic() - started < 0.2
-    started = time.monotonic()                      # five hang: the start's look for snapshots, and these four
-    assert api.get("/resource/vm/config?vm_id=104").body == error(HANGING) and time.monotonic() - started < 0.2
+    # the same is not read again, and another not while five hang
+    started = time.monotonic()
+    assert (api.get("/resource/vm/config?vm_id=110").body == error(HANGING)
+            and time.monotonic() - started < 0.2)
+    # five hang: the start's look for snapshots, and these four
+    started = time.monotonic()
+    assert (api.get("/resource/vm/config?vm_id=104").body == error(HANGING)
+            and time.monotonic() - started < 0.2)
     pipe = host.path(110).rename(host.root / "pipe")
 
     def released():
         with contextlib.suppress(OSError):          # nobody reads it just now
             os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
-        return api.get("/resource/vm/list").status == api.get("/resource/vm/config?vm_id=104").status == 200
+        return (api.get("/resource/vm/list").status
+                == api.get("/resource/vm/config?vm_id=104").status == 200)
     wait_until(released)
     assert [row["vm_id"] for row in api.get("/resource/vm/list").body["data"]] == [104, 106]
     wait_until(lambda: threads(api) == 0)
@@ -4837,10 +4976,12 @@ def test_a_daemon_whose_host_hangs_stops_all_the_same(launch, host):
 
 
 def test_a_container_s_disk_that_does_not_answer_is_null(launch, host):
-    api = launch(constants={"FILE_SECONDS": 0.3, "used_bytes": Code("lambda path: daemon.time.sleep(5)")})
+    api = launch(constants={
+        "FILE_SECONDS": 0.3, "used_bytes": Code("lambda path: daemon.time.sleep(5)")})
     (host.cgroup / "lxc/104/ns/init.scope/cgroup.procs").write_text(f"{os.getpid()}\n")
     reply = api.get("/resource/vm/status?vm_id=104")
-    assert (reply.status, reply.body["data"]["disk_used"], reply.body["data"]["memory_used"]) == (200, None, 500)
+    assert (reply.status, reply.body["data"]["disk_used"], reply.body["data"]["memory_used"]) == (
+        200, None, 500)
 
 
 def test_what_cannot_be_read_is_not_taken_for_what_is_not_there(launch, host):
@@ -4853,12 +4994,17 @@ def test_what_cannot_be_read_is_not_taken_for_what_is_not_there(launch, host):
         taken = set(os.listdir(f"/proc/{api.process.pid}/fd"))
         lowest = next(number for number in range(1000) if str(number) not in taken)
         resource.prlimit(api.process.pid, resource.RLIMIT_NOFILE, (lowest, 4096))
-        for line, body in (("GET /resource/vm/list", ""), ("GET /resource/vm/config?vm_id=104", ""), ("GET /snapshot/list?vm_id=104", ""),
-                           ("POST /scale/cores", '{"vm_id": 104, "cores": 4}')):
-            sock.sendall(framed(f"{line} HTTP/1.1", "Host: x", LOGIN, JSON_KIND, f"Content-Length: {len(body)}", body=body))
+        for line, body in (
+                ("GET /resource/vm/list", ""), ("GET /resource/vm/config?vm_id=104", ""),
+                ("GET /snapshot/list?vm_id=104", ""),
+                ("POST /scale/cores", '{"vm_id": 104, "cores": 4}')):
+            sock.sendall(framed(f"{line} HTTP/1.1", "Host: x", LOGIN, JSON_KIND,
+                                f"Content-Length: {len(body)}", body=body))
             reply = read_answer(sock)
             done = "Nothing was done: " * line.startswith("POST")
-            assert reply.status == 503 and re.fullmatch(done + r"\S+ cannot be read: Too many open files", reply.body["error"]), (line, reply)
+            assert reply.status == 503 and re.fullmatch(
+                done + r"\S+ cannot be read: Too many open files", reply.body["error"]
+            ), (line, reply)
         resource.prlimit(api.process.pid, resource.RLIMIT_NOFILE, (1024, 4096))
     assert host.calls() == [] and len(api.get("/resource/vm/list").body["data"]) == 2
 
@@ -4866,43 +5012,53 @@ def test_what_cannot_be_read_is_not_taken_for_what_is_not_there(launch, host):
 def test_a_cluster_file_system_that_is_not_mounted_is_503(api, host):
     away = host.pve.rename(host.root / "away")
     host.pve.mkdir()
-    says = f"Proxmox's cluster file system is not mounted at {host.pve}; see: systemctl status pve-cluster"
-    for path in ("/resource/vm/list", "/resource/vm/config?vm_id=104", "/resource/vm/status?vm_id=104", "/snapshot/list?vm_id=104", "/metrics"):
+    says = (f"Proxmox's cluster file system is not mounted at {host.pve}; "
+            "see: systemctl status pve-cluster")
+    for path in ("/resource/vm/list", "/resource/vm/config?vm_id=104",
+                 "/resource/vm/status?vm_id=104", "/snapshot/list?vm_id=104", "/metrics"):
         reply = api.get(path)
         assert (reply.status, reply.body, reply.headers["Retry-After"]) == (503, error(says), "30")
-    assert api.post("/scale/cores", {"vm_id": 104, "cores": 4}).body == refused("Nothing was done: " + says)
+    assert api.post("/scale/cores", {"vm_id": 104, "cores": 4}).body == refused(
+        "Nothing was done: " + says)
     host.pve.rmdir()
     away.rename(host.pve)
     assert api.get("/resource/vm/list").status == 200 and host.calls() == []
 
 
-UNKILLABLE = {"os.killpg": Code("lambda *_: None"), "KILL_SECONDS": 0.2}     # as one that hangs in the kernel is
+# as one that hangs in the kernel is
+UNKILLABLE = {"os.killpg": Code("lambda *_: None"), "KILL_SECONDS": 0.2}
 
 
 def test_a_probe_that_cannot_be_killed_is_unhealthy_and_nobody_waits_behind_it(launch, host):
     host.faults(list={"pause": True})
-    api = launch(proxmox={"read_timeout_seconds": 1}, constants={**UNKILLABLE, "PROBE_SECONDS": 0.1})
+    api = launch(proxmox={"read_timeout_seconds": 1},
+                 constants={**UNKILLABLE, "PROBE_SECONDS": 0.1})
     for longest in (2, 0.5):
         started = time.monotonic()
         reply = api.get("/health/check")
-        assert (reply.status, reply.body["checks"]["lxc_commands"]) == (503, {"ok": False, "detail": (
-            f"pct list hangs and cannot be ended (process {host.rows()[0]['pid']}); "
-            "the storage or /etc/pve behind it does not answer")})
+        assert (reply.status, reply.body["checks"]["lxc_commands"]) == (503, {
+            "ok": False,
+            "detail": f"pct list hangs and cannot be ended (process {host.rows()[0]['pid']}); "
+                      "the storage or /etc/pve behind it does not answer"})
         assert time.monotonic() - started < longest
         wait_until(lambda: time.monotonic() - started > 0.2)
-    assert host.calls() == ["pct list"] and api.post("/scale/cores", {"vm_id": 106, "cores": 4}).status == 200
+    assert (host.calls() == ["pct list"]
+            and api.post("/scale/cores", {"vm_id": 106, "cores": 4}).status == 200)
     host.go()
     wait_until(lambda: api.get("/health/check").status == 200)
 
 
 def test_the_place_of_a_command_that_cannot_be_killed_is_free_when_it_has_gone(launch, host):
     host.faults(status={"pause": True})
-    api = launch(proxmox={"read_timeout_seconds": 1, "max_commands": 1, "cgroup_dir": "/nowhere"}, constants={**UNKILLABLE, "SLOT_SECONDS": 0.3})
+    api = launch(
+        proxmox={"read_timeout_seconds": 1, "max_commands": 1, "cgroup_dir": "/nowhere"},
+        constants={**UNKILLABLE, "SLOT_SECONDS": 0.3})
     reply = api.get("/resource/vm/status?vm_id=104")
     assert (reply.status, reply.body) == (504, error(
         f"pct status 104 hangs and cannot be ended (process {host.rows()[0]['pid']}); "
         "the storage or /etc/pve behind it does not answer"))
-    assert api.get("/resource/vm/status?vm_id=106").body == error("Too many commands run on this host; try again later")
+    assert api.get("/resource/vm/status?vm_id=106").body == error(
+        "Too many commands run on this host; try again later")
     host.go()
     wait_until(lambda: api.get("/resource/vm/status?vm_id=106").status == 200)
     assert "ran pct status 104 --verbose: it cannot be ended in " in api.log()
@@ -4914,7 +5070,9 @@ def test_long_changes_leave_places_to_others_and_health_needs_none(launch, host)
     host.faults(clone={"delay": True})
     api = launch(proxmox={"max_commands": 4}, constants={"PROBE_SECONDS": 0, "SLOT_SECONDS": 5})
     with concurrent.futures.ThreadPoolExecutor(5) as pool:
-        clones = [pool.submit(api.post, "/clone/create", {"vm_id": vm_id, "new_vm_id": vm_id + 100, "new_vm_name": "x"}) for vm_id in range(110, 115)]
+        clones = [pool.submit(api.post, "/clone/create", {
+            "vm_id": vm_id, "new_vm_id": vm_id + 100, "new_vm_name": "x"})
+            for vm_id in range(110, 115)]
         wait_until(lambda: len([call for call in host.calls() if " clone " in call]) == 3)
         wait_until(lambda: "lxc_autoscale_api_commands_waiting 2\n" in api.get("/metrics").body)
         started = time.monotonic()
@@ -4930,7 +5088,8 @@ def test_a_read_that_hangs_is_killed_with_its_group(launch, host):
     api = launch(proxmox={"read_timeout_seconds": 1, "cgroup_dir": "/nowhere"})
     started = time.monotonic()
     reply = api.get("/resource/vm/status?vm_id=104")
-    assert (reply.status, reply.body["error"]) == (504, "pct status 104 did not finish in 1 s and was ended")
+    assert (reply.status, reply.body["error"]) == (
+        504, "pct status 104 did not finish in 1 s and was ended")
     assert 0.9 < time.monotonic() - started < 3
     row, = host.rows()
     assert row["group"] == row["session"] == row["pid"]
@@ -4953,16 +5112,22 @@ def test_a_change_that_takes_too_long_goes_on_reserved_and_logged(launch, host):
     api = launch(proxmox={"change_timeout_seconds": 1}, constants={"TURN_SECONDS": 0.3})
     reply = api.post("/scale/cores", {"vm_id": 104, "cores": 5})
     assert (reply.status, reply.body["error"]) == (504, (
-        "POST /scale/cores vm_id=104 cores=5 did not finish in 1 s; it is still running in Proxmox, and its container stays reserved until it ends. "
+        "POST /scale/cores vm_id=104 cores=5 did not finish in 1 s; it is still running in "
+        "Proxmox, and its container stays reserved until it ends. "
         "Ask for the container's state before trying again"))
     busy = api.post("/scale/ram", {"vm_id": 104, "memory": 512})
     assert busy.status == 409
-    assert re.fullmatch(r"VM 104 is busy for over 0\.3 s with: POST /scale/cores vm_id=104 cores=5, since \S+Z", busy.body["error"])
-    assert api.post("/snapshot/create", {"vm_id": 106, "snapshot_name": "s1"}).status == 200      # another container is free
+    assert re.fullmatch(
+        r"VM 104 is busy for over 0\.3 s with: POST /scale/cores vm_id=104 cores=5, since \S+Z",
+        busy.body["error"])
+    # another container is free
+    assert api.post("/snapshot/create", {"vm_id": 106, "snapshot_name": "s1"}).status == 200
     host.go()
     wait_until(lambda: host.conf(104)["cores"] == "5")
-    wait_until(lambda: api.log().count(f"vm_id=104 cores=5 by 127.0.0.1 with key {FINGERPRINT}: done, after") == 1)
-    assert 'scaling_actions_total{container_id="104",resource="cpu",action="set"} 1' in api.get("/metrics").body
+    wait_until(lambda: api.log().count(
+        f"vm_id=104 cores=5 by 127.0.0.1 with key {FINGERPRINT}: done, after") == 1)
+    assert ('scaling_actions_total{container_id="104",resource="cpu",action="set"} 1'
+            in api.get("/metrics").body)
     host.faults()
     assert api.post("/scale/ram", {"vm_id": 104, "memory": 512}).status == 200
 
@@ -4973,8 +5138,10 @@ def test_at_most_so_many_commands_run_at_once_and_others_wait_in_order(launch, h
     host.faults(status={"pause": 0.15}, set={"delay": 0.15})
     api = launch(proxmox={"max_commands": 3, "cgroup_dir": "/nowhere"})
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        reads = [pool.submit(api.get, f"/resource/vm/status?vm_id={vm_id}") for vm_id in range(110, 116)]
-        changes = [pool.submit(api.post, "/scale/cores", {"vm_id": vm_id, "cores": 3}) for vm_id in range(116, 122)]
+        reads = [pool.submit(api.get, f"/resource/vm/status?vm_id={vm_id}")
+                 for vm_id in range(110, 116)]
+        changes = [pool.submit(api.post, "/scale/cores", {"vm_id": vm_id, "cores": 3})
+                   for vm_id in range(116, 122)]
         assert {each.result().status for each in reads + changes} == {200}
     ends = {row["pid"]: row["at"] for row in host.rows("end")}
     spans = [(row["at"], ends[row["pid"]]) for row in host.rows()]
@@ -4988,29 +5155,35 @@ def test_a_change_does_not_wait_for_a_read_that_waits_for_it(launch, host):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         change = pool.submit(api.post, "/scale/storage/increase", {"vm_id": 104, "disk_size": 1})
         wait_until(lambda: any("resize" in call for call in host.calls()))
-        read = pool.submit(api.get, "/resource/vm/config?vm_id=104")        # asks what the change will ask in a moment
+        # asks what the change will ask in a moment
+        read = pool.submit(api.get, "/resource/vm/config?vm_id=104")
         assert (change.result().status, read.result().status) == (200, 200)
 
 
 def test_who_waits_too_long_for_a_place_gets_503(launch, host):
     host.faults(status={"pause": True})
-    api = launch(proxmox={"max_commands": 1, "cgroup_dir": "/nowhere"}, constants={"SLOT_SECONDS": 0.2})
+    api = launch(proxmox={"max_commands": 1, "cgroup_dir": "/nowhere"},
+                 constants={"SLOT_SECONDS": 0.2})
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         first = pool.submit(api.get, "/resource/vm/status?vm_id=104")
         wait_until(host.calls)
         says = "Too many commands run on this host; try again later"
-        for reply, body in ((api.get("/resource/vm/status?vm_id=106"), error(says)),
-                            (api.post("/scale/cores", {"vm_id": 106, "cores": 3}), refused("Nothing was done: " + says))):
+        for reply, body in (
+                (api.get("/resource/vm/status?vm_id=106"), error(says)),
+                (api.post("/scale/cores", {"vm_id": 106, "cores": 3}),
+                 refused("Nothing was done: " + says))):
             assert (reply.status, reply.body, reply.headers["Retry-After"]) == (503, body, "0.2")
         host.go()
         assert first.result().status == 200
 
 
-def test_the_old_service_s_client_reads_sixty_configurations_and_scales_them_at_the_first_try(api, host):
+def test_the_old_service_s_client_reads_sixty_configurations_and_scales_them_at_the_first_try(
+        api, host):
     text = host.path(106).read_text()
     ids = [str(vm_id) for vm_id in range(200, 260)]
     for vm_id in ids:
-        host.path(vm_id).write_text(text.replace("db-01", f"ct{vm_id}").replace("vm-106", f"vm-{vm_id}"))
+        host.path(vm_id).write_text(
+            text.replace("db-01", f"ct{vm_id}").replace("vm-106", f"vm-{vm_id}"))
 
     def patiently(method, path, body=None):
         """-> (number of tries, answer); three tries with 5 s for each, as that client has them."""
@@ -5034,7 +5207,8 @@ def test_the_old_service_s_client_reads_sixty_configurations_and_scales_them_at_
         scaled = list(pool.map(scale, ids))
     limits = api.get("/resource/vm/config?vm_id=106").body["data"]["limits"]
     assert found == [(1, ok(f"Successfully retrieved configuration for VM {vm_id}", {
-        "vm_id": int(vm_id), "lxc_id": int(vm_id), "cores": 2, "memory_mb": 2048, "swap_mb": 512, "disk_gb": 8,
+        "vm_id": int(vm_id), "lxc_id": int(vm_id),
+        "cores": 2, "memory_mb": 2048, "swap_mb": 512, "disk_gb": 8,
         "hostname": f"ct{vm_id}", "limits": limits, "mountpoints": []})) for vm_id in ids]
     assert scaled == [(1, ok(f"CPU cores set to 3 for VM {vm_id}")) for vm_id in ids]
     assert sorted(host.calls()) == [f"pct set {vm_id} --cores 3" for vm_id in ids]
@@ -5043,21 +5217,30 @@ def test_the_old_service_s_client_reads_sixty_configurations_and_scales_them_at_
 
 def test_fifty_increases_at_once_give_exactly_fifty(api, host):
     with concurrent.futures.ThreadPoolExecutor(50) as pool:
-        codes = Counter(reply.status for reply in pool.map(lambda _: api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 1}), range(50)))
+        codes = Counter(reply.status for reply in pool.map(
+            lambda _: api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 1}),
+            range(50)))
     assert codes == {200: 50} and host.conf(104)["rootfs"].endswith("size=58G")
 
 
 def test_twenty_clones_of_a_running_container_at_once_leave_no_snapshot(api, host):
     with concurrent.futures.ThreadPoolExecutor(20) as pool:
-        replies = list(pool.map(lambda n: api.post("/clone/create", {"vm_id": 104, "new_vm_id": 200 + n, "new_vm_name": f"c{n}"}), range(20)))
+        replies = list(pool.map(
+            lambda n: api.post("/clone/create", {
+                "vm_id": 104, "new_vm_id": 200 + n, "new_vm_name": f"c{n}"}),
+            range(20)))
     assert [reply.body for reply in replies] == [
-        ok(f"Cloned VM 104 to new VM {200 + n} (c{n})", {"vm_id": 200 + n, "started": True}) for n in range(20)]
+        ok(f"Cloned VM 104 to new VM {200 + n} (c{n})", {"vm_id": 200 + n, "started": True})
+        for n in range(20)]
     assert host.snapshots(104) == [] and all(host.path(200 + n).exists() for n in range(20))
 
 
 def test_one_new_id_is_cloned_to_once(api, host):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        codes = sorted(pool.map(lambda source: api.post("/clone/create", {"vm_id": source, "new_vm_id": 105, "new_vm_name": "x"}).status, [104, 106] * 2))
+        codes = sorted(pool.map(
+            lambda source: api.post("/clone/create", {
+                "vm_id": source, "new_vm_id": 105, "new_vm_name": "x"}).status,
+            [104, 106] * 2))
     assert codes == [200, 409, 409, 409]
 
 
@@ -5065,8 +5248,10 @@ NO_SPACE = "command 'mkfs.ext4 /dev/pve/vm-105-disk-0' failed: exit code 1"
 
 
 @pytest.mark.parametrize("faults, status, says", [
-    ({"snapshot": {"work_fails": "snapshot feature is not available"}}, 409, "The container's storage (or a bind mount) cannot take snapshots"),
-    ({"snapshot": {"exit": 255, "stderr": "CT is locked (backup)\n"}}, 409, "The container is locked by Proxmox (backup); try again when that has ended"),
+    ({"snapshot": {"work_fails": "snapshot feature is not available"}}, 409,
+     "The container's storage (or a bind mount) cannot take snapshots"),
+    ({"snapshot": {"exit": 255, "stderr": "CT is locked (backup)\n"}}, 409,
+     "The container is locked by Proxmox (backup); try again when that has ended"),
     ({"clone": {"work_fails": NO_SPACE}}, 500, f"pct clone 104 failed: clone failed: {NO_SPACE}"),
     ({"clone": {"signal": 9}}, 500, "pct clone 104 was ended by SIGKILL"),
     ({"status": {"exit": 255, "stderr": "broken\n"}}, 500, "pct status 104 failed: broken"),
@@ -5077,7 +5262,8 @@ def test_a_clone_that_fails_leaves_no_snapshot(api, host, faults, status, says):
     assert (reply.status, reply.body["error"]) == (status, says)
     assert host.snapshots(104) == [] and not host.path(105).exists()
     host.faults()
-    assert api.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "test_clone"}).status == 200
+    assert api.post("/clone/create", {
+        "vm_id": 104, "new_vm_id": 105, "new_vm_name": "test_clone"}).status == 200
 
 
 def test_a_snapshot_that_was_half_taken_for_a_clone_is_removed(api, host):
@@ -5085,14 +5271,17 @@ def test_a_snapshot_that_was_half_taken_for_a_clone_is_removed(api, host):
     host.faults(snapshot={"dies_after": True})
     reply = api.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
     assert reply.status == 500 and host.snapshots(104) == []
-    assert [call.split()[1] for call in host.calls()] == ["status", "snapshot", "delsnapshot", "status"]
+    assert [call.split()[1] for call in host.calls()] == [
+        "status", "snapshot", "delsnapshot", "status"]
 
 
 def test_another_task_s_lock_is_never_to_be_ended(api, host):
     """A backup begins while a container is cloned: it is named, and nobody is told to unlock it."""
-    host.faults(clone={"delay": True, "work_fails": "odd"}, delsnapshot={"exit": 255, "stderr": "CT is locked (backup)\n"})
+    host.faults(clone={"delay": True, "work_fails": "odd"},
+                delsnapshot={"exit": 255, "stderr": "CT is locked (backup)\n"})
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        clone = pool.submit(api.post, "/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
+        clone = pool.submit(api.post, "/clone/create", {
+            "vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
         wait_until(lambda: host.path(105).exists())
         host.path(104).write_text(host.path(104).read_text().replace("lock: disk\n", ""))
         host.path(104).write_text("lock: backup\n" + host.path(104).read_text())
@@ -5100,32 +5289,42 @@ def test_another_task_s_lock_is_never_to_be_ended(api, host):
         host.go()
         reply = clone.result()
     name, = host.snapshots(104)
-    assert (reply.status, reply.body["outcome"], reply.body["details"].split("\n")[-2:]) == (500, "incomplete", [
-        f"The temporary snapshot '{name}' of VM 104 could not be removed (The container is locked by Proxmox (backup); try again "
-        f"when that has ended); remove it with: pct delsnapshot 104 {name}", "VM 104 is locked by Proxmox (backup), by another task"])
+    assert (reply.status, reply.body["outcome"], reply.body["details"].split("\n")[-2:]) == (
+        500, "incomplete", [
+            f"The temporary snapshot '{name}' of VM 104 could not be removed (The container is "
+            "locked by Proxmox (backup); try again when that has ended); remove it with: "
+            f"pct delsnapshot 104 {name}",
+            "VM 104 is locked by Proxmox (backup), by another task"])
 
 
 def test_what_a_clone_leaves_behind_is_told_with_its_removal(api, host):
     host.faults(delsnapshot={"exit": 255, "stderr": "lvremove failed\n"})
     reply = api.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
     name, = host.snapshots(104)
-    note = (f"The temporary snapshot '{name}' of VM 104 could not be removed (pct delsnapshot 104 failed: lvremove failed); "
-            f"remove it with: pct delsnapshot 104 {name}")
-    assert reply.body == ok("Cloned VM 104 to new VM 105 (x)", {"vm_id": 105, "started": True, "warnings": [note]})
+    note = (f"The temporary snapshot '{name}' of VM 104 could not be removed (pct delsnapshot 104 "
+            f"failed: lvremove failed); remove it with: pct delsnapshot 104 {name}")
+    assert reply.body == ok("Cloned VM 104 to new VM 105 (x)", {
+        "vm_id": 105, "started": True, "warnings": [note]})
     assert note in api.log("error")
     host.add(107, running=False)
     host.faults(clone={"kills_pct": True})
     reply = api.post("/clone/create", {"vm_id": 107, "new_vm_id": 108, "new_vm_name": "y"})
     assert (reply.status, reply.body["error"]) == (500, "pct clone 107 was ended by SIGKILL")
-    assert reply.body["details"].endswith("VM 108 is left half-made; if no task of it runs, remove it with: pct unlock 108 && pct destroy 108")
+    assert reply.body["details"].endswith(
+        "VM 108 is left half-made; if no task of it runs, "
+        "remove it with: pct unlock 108 && pct destroy 108")
 
 
 @pytest.mark.parametrize("conf, path, body, says", [
-    ({"lock": "backup"}, "/scale/cores", {"cores": 4}, "The container is locked by Proxmox (backup); try again when that has ended"),
-    ({"lock": "disk"}, "/snapshot/create", {"snapshot_name": "s1"}, "The container is locked by Proxmox (disk); try again when that has ended"),
-    ({"protection": 1}, "/clone/delete", {}, "The container is protected (protection: 1); lift that in Proxmox first"),
+    ({"lock": "backup"}, "/scale/cores", {"cores": 4},
+     "The container is locked by Proxmox (backup); try again when that has ended"),
+    ({"lock": "disk"}, "/snapshot/create", {"snapshot_name": "s1"},
+     "The container is locked by Proxmox (disk); try again when that has ended"),
+    ({"protection": 1}, "/clone/delete", {},
+     "The container is protected (protection: 1); lift that in Proxmox first"),
     ({"template": 1}, "/snapshot/create", {"snapshot_name": "s1"}, "The container is a template"),
-    ({"rootfs": "dir:107/vm-107-disk-0.raw,size=8G"}, "/snapshot/create", {"snapshot_name": "s1"}, "The container's storage (or a bind mount) cannot take snapshots"),
+    ({"rootfs": "dir:107/vm-107-disk-0.raw,size=8G"}, "/snapshot/create", {"snapshot_name": "s1"},
+     "The container's storage (or a bind mount) cannot take snapshots"),
 ])
 def test_a_container_in_the_wrong_state_is_409(api, host, conf, path, body, says):
     host.add(107, **conf)
@@ -5139,16 +5338,20 @@ def test_a_lock_held_by_another_pct_is_409(api, host):
     with open(host.root / "locks/pve-config-104.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4})
-    assert (reply.status, reply.body["error"]) == (409, "Another Proxmox command holds the container; try again when it has ended")
+    assert (reply.status, reply.body["error"]) == (
+        409, "Another Proxmox command holds the container; try again when it has ended")
 
 
 def test_an_existing_or_missing_snapshot_is_told(api, host):
     body = {"vm_id": 104, "snapshot_name": "backup_20241224"}
-    assert api.post("/snapshot/rollback", body).body["error"] == "Snapshot 'backup_20241224' does not exist"
+    assert api.post("/snapshot/rollback", body).body["error"] == (
+        "Snapshot 'backup_20241224' does not exist")
     assert api.post("/snapshot/rollback", body).status == 404
     assert api.post("/snapshot/create", body).status == 200
     reply = api.post("/snapshot/create", body)
-    assert (reply.status, reply.body) == (409, refused("Snapshot 'backup_20241224' exists already", details="snapshot name 'backup_20241224' already used"))
+    assert (reply.status, reply.body) == (409, refused(
+        "Snapshot 'backup_20241224' exists already",
+        details="snapshot name 'backup_20241224' already used"))
 
 
 # A command's surroundings
@@ -5191,9 +5394,12 @@ def surroundings(path):
 
 # What systemd gives a service and a login shell does not have: systemd.exec(5).
 FROM_SYSTEMD = {
-    "NOTIFY_SOCKET": "/nowhere/notify", "WATCHDOG_USEC": "60000000", "CREDENTIALS_DIRECTORY": "/nowhere", "JOURNAL_STREAM": "8:1",
-    "INVOCATION_ID": "0" * 32, "SYSTEMD_EXEC_PID": "1", "LISTEN_FDS": "0", "LISTEN_PID": "1", "MEMORY_PRESSURE_WATCH": "/nowhere",
-    "FDSTORE": "1", "RUNTIME_DIRECTORY": "/nowhere", "PYTHONUNBUFFERED": "1", "LVM_SYSTEM_DIR": "/nowhere", "TZ": "UTC"}
+    "NOTIFY_SOCKET": "/nowhere/notify", "WATCHDOG_USEC": "60000000",
+    "CREDENTIALS_DIRECTORY": "/nowhere", "JOURNAL_STREAM": "8:1",
+    "INVOCATION_ID": "0" * 32, "SYSTEMD_EXEC_PID": "1", "LISTEN_FDS": "0", "LISTEN_PID": "1",
+    "MEMORY_PRESSURE_WATCH": "/nowhere",
+    "FDSTORE": "1", "RUNTIME_DIRECTORY": "/nowhere", "PYTHONUNBUFFERED": "1",
+    "LVM_SYSTEM_DIR": "/nowhere", "TZ": "UTC"}
 
 
 def test_a_command_has_what_a_shell_has_except_what_is_listed(launch, host):
@@ -5203,15 +5409,19 @@ def test_a_command_has_what_a_shell_has_except_what_is_listed(launch, host):
     pct.rename(real)
     pct.write_text(WITNESS.replace("REAL", str(real)))
     pct.chmod(0o755)
-    subprocess.run(["sh", "-c", f"umask 022; exec {pct} plain"], check=True, cwd=host.root, env={}, stdin=subprocess.DEVNULL)
+    subprocess.run(["sh", "-c", f"umask 022; exec {pct} plain"], check=True, cwd=host.root, env={},
+                   stdin=subprocess.DEVNULL)
     shell, _ = surroundings(host.root / "bin/pct.plain")
-    api = launch(inside=["sh", "-c", "umask 077; trap '' PIPE; ulimit -Sn 700; exec \"$@\"", "sh"], env=FROM_SYSTEMD, **ASKING)
+    api = launch(
+        inside=["sh", "-c", "umask 077; trap '' PIPE; ulimit -Sn 700; exec \"$@\"", "sh"],
+        env=FROM_SYSTEMD, **ASKING)
     assert api.get("/resource/vm/status?vm_id=104").status == 200
     assert api.post("/scale/cores", {"vm_id": 104, "cores": 4}).status == 200
     assert api.post("/snapshot/create", {"vm_id": 104, "snapshot_name": "one"}).status == 200
     hard = shell["Max open files"].split()[1]
     wanted = {
-        "session": "own",                               # a stop of the daemon's group leaves it alone
+        # a stop of the daemon's group leaves it alone
+        "session": "own",
         "terminal": "0",                                # and so none that could hang up
         "working directory": "/",                       # and no unmount waits for it
         "descriptor 1": "/memfd:output (deleted)",      # never a pipe, which could break
@@ -5220,8 +5430,10 @@ def test_a_command_has_what_a_shell_has_except_what_is_listed(launch, host):
     for command in ("status", "set", "snapshot"):
         seen, own = surroundings(host.root / f"bin/pct.{command}")
         assert seen == {**shell, **wanted}, command
-        assert own == {"HOME": "/root", "LOGNAME": "root", "SHELL": "/bin/bash", "USER": "root", "LANG": "C.UTF-8",
-                       "LC_ALL": "C.UTF-8", "TZ": "UTC", "PATH": f"{host.root}/bin:{os.environ['PATH']}"}, command
+        assert own == {
+            "HOME": "/root", "LOGNAME": "root", "SHELL": "/bin/bash", "USER": "root",
+            "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "TZ": "UTC",
+            "PATH": f"{host.root}/bin:{os.environ['PATH']}"}, command
 
 
 def test_the_folder_of_shared_connections_is_private_whatever_the_umask(monkeypatch, tmp_path):
@@ -5230,7 +5442,8 @@ def test_the_folder_of_shared_connections_is_private_whatever_the_umask(monkeypa
     old = os.umask(0)
     try:
         with pytest.raises(module.Problem):
-            module.Commands(4, 15, str(tmp_path), module.Metrics()).reach(module.Node("pve2", False, True, "192.0.2.2"), 0)
+            module.Commands(4, 15, str(tmp_path), module.Metrics()).reach(
+                module.Node("pve2", False, True, "192.0.2.2"), 0)
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
@@ -5239,25 +5452,29 @@ def test_the_folder_of_shared_connections_is_private_whatever_the_umask(monkeypa
 # A cluster
 
 NODES = {"pve1": "10.7.2.1", "pve2": "10.7.2.2", "pve3": "10.7.3.2"}
-TOOLS = [tool for tool in ("sshd", "ssh", "ssh-keygen", "ip", "unshare", "nsenter") if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
+TOOLS = [tool for tool in ("sshd", "ssh", "ssh-keygen", "ip", "unshare", "nsenter")
+         if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
 
 
 class Lab:
-    """Three simulated hosts with one /etc/pve. Each has a network and a /run of its own, and a real sshd; pve1 reaches the
-    others by a wire each. Whatever runs in these networks is ended with them."""
+    """Three simulated hosts with one /etc/pve. Each has a network and a /run of its own, and a real
+    sshd; pve1 reaches the others by a wire each. Whatever runs in these networks is ended with
+    them."""
 
     def __init__(self, root):
         self.root, self.shared, self.holders, self.hosts = root, root / "shared", {}, {}
         for folder in ("pve", "cgroup"):        # where each host has its own
             (root / folder).mkdir()
         for keys in ("client", *NODES):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", root / f"{keys}.key"], check=True)
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "",
+                            "-f", root / f"{keys}.key"], check=True)
         (root / "ssh_config").write_text(f"IdentityFile {root}/client.key\nIdentitiesOnly yes\n")
         try:
             for name in NODES:
                 self.add(name)
             for name, address in list(NODES.items())[1:]:
-                self.inside("pve1", "ip", "link", "add", name, "type", "veth", "peer", "name", "wire", "netns", str(self.holders[name].pid))
+                self.inside("pve1", "ip", "link", "add", name, "type", "veth",
+                            "peer", "name", "wire", "netns", str(self.holders[name].pid))
                 self.inside("pve1", "ip", "addr", "add", address[:-1] + "1/24", "dev", name)
                 self.inside("pve1", "ip", "link", "set", name, "up")
                 self.inside(name, "ip", "link", "set", "wire", "up")
@@ -5273,20 +5490,30 @@ class Lab:
     def add(self, name):
         host = self.hosts[name] = Host(self.root / name / "host", name, self.shared)
         holder = self.holders[name] = subprocess.Popen(
-            ["unshare", "--net", "--mount", "sh", "-ec", "mount -t tmpfs tmpfs /run; mkdir -m 755 /run/sshd; "
-             f"mount --bind {host.pve} {self.root}/pve; mount --bind {host.cgroup} {self.root}/cgroup; "
-             f"mount --bind {self.root}/ssh_config /etc/ssh/ssh_config; [ ! -e ~/.bashrc ] || mount --bind /dev/null ~/.bashrc; ip link set lo up; echo; exec cat"],
+            ["unshare", "--net", "--mount", "sh", "-ec",
+             "mount -t tmpfs tmpfs /run; mkdir -m 755 /run/sshd; "
+             f"mount --bind {host.pve} {self.root}/pve; "
+             f"mount --bind {host.cgroup} {self.root}/cgroup; "
+             f"mount --bind {self.root}/ssh_config /etc/ssh/ssh_config; "
+             "[ ! -e ~/.bashrc ] || mount --bind /dev/null ~/.bashrc; "
+             "ip link set lo up; echo; exec cat"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         if not holder.stdout.readline():
             pytest.skip(f"no namespaces for hosts of our own: {holder.stderr.read().decode()}")
-        (self.shared / "nodes" / name / "ssh_known_hosts").write_text(f"{name} {(self.root / f'{name}.key.pub').read_text()}")
+        (self.shared / "nodes" / name / "ssh_known_hosts").write_text(
+            f"{name} {(self.root / f'{name}.key.pub').read_text()}")
         config = self.root / f"{name}.sshd"
-        config.write_text(f"HostKey {self.root}/{name}.key\nAuthorizedKeysFile {self.root}/client.key.pub\nStrictModes no\nUsePAM no\n"
-                          f"PidFile none\nLogLevel VERBOSE\nSetEnv PATH={host.root}/bin:/usr/sbin:/usr/bin:/sbin:/bin\n")
-        self.inside(name, shutil.which("sshd", path="/usr/sbin:/sbin:" + os.environ["PATH"]), "-f", config, "-E", self.root / f"{name}.log")
+        config.write_text(
+            f"HostKey {self.root}/{name}.key\nAuthorizedKeysFile {self.root}/client.key.pub\n"
+            "StrictModes no\nUsePAM no\nPidFile none\nLogLevel VERBOSE\n"
+            f"SetEnv PATH={host.root}/bin:/usr/sbin:/usr/bin:/sbin:/bin\n")
+        self.inside(name, shutil.which("sshd", path="/usr/sbin:/sbin:" + os.environ["PATH"]),
+                    "-f", config, "-E", self.root / f"{name}.log")
 
     def inside(self, name, *command):
-        return subprocess.run(["nsenter", "-t", str(self.holders[name].pid), "-n", "-m", *command], check=True, capture_output=True, text=True)
+        return subprocess.run(
+            ["nsenter", "-t", str(self.holders[name].pid), "-n", "-m", *command],
+            check=True, capture_output=True, text=True)
 
     def connect(self, address, timeout, source=None):
         """A connection made in pve1's network, by a thread that moves there."""
@@ -5299,10 +5526,13 @@ class Lab:
             return pool.submit(work).result()
 
     def daemon(self, proxmox=None, **options):
-        proxmox = {"pve_dir": f"{self.root}/pve", "cgroup_dir": f"{self.root}/cgroup", **(proxmox or {})}
+        proxmox = {"pve_dir": f"{self.root}/pve", "cgroup_dir": f"{self.root}/cgroup",
+                   **(proxmox or {})}
         options["constants"] = {**self.hosts["pve1"].as_node(), **(options.get("constants") or {})}
-        return Daemon(self.hosts["pve1"], inside=["nsenter", "-t", str(self.holders["pve1"].pid), "-n", "-m"], connect=self.connect,
-                      proxmox=proxmox, **options)
+        return Daemon(
+            self.hosts["pve1"],
+            inside=["nsenter", "-t", str(self.holders["pve1"].pid), "-n", "-m"],
+            connect=self.connect, proxmox=proxmox, **options)
 
     def plug(self, name):
         self.inside(name, "ip", "addr", "add", NODES[name] + "/24", "dev", "wire")
@@ -5313,13 +5543,16 @@ class Lab:
 
     def members(self, quorate=1, offline=()):
         for name, host in self.hosts.items():
-            nodes = {each: {"id": number, "online": int(each not in offline), "ip": NODES[each]} for number, each in enumerate(NODES, 1)}
+            nodes = {each: {"id": number, "online": int(each not in offline), "ip": NODES[each]}
+                     for number, each in enumerate(NODES, 1)}
             host.write("pve/.members", {"nodename": name, "version": 7, "nodelist": nodes,
-                                        "cluster": {"name": "lab", "version": 3, "nodes": 3, "quorate": quorate}})
+                                        "cluster": {"name": "lab", "version": 3, "nodes": 3,
+                                                    "quorate": quorate}})
 
     def move(self, vm_id, source, target):
         self.hosts[source].path(vm_id).rename(self.hosts[target].path(vm_id))
-        (self.hosts[source].cgroup / f"lxc/{vm_id}").rename(self.hosts[target].cgroup / f"lxc/{vm_id}")
+        (self.hosts[source].cgroup / f"lxc/{vm_id}").rename(
+            self.hosts[target].cgroup / f"lxc/{vm_id}")
         self.hosts[target].list(vm_id)
 
     @contextlib.contextmanager
@@ -5342,7 +5575,8 @@ class Lab:
         found, network = [], os.readlink(f"/proc/{self.holders[name].pid}/ns/net")
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if os.readlink(folder / "ns/net") == network and word.encode() in (folder / "cmdline").read_bytes():
+                if (os.readlink(folder / "ns/net") == network
+                        and word.encode() in (folder / "cmdline").read_bytes()):
                     found.append(int(folder.name))
         return found
 
@@ -5383,7 +5617,8 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def lab(built):
-    """The cluster, where 104 and 106 are on pve1, 204 and 206 on pve2, 304 and 306 on pve3, and each 4 runs."""
+    """The cluster, where 104 and 106 are on pve1, 204 and 206 on pve2, 304 and 306 on pve3, and
+    each 4 runs."""
     built.reset()
     yield built
     built.members()
@@ -5397,46 +5632,67 @@ def test_every_endpoint_works_on_each_node_of_a_cluster(lab, number):
     def done(reply, message):
         assert (reply.status, reply.body["message"]) == (200, message), reply.body
         return reply.body.get("data")
-    done(api.post("/scale/cores", {"vm_id": running, "cores": 4}), f"CPU cores set to 4 for VM {running}")
-    done(api.post("/scale/ram", {"vm_id": running, "memory": 4096}), f"Memory set to 4096 MB for VM {running}")
-    done(api.post("/scale/storage/increase", {"vm_id": running, "disk_size": 5}), f"Storage increased by 5 GB for VM {running}")
+    done(api.post("/scale/cores", {"vm_id": running, "cores": 4}),
+         f"CPU cores set to 4 for VM {running}")
+    done(api.post("/scale/ram", {"vm_id": running, "memory": 4096}),
+         f"Memory set to 4096 MB for VM {running}")
+    done(api.post("/scale/storage/increase", {"vm_id": running, "disk_size": 5}),
+         f"Storage increased by 5 GB for VM {running}")
     assert {key: host.conf(running)[key] for key in ("cores", "memory", "rootfs")} == {
         "cores": "4", "memory": "4096", "rootfs": f"local-lvm:vm-{running}-disk-0,size=13G"}
-    done(api.post("/snapshot/create", {"vm_id": running, "snapshot_name": "before"}), f"Snapshot 'before' created for VM {running}")
-    assert [row["name"] for row in done(api.get(f"/snapshot/list?vm_id={running}"), f"Found 1 snapshots for VM {running}")] == ["before"]
-    done(api.post("/snapshot/rollback", {"vm_id": running, "snapshot_name": "before"}), f"Rolled back VM {running} to snapshot 'before'")
+    done(api.post("/snapshot/create", {"vm_id": running, "snapshot_name": "before"}),
+         f"Snapshot 'before' created for VM {running}")
+    assert [row["name"] for row in done(
+        api.get(f"/snapshot/list?vm_id={running}"), f"Found 1 snapshots for VM {running}"
+    )] == ["before"]
+    done(api.post("/snapshot/rollback", {"vm_id": running, "snapshot_name": "before"}),
+         f"Rolled back VM {running} to snapshot 'before'")
     assert host.running(running)
-    done(api.delete("/snapshot/delete", {"vm_id": running, "snapshot_name": "before"}), f"Snapshot 'before' of VM {running} deleted")
-    done(api.post("/clone/create", {"vm_id": running, "new_vm_id": new, "new_vm_name": "test_clone", "start": True}),
-         f"Cloned VM {running} to new VM {new} (test_clone)")
+    done(api.delete("/snapshot/delete", {"vm_id": running, "snapshot_name": "before"}),
+         f"Snapshot 'before' of VM {running} deleted")
+    done(api.post("/clone/create", {
+        "vm_id": running, "new_vm_id": new, "new_vm_name": "test_clone", "start": True}),
+        f"Cloned VM {running} to new VM {new} (test_clone)")
     assert host.running(new) and host.snapshots(running) == []
-    status = done(api.get(f"/resource/vm/status?vm_id={running}"), f"Retrieved status for VM {running}")
+    status = done(api.get(f"/resource/vm/status?vm_id={running}"),
+                  f"Retrieved status for VM {running}")
     assert 0 <= status.pop("cpu_usage") <= 100
-    assert {key: status[key] for key in ("vm_id", "node", "name", "status", "cpu", "memory", "memory_used", "disk", "pressure")} == {
-        "vm_id": running, "node": name, "name": f"web-{number}", "status": "running", "cpu": 4, "memory": 4096, "memory_used": 500, "disk": 13,
+    assert {key: status[key] for key in (
+            "vm_id", "node", "name", "status", "cpu", "memory", "memory_used", "disk", "pressure"
+    )} == {
+        "vm_id": running, "node": name, "name": f"web-{number}", "status": "running", "cpu": 4,
+        "memory": 4096, "memory_used": 500, "disk": 13,
         "pressure": {"cpu": 2.38, "memory": 0.0, "io": 0.63}}
     assert status["memory_shared"] == (50 if number == 1 else None)
     done(api.delete("/clone/delete", {"vm_id": new}), f"Deleted VM {new}")
     assert not host.path(new).exists()
-    config = done(api.get(f"/resource/lxc/config?lxc_id={running}"), f"Successfully retrieved configuration for VM {running}")
+    config = done(api.get(f"/resource/lxc/config?lxc_id={running}"),
+                  f"Successfully retrieved configuration for VM {running}")
     assert (config["cores"], config["memory_mb"], config["disk_gb"]) == (4, 4096, 13)
-    node = done(api.get(f"/resource/node/status?node_name={name}"), f"Retrieved status for node '{name}'")
+    node = done(api.get(f"/resource/node/status?node_name={name}"),
+                f"Retrieved status for node '{name}'")
     assert (node["cpu_count"], node["version"]) == (8, "8.3.0") and 0 <= node["cpu_usage"] <= 100
     used = lab.calls()
     assert not any(call.startswith("pct config") for call in used[name]), "files have told it"
-    assert list(used) == [name] and f"pct clone {running} {new}" in " ".join(used[name]), "nothing ran on another node"
+    assert list(used) == [name] and f"pct clone {running} {new}" in " ".join(used[name]), (
+        "nothing ran on another node")
     for path, status, text in (
-            (f"/resource/vm/status?vm_id={number}99", 404, f"VM {number}99 does not exist on any node of the cluster"),
-            ("/resource/node/status?node_name=pve9", 404, "Node 'pve9' does not exist; known here: pve1, pve2, pve3")):
+            (f"/resource/vm/status?vm_id={number}99", 404,
+             f"VM {number}99 does not exist on any node of the cluster"),
+            ("/resource/node/status?node_name=pve9", 404,
+             "Node 'pve9' does not exist; known here: pve1, pve2, pve3")):
         reply = api.get(path)
         assert (reply.status, reply.body["error"]) == (status, text)
     reply = api.post("/snapshot/rollback", {"vm_id": running, "snapshot_name": "nosuch"})
-    assert (reply.status, reply.body) == (404, refused("Snapshot 'nosuch' does not exist", details="snapshot 'nosuch' does not exist"))
-    reply = api.post("/clone/create", {"vm_id": running, "new_vm_id": 306 if number < 3 else 206, "new_vm_name": "x"})
+    assert (reply.status, reply.body) == (404, refused(
+        "Snapshot 'nosuch' does not exist", details="snapshot 'nosuch' does not exist"))
+    reply = api.post("/clone/create", {
+        "vm_id": running, "new_vm_id": 306 if number < 3 else 206, "new_vm_name": "x"})
     assert (reply.status, reply.body["error"][:6]) == (409, "The id")
     host.faults(set={"exit": 255, "stderr": "something odd\n"})
     reply = api.post("/scale/cores", {"vm_id": running, "cores": 2})
-    assert (reply.status, reply.body) == (500, error(f"pct set {running} failed: something odd", outcome="incomplete", details="something odd"))
+    assert (reply.status, reply.body) == (500, error(
+        f"pct set {running} failed: something odd", outcome="incomplete", details="something odd"))
 
 
 def test_the_whole_cluster_is_listed_from_files(lab):
@@ -5444,24 +5700,31 @@ def test_the_whole_cluster_is_listed_from_files(lab):
     (lab.shared / ".rrd").write_text(
         f"pve2-node/pve2:864000:c:{now}:0.1:48:0.02:0.0:137438953472:1:0:0:1:1:1:1\n"
         f"pve2.3-vm/204:3600:web-2:running:0:{now}:2:0.1:2147483648:5:8589934592:1:1:1:1:1\n"
-        f"pve-vm-9.0/304:7200:web-3:running:0:{now - 300}:2:0.1:2147483648:5:8589934592:1:1:1:1:1:1:1:1:1:1:1:1\n"
+        f"pve-vm-9.0/304:7200:web-3:running:0:{now - 300}:2:0.1:2147483648:5:8589934592"
+        ":1:1:1:1:1:1:1:1:1:1:1:1\n"
         f"pve-vm-9.0/306:0:db-3:stopped:0:{now}:2::2147483648::8589934592:U:U:U:U\n")
     try:
         rows = lab.api.get("/resource/vm/list").body["data"]
         assert [(row["vm_id"], row["node"], row["name"], row["status"]) for row in rows] == [
-            (104, "pve1", "web-1", "running"), (106, "pve1", "db-1", "stopped"), (204, "pve2", "web-2", "running"),
-            (206, "pve2", "db-2", None), (304, "pve3", "web-3", None), (306, "pve3", "db-3", "stopped")]      # 304's news is old
+            (104, "pve1", "web-1", "running"), (106, "pve1", "db-1", "stopped"),
+            (204, "pve2", "web-2", "running"),
+            # 304's news is old
+            (206, "pve2", "db-2", None), (304, "pve3", "web-3", None),
+            (306, "pve3", "db-3", "stopped")]
         assert [row["uptime"] for row in rows][1:] == [0, 3600, None, None, 0]
-        assert [(row["lock"], row["template"], row["onboot"], row["tags"]) for row in rows] == [(None, False, False, [])] * 6
+        assert [(row["lock"], row["template"], row["onboot"], row["tags"]) for row in rows] == [
+            (None, False, False, [])] * 6
         limits = lab.api.get("/resource/vm/config?vm_id=204").body["data"]["limits"]
         assert (limits["cores"]["max"], limits["memory_mb"]["max"]) == (48, 131072)
         limits = lab.api.get("/resource/vm/config?vm_id=304").body["data"]["limits"]
         assert (limits["cores"]["max"], limits["memory_mb"]["max"]) == (128, 1048576)
-        assert lab.api.get("/resource/cluster/status").body["data"] == {"cluster": "lab", "quorate": True, "nodes": [
-            {"name": name, "online": True, "local": name == "pve1", "address": address}
-            for name, address in NODES.items()]}
+        assert lab.api.get("/resource/cluster/status").body["data"] == {
+            "cluster": "lab", "quorate": True, "nodes": [
+                {"name": name, "online": True, "local": name == "pve1", "address": address}
+                for name, address in NODES.items()]}
         lab.members(offline=["pve2"])
-        assert [row["status"] for row in lab.api.get("/resource/vm/list").body["data"]][2:4] == [None, None]
+        assert [row["status"] for row in lab.api.get("/resource/vm/list").body["data"]][2:4] == [
+            None, None]
         assert lab.calls() == {}
     finally:
         (lab.shared / ".rrd").unlink()
@@ -5471,7 +5734,8 @@ def test_a_node_that_is_cut_off_is_named_within_five_seconds_and_the_rest_works(
     assert module.REACH_SECONDS <= 4            # in half of that the same is seen here
     api = lab.daemon(constants={"REACH_SECONDS": 2, "RUN_DIR": "/run/cut"})
     for vm_id in (204, 304):
-        assert api.get(f"/resource/vm/status?vm_id={vm_id}").status == 200       # a connection is open
+        # a connection is open
+        assert api.get(f"/resource/vm/status?vm_id={vm_id}").status == 200
     lab.hosts["pve3"].faults(set={"delay": True})
     with concurrent.futures.ThreadPoolExecutor(14) as pool:
         begun = pool.submit(api.post, "/scale/cores", {"vm_id": 306, "cores": 5})
@@ -5479,50 +5743,65 @@ def test_a_node_that_is_cut_off_is_named_within_five_seconds_and_the_rest_works(
         lab.unplug("pve3")
         try:
             started = time.monotonic()
-            cut = [pool.submit(api.get, "/resource/vm/status?vm_id=304"), pool.submit(api.post, "/scale/cores", {"vm_id": 306, "cores": 1}),
-                   *(pool.submit(api.get, f"/resource/{what}") for what in ["vm/status?vm_id=306", "node/status?node_name=pve3"] * 3)]
-            others = [pool.submit(api.get, f"/resource/vm/status?vm_id={vm_id}") for vm_id in (104, 204)]
-            assert [each.result().status for each in others] == [200, 200] and time.monotonic() - started < 1.5
+            cut = [pool.submit(api.get, "/resource/vm/status?vm_id=304"),
+                   pool.submit(api.post, "/scale/cores", {"vm_id": 306, "cores": 1}),
+                   *(pool.submit(api.get, f"/resource/{what}")
+                     for what in ["vm/status?vm_id=306", "node/status?node_name=pve3"] * 3)]
+            others = [pool.submit(api.get, f"/resource/vm/status?vm_id={vm_id}")
+                      for vm_id in (104, 204)]
+            assert ([each.result().status for each in others] == [200, 200]
+                    and time.monotonic() - started < 1.5)
             replies = [each.result() for each in cut]
             assert time.monotonic() - started < 3 and not begun.done()
-            assert {reply.status for reply in replies} == {503} and all("Retry-After" in reply.headers for reply in replies)
+            assert ({reply.status for reply in replies} == {503}
+                    and all("Retry-After" in reply.headers for reply in replies))
             assert {reply.body["error"] for reply in replies} == {
-                done + "Node 'pve3' cannot run commands over SSH; to see why, on this host: pvesh get /nodes/pve3/version"
+                done + "Node 'pve3' cannot run commands over SSH; "
+                       "to see why, on this host: pvesh get /nodes/pve3/version"
                 for done in ("", "Nothing was done: ")}
-            assert api.get("/resource/vm/config?vm_id=304").status == 200        # a file, which is here
+            # a file, which is here
+            assert api.get("/resource/vm/config?vm_id=304").status == 200
         finally:
             lab.hosts["pve3"].go()
             lab.plug("pve3")
-        assert begun.result().body == ok("CPU cores set to 5 for VM 306"), "it has waited for its node"
+        assert begun.result().body == ok("CPU cores set to 5 for VM 306"), (
+            "it has waited for its node")
     assert lab.hosts["pve3"].conf(306)["cores"] == "5"
     assert api.post("/scale/cores", {"vm_id": 306, "cores": 2}).status == 200 and api.stop() == 0
 
 
 def test_a_node_that_is_offline_is_named_at_once(lab):
-    failures = 'lxc_autoscale_scaling_failures_total{container_id="204",resource="cpu",reason="unavailable"}'
+    failures = ('lxc_autoscale_scaling_failures_total{container_id="204",resource="cpu",'
+                'reason="unavailable"}')
     failed = parse_exposition(lab.api.get("/metrics").body)[1].get(failures, 0)
     lab.members(offline=["pve2"])
     before = lab.logins("pve2")
     says = "Node 'pve2' is offline; to see why, on this host: pvecm status"
-    for reply, body in ((lab.api.get("/resource/vm/status?vm_id=204"), error(says)),
-                        (lab.api.post("/scale/cores", {"vm_id": 204, "cores": 1}), refused("Nothing was done: " + says)),
-                        (lab.api.get("/resource/node/status?node_name=pve2"), error(says))):
+    for reply, body in (
+            (lab.api.get("/resource/vm/status?vm_id=204"), error(says)),
+            (lab.api.post("/scale/cores", {"vm_id": 204, "cores": 1}),
+             refused("Nothing was done: " + says)),
+            (lab.api.get("/resource/node/status?node_name=pve2"), error(says))):
         assert (reply.status, reply.body) == (503, body)
-    assert lab.api.get("/resource/vm/status?vm_id=304").status == 200 and lab.logins("pve2") == before and "pve2" not in lab.calls()
+    assert (lab.api.get("/resource/vm/status?vm_id=304").status == 200
+            and lab.logins("pve2") == before and "pve2" not in lab.calls())
     assert parse_exposition(lab.api.get("/metrics").body)[1][failures] == failed + 1
 
 
 def test_without_quorum_changes_are_refused_and_reads_work(lab):
     lab.members(quorate=0, offline=["pve3"])
     for vm_id in (104, 204):
-        for path, extra in (("/scale/cores", {"cores": 1}), ("/snapshot/create", {"snapshot_name": "late"}),
-                            ("/clone/create", {"new_vm_id": 150, "new_vm_name": "x"})):
+        for path, extra in (
+                ("/scale/cores", {"cores": 1}), ("/snapshot/create", {"snapshot_name": "late"}),
+                ("/clone/create", {"new_vm_id": 150, "new_vm_name": "x"})):
             reply = lab.api.post(path, {"vm_id": vm_id, **extra})
             assert (reply.status, reply.body) == (503, refused(
-                "Nothing was done: The Proxmox cluster has no quorum, so nothing can be changed; see: pvecm status"))
+                "Nothing was done: The Proxmox cluster has no quorum, so nothing can be changed; "
+                "see: pvecm status"))
     assert lab.api.post("/scale/cores", {"vm_id": 999, "cores": 1}).status == 404
     assert lab.calls() == {}
-    for path in ("vm/list", "vm/status?vm_id=104", "vm/status?vm_id=204", "vm/config?vm_id=304", "node/status?node_name=pve2"):
+    for path in ("vm/list", "vm/status?vm_id=104", "vm/status?vm_id=204", "vm/config?vm_id=304",
+                 "node/status?node_name=pve2"):
         assert lab.api.get("/resource/" + path).status == 200
     assert lab.api.get("/resource/cluster/status").body["data"]["quorate"] is False
 
@@ -5539,7 +5818,8 @@ def test_a_container_that_migrates_meanwhile_is_looked_up_once_more(lab, source,
         reply = change.result()
         try:
             assert reply.body == ok(f"CPU cores set to 3 for VM {vm_id}")
-            assert lab.calls() == {source: [f"pct set {vm_id} --cores 3"], target: [f"pct set {vm_id} --cores 3"]}
+            assert lab.calls() == {
+                source: [f"pct set {vm_id} --cores 3"], target: [f"pct set {vm_id} --cores 3"]}
             assert lab.api.get(f"/resource/vm/status?vm_id={vm_id}").body["data"]["node"] == target
         finally:
             lab.move(vm_id, target, source)
@@ -5562,7 +5842,8 @@ def test_a_change_over_a_lost_connection_goes_on_and_its_caller_is_told(lab):
     pve2 = lab.hosts["pve2"]
     pve2.faults(clone={"delay": True})
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        clone = pool.submit(lab.api.post, "/clone/create", {"vm_id": 206, "new_vm_id": 250, "new_vm_name": "far"})
+        clone = pool.submit(lab.api.post, "/clone/create", {
+            "vm_id": 206, "new_vm_id": 250, "new_vm_name": "far"})
         wait_until(lambda: any("clone" in call for call in pve2.calls()))
         for pid in lab.processes("pve2", "sshd: root"):
             os.kill(pid, signal.SIGKILL)
@@ -5570,30 +5851,39 @@ def test_a_change_over_a_lost_connection_goes_on_and_its_caller_is_told(lab):
     assert not pve2.ended("clone")
     pve2.go()
     assert reply.status == 504 and reply.body["error"] == (
-        "The connection to node 'pve2' was lost during pct clone 206, which goes on if the node does. "
+        "The connection to node 'pve2' was lost during pct clone 206, "
+        "which goes on if the node does. "
         "Ask for the container's state before trying again")
     wait_until(lambda: pve2.ended("clone"))
-    assert (pve2.ended("clone")[0]["code"], "lock" in pve2.conf(250), "lock" in pve2.conf(206)) == (0, False, False)
-    assert "lxc_autoscale_api." not in lab.inside("pve2", "ls", "/run").stdout, "its output was in files without names"
+    assert (pve2.ended("clone")[0]["code"], "lock" in pve2.conf(250), "lock" in pve2.conf(206)) == (
+        0, False, False)
+    assert "lxc_autoscale_api." not in lab.inside("pve2", "ls", "/run").stdout, (
+        "its output was in files without names")
     assert lab.api.delete("/clone/delete", {"vm_id": 250}).status == 200
 
 
-@pytest.mark.parametrize("options, says", [("ro", "Read-only file system"), ("size=512k", "/run is full")])
+@pytest.mark.parametrize("options, says", [
+    ("ro", "Read-only file system"), ("size=512k", "/run is full")])
 def test_a_node_without_room_for_a_commands_output_does_nothing_and_says_so(lab, options, says):
     lab.inside("pve3", "mount", "-o", f"remount,{options}", "/run")
     try:
-        silent = "Node 'pve3' cannot run commands over SSH; to see why, on this host: pvesh get /nodes/pve3/version"
-        for reply, error_text in ((lab.api.post("/scale/cores", {"vm_id": 304, "cores": 3}), "Nothing was done: " + silent),
-                                  (lab.api.get("/resource/vm/status?vm_id=304"), silent)):
+        silent = ("Node 'pve3' cannot run commands over SSH; "
+                  "to see why, on this host: pvesh get /nodes/pve3/version")
+        for reply, error_text in (
+                (lab.api.post("/scale/cores", {"vm_id": 304, "cores": 3}),
+                 "Nothing was done: " + silent),
+                (lab.api.get("/resource/vm/status?vm_id=304"), silent)):
             assert (reply.status, reply.body["error"]) == (503, error_text)
             assert says in reply.body["details"]
         status, details = run_commands(lab, (          # if that comes after the node was found well
             "try:\n    commands.execute(pve3, ['true'], None)\n"
-            "except daemon.Problem as problem:\n    print(json.dumps([problem.status, problem.fields['details']]))"), None)
+            "except daemon.Problem as problem:\n"
+            "    print(json.dumps([problem.status, problem.fields['details']]))"), None)
         assert status == 503 and says in details
     finally:
         lab.inside("pve3", "mount", "-o", "remount,rw,size=16m", "/run")
-    assert lab.calls() == {} and lab.api.post("/scale/cores", {"vm_id": 304, "cores": 3}).status == 200
+    assert (lab.calls() == {}
+            and lab.api.post("/scale/cores", {"vm_id": 304, "cores": 3}).status == 200)
 
 
 def test_a_node_without_pct_is_503(lab):
@@ -5601,8 +5891,10 @@ def test_a_node_without_pct_is_503(lab):
     pct.rename(f"{pct}.away")
     try:
         says = "pct is not installed on node 'pve3', or not on its PATH"
-        for reply, body in ((lab.api.post("/scale/cores", {"vm_id": 304, "cores": 3}), refused("Nothing was done: " + says)),
-                            (lab.api.get("/resource/vm/status?vm_id=304"), error(says))):
+        for reply, body in (
+                (lab.api.post("/scale/cores", {"vm_id": 304, "cores": 3}),
+                 refused("Nothing was done: " + says)),
+                (lab.api.get("/resource/vm/status?vm_id=304"), error(says))):
             assert (reply.status, reply.body) == (503, body)
     finally:
         Path(f"{pct}.away").rename(pct)
@@ -5611,13 +5903,19 @@ def test_a_node_without_pct_is_503(lab):
 def test_what_a_node_has_done_counts_before_word_of_it_has_come(lab):
     pve2 = lab.hosts["pve2"]
     with lab.behind("pve1"):
-        assert lab.api.post("/scale/storage/increase", {"vm_id": 206, "disk_size": 1}).body == ok("Storage increased by 1 GB for VM 206")
-        reply = lab.api.post("/clone/create", {"vm_id": 206, "new_vm_id": 253, "new_vm_name": "late", "start": True})
-        assert reply.body == ok("Cloned VM 206 to new VM 253 (late)", {"vm_id": 253, "started": True}) and pve2.running(253)
+        assert lab.api.post("/scale/storage/increase", {"vm_id": 206, "disk_size": 1}).body == ok(
+            "Storage increased by 1 GB for VM 206")
+        reply = lab.api.post("/clone/create", {
+            "vm_id": 206, "new_vm_id": 253, "new_vm_name": "late", "start": True})
+        assert reply.body == ok("Cloned VM 206 to new VM 253 (late)", {
+            "vm_id": 253, "started": True}) and pve2.running(253)
         pve2.faults(clone={"kills_pct": True})
-        reply = lab.api.post("/clone/create", {"vm_id": 206, "new_vm_id": 254, "new_vm_name": "late"})
+        reply = lab.api.post("/clone/create", {
+            "vm_id": 206, "new_vm_id": 254, "new_vm_name": "late"})
         assert (reply.status, reply.body["error"]) == (500, "pct clone 206 failed: Killed")
-        assert reply.body["details"].endswith("VM 254 is left half-made; if no task of it runs, remove it on node 'pve2' with: pct unlock 254 && pct destroy 254")
+        assert reply.body["details"].endswith(
+            "VM 254 is left half-made; if no task of it runs, "
+            "remove it on node 'pve2' with: pct unlock 254 && pct destroy 254")
     pve2.path(254).unlink()
     pve2.add(206, "db-2")
     assert lab.api.delete("/clone/delete", {"vm_id": 253}).status == 200
@@ -5627,7 +5925,8 @@ def test_a_clone_on_another_node_outlives_the_daemon(lab):
     pve2, daemon = lab.hosts["pve2"], lab.daemon(constants={"STOP_SECONDS": 5})
     pve2.faults(clone={"delay": True})
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        clone = pool.submit(daemon.post, "/clone/create", {"vm_id": 206, "new_vm_id": 251, "new_vm_name": "far"})
+        clone = pool.submit(daemon.post, "/clone/create", {
+            "vm_id": 206, "new_vm_id": 251, "new_vm_name": "far"})
         wait_until(lambda: any("clone" in call for call in pve2.calls()))
         assert daemon.stop() == 0
         assert clone.result().status == 504
@@ -5643,7 +5942,8 @@ def test_a_hung_read_is_ended_on_its_own_node(lab):
     pve3.faults(status={"pause": 30})
     started = time.monotonic()
     reply = daemon.get("/resource/vm/status?vm_id=304")
-    assert (reply.status, reply.body["error"]) == (504, "pct status 304 on pve3 did not finish in 1 s and was ended")
+    assert (reply.status, reply.body["error"]) == (
+        504, "pct status 304 on pve3 did not finish in 1 s and was ended")
     assert time.monotonic() - started < 4
     wait_until(lambda: not lab.processes("pve3", "status"))
     assert daemon.stop() == 0
@@ -5653,7 +5953,8 @@ def test_places_count_for_each_node_and_changes_to_one_container_wait(lab):
     daemon = lab.daemon(proxmox={"max_commands": 1}, constants={"SLOT_SECONDS": 0.3})
     lab.hosts["pve2"].faults(set={"delay": True})
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        slow = [pool.submit(daemon.post, "/scale/cores", {"vm_id": 204, "cores": cores}) for cores in (5, 6)]
+        slow = [pool.submit(daemon.post, "/scale/cores", {"vm_id": 204, "cores": cores})
+                for cores in (5, 6)]
         wait_until(lambda: lab.hosts["pve2"].calls())
         for vm_id in (104, 304):
             assert daemon.post("/scale/cores", {"vm_id": vm_id, "cores": 4}).status == 200
