@@ -5961,7 +5961,8 @@ def test_places_count_for_each_node_and_changes_to_one_container_wait(lab):
         assert not any(each.done() for each in slow)
         assert "lxc_autoscale_api_commands_in_progress 1\n" in daemon.get("/metrics").body
         reply = daemon.post("/scale/cores", {"vm_id": 206, "cores": 4})
-        assert (reply.status, reply.body["error"]) == (503, "Nothing was done: Too many commands run on node 'pve2'; try again later")
+        assert (reply.status, reply.body["error"]) == (
+            503, "Nothing was done: Too many commands run on node 'pve2'; try again later")
         lab.hosts["pve2"].go()
         assert [each.result().status for each in slow] == [200, 200]
     first, second = lab.hosts["pve2"].rows("start")
@@ -5973,7 +5974,8 @@ def test_one_connection_to_a_node_is_shared(lab):
     lab.api.get("/resource/vm/status?vm_id=204")
     before = lab.logins("pve2")
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        replies = list(pool.map(lambda cores: lab.api.post("/scale/cores", {"vm_id": 204 + cores % 2 * 2, "cores": cores}), range(1, 13)))
+        replies = list(pool.map(lambda cores: lab.api.post(
+            "/scale/cores", {"vm_id": 204 + cores % 2 * 2, "cores": cores}), range(1, 13)))
     assert {reply.status for reply in replies} == {200} and lab.logins("pve2") == before
     assert "on pve2: exit 0" in lab.api.log()
 
@@ -5985,23 +5987,31 @@ def test_commands_beyond_what_a_connection_takes_wait(lab):
         lab.hosts["pve2"].add(vm_id)
     before = lab.logins("pve2")
     with concurrent.futures.ThreadPoolExecutor(len(ids)) as pool:
-        replies = list(pool.map(lambda vm_id: daemon.get(f"/resource/vm/status?vm_id={vm_id}"), ids))
+        replies = list(pool.map(
+            lambda vm_id: daemon.get(f"/resource/vm/status?vm_id={vm_id}"), ids))
     for vm_id in ids:
         lab.hosts["pve2"].path(vm_id).unlink()
-    assert [reply.status for reply in replies] == [200] * len(ids) and lab.logins("pve2") <= before + 1
+    assert ([reply.status for reply in replies] == [200] * len(ids)
+            and lab.logins("pve2") <= before + 1)
     assert daemon.stop() == 0
 
 
-HOSTILE = ["; touch /tmp/x", "$(id)", "`id`", "a b", "a\nb", "'", '"', "''; id; '", "\\", "--", "-x", "*", "~", "!!", "&& id", "| id", "> x", "é\t", "#", ""]
+HOSTILE = ["; touch /tmp/x", "$(id)", "`id`", "a b", "a\nb", "'", '"', "''; id; '", "\\", "--",
+           "-x", "*", "~", "!!", "&& id", "| id", "> x", "é\t", "#", ""]
 
 
 def run_commands(lab, script, argument):
-    """What a script on pve1 prints as JSON that has `commands`, the Nodes `pve2` and `pve3`, and an argument."""
-    setup = (f"import concurrent.futures, json, sys\nsys.path.insert(0, {str(HERE)!r})\nimport lxc_autoscale_api as daemon\n"
+    """What a script on pve1 prints as JSON that has `commands`, the Nodes `pve2` and `pve3`, and
+    an argument."""
+    setup = (f"import concurrent.futures, json, sys\nsys.path.insert(0, {str(HERE)!r})\n"
+             "import lxc_autoscale_api as daemon\n"
              f"commands = daemon.Commands(4, 15, daemon.Workers(), daemon.Metrics())\n"
-             f"pve2, pve3 = (daemon.Node(name, False, True, address, f'{lab.root}/pve/nodes/{{name}}/ssh_known_hosts') for name, address in {list(NODES.items())[1:]!r})\n"
+             f"pve2, pve3 = (daemon.Node(name, False, True, address, "
+             f"f'{lab.root}/pve/nodes/{{name}}/ssh_known_hosts') "
+             f"for name, address in {list(NODES.items())[1:]!r})\n"
              "argument = json.loads(sys.argv[1])\n")
-    return json.loads(lab.inside("pve1", sys.executable, "-c", setup + script, json.dumps(argument)).stdout)
+    return json.loads(lab.inside(
+        "pve1", sys.executable, "-c", setup + script, json.dumps(argument)).stdout)
 
 
 def test_the_same_question_to_two_nodes_has_two_answers(lab):
@@ -6009,17 +6019,21 @@ def test_the_same_question_to_two_nodes_has_two_answers(lab):
         lab.inside(name, "sh", "-c", "echo $0 > /run/who", name)
     told = run_commands(lab, (
         "with concurrent.futures.ThreadPoolExecutor(6) as pool:\n"
-        "    answers = list(pool.map(lambda node: commands.read(node, 'cat', '/run/who').stdout, [pve2, pve3] * 3))\n"
+        "    answers = list(pool.map("
+        "lambda node: commands.read(node, 'cat', '/run/who').stdout, [pve2, pve3] * 3))\n"
         "print(json.dumps(answers))"), None)
     assert told == ["pve2\n", "pve3\n"] * 3
 
 
 def test_no_argument_becomes_two_on_another_node(lab):
     told = run_commands(lab, (
-        f"show = [{sys.executable!r}, '-IS', '-c', 'import sys, json; print(json.dumps(sys.argv[1:]))', *argument]\n"
-        "print(json.dumps([json.loads(commands.read(pve2, *show).stdout), json.loads(commands.change(pve2, show).stdout)]))"), HOSTILE)
+        f"show = [{sys.executable!r}, '-IS', '-c', "
+        "'import sys, json; print(json.dumps(sys.argv[1:]))', *argument]\n"
+        "print(json.dumps([json.loads(commands.read(pve2, *show).stdout), "
+        "json.loads(commands.change(pve2, show).stdout)]))"), HOSTILE)
     assert told == [HOSTILE, HOSTILE]
-    for body in ({"vm_id": "204; id", "cores": 1}, {"vm_id": 204, "cores": "1 --memory 64"}, {"vm_id": 204, "cores": "$(id)"}):
+    for body in ({"vm_id": "204; id", "cores": 1}, {"vm_id": 204, "cores": "1 --memory 64"},
+                 {"vm_id": 204, "cores": "$(id)"}):
         assert lab.api.post("/scale/cores", body).status == 400
     for name in ("a b", "$(id)", "-o", "x;id", "x\ny"):
         assert lab.api.post("/snapshot/create", {"vm_id": 204, "snapshot_name": name}).status == 400
@@ -6029,7 +6043,8 @@ def test_no_argument_becomes_two_on_another_node(lab):
 def test_a_node_that_refuses_us_is_told_with_what_ssh_said(lab):
     known = lab.shared / "nodes/pve3/ssh_known_hosts"
     text = known.read_text()
-    known.write_text(text.replace((lab.root / "pve3.key.pub").read_text().split()[1], (lab.root / "pve2.key.pub").read_text().split()[1]))
+    known.write_text(text.replace((lab.root / "pve3.key.pub").read_text().split()[1],
+                                  (lab.root / "pve2.key.pub").read_text().split()[1]))
     daemon = lab.daemon(constants={"RUN_DIR": "/run/other"})
     try:
         reply = daemon.post("/scale/cores", {"vm_id": 304, "cores": 1})
@@ -6046,7 +6061,8 @@ def test_told_to_keep_to_this_node_the_daemon_does(lab):
     assert (reply.status, reply.body["error"]) == (404, "VM 204 does not exist on node 'pve1'")
     assert daemon.post("/scale/cores", {"vm_id": 204, "cores": 1}).status == 404
     assert [row["vm_id"] for row in daemon.get("/resource/vm/list").body["data"]] == [104, 106]
-    assert daemon.get("/resource/node/status?node_name=pve2").body["error"] == "Node 'pve2' does not exist; known here: pve1"
+    assert (daemon.get("/resource/node/status?node_name=pve2").body["error"]
+            == "Node 'pve2' does not exist; known here: pve1")
     assert list(lab.calls()) == ["pve1"] and lab.logins("pve2") == before
     assert daemon.stop() == 0
 
@@ -6055,12 +6071,15 @@ def test_a_temporary_snapshot_left_on_another_node_is_named_with_it(lab):
     pve2 = lab.hosts["pve2"]
     pve2.faults(delsnapshot={"exit": 255, "stderr": "storage is gone\n"})
     reply = lab.api.post("/clone/create", {"vm_id": 204, "new_vm_id": 252, "new_vm_name": "x"})
-    assert reply.status == 200 and " on node 'pve2' with: pct delsnapshot 204 autoscale_clone_" in reply.body["data"]["warnings"][0]
+    assert (reply.status == 200
+            and " on node 'pve2' with: pct delsnapshot 204 autoscale_clone_"
+            in reply.body["data"]["warnings"][0])
     daemon = lab.daemon()
     wait_until(lambda: " (on node 'pve2')" in daemon.log("error"))
     assert daemon.stop() == 0
     pve2.faults()
-    assert lab.api.delete("/snapshot/delete", {"vm_id": 204, "snapshot_name": pve2.snapshots(204)[0]}).status == 200
+    assert lab.api.delete("/snapshot/delete", {
+        "vm_id": 204, "snapshot_name": pve2.snapshots(204)[0]}).status == 200
     assert lab.api.delete("/clone/delete", {"vm_id": 252}).status == 200
 
 
@@ -6074,14 +6093,16 @@ def test_a_virtual_machine_of_a_single_host_is_called_one_and_costs_no_process(a
 
 
 MEMBERS = {"nodename": "proxmox", "cluster": {"name": "lab", "quorate": 1}, "nodelist": {
-    "proxmox": {"id": 1, "online": 1, "ip": "192.0.2.1"}, "pve2": {"id": 2, "online": 1, "ip": "192.0.2.2"}, "pve3": {"id": 3, "online": 1}}}
+    "proxmox": {"id": 1, "online": 1, "ip": "192.0.2.1"},
+    "pve2": {"id": 2, "online": 1, "ip": "192.0.2.2"}, "pve3": {"id": 3, "online": 1}}}
 
 
 def test_files_follow_a_container_that_moves_while_they_are_read(host, monkeypatch):
     other = Host(host.root / "other", "pve2", host.shared)
     other.add(204, "far")
     host.write("pve/.members", MEMBERS)
-    proxmox, real = module.Proxmox(None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True), module.read_text
+    proxmox, real = module.Proxmox(None, module.Files(module.Workers()), str(host.pve),
+                                   str(host.cgroup), True), module.read_text
 
     def move_first(path):
         if path.endswith("nodes/pve2/lxc/204.conf"):
@@ -6089,7 +6110,8 @@ def test_files_follow_a_container_that_moves_while_they_are_read(host, monkeypat
             host.list(204)
         return real(path)
     monkeypatch.setattr(module, "read_text", move_first)
-    assert proxmox.locate(204).address == "192.0.2.2" and proxmox.conf(204).values["hostname"] == "far"
+    assert (proxmox.locate(204).address == "192.0.2.2"
+            and proxmox.conf(204).values["hostname"] == "far")
     assert proxmox.locate(204) is None
 
 
@@ -6100,9 +6122,11 @@ def test_files_follow_a_container_that_moves_while_they_are_read(host, monkeypat
 def test_a_node_that_cannot_be_asked_is_503(host, launch, tmp_path, node, says):
     Host(host.root / "other", node, host.shared).add(204, "far")
     host.write("pve/.members", MEMBERS)
-    api = launch(env={"PATH": str(host.root / "bin")}, constants={"RUN_DIR": str(tmp_path / "run")}, **ASKING)
+    api = launch(env={"PATH": str(host.root / "bin")},
+                 constants={"RUN_DIR": str(tmp_path / "run")}, **ASKING)
     for reply, body in ((api.get("/resource/vm/status?vm_id=204"), error(says)),
-                        (api.delete("/clone/delete", {"vm_id": 204}), refused("Nothing was done: " + says))):
+                        (api.delete("/clone/delete", {"vm_id": 204}),
+                         refused("Nothing was done: " + says))):
         assert (reply.status, reply.body, "Retry-After" in reply.headers) == (503, body, True)
     assert api.get("/resource/vm/config?vm_id=204").body["data"]["hostname"] == "far"
     assert api.get("/resource/vm/status?vm_id=104").status == 200
@@ -6111,102 +6135,134 @@ def test_a_node_that_cannot_be_asked_is_503(host, launch, tmp_path, node, says):
 def test_who_share_what_was_found_of_a_node_do_not_share_its_problem(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "RUN_DIR", str(tmp_path / "run"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    commands, asked, problems = module.Commands(4, 15, module.Workers(), module.Metrics()), time.monotonic(), []
+    commands, asked, problems = module.Commands(
+        4, 15, module.Workers(), module.Metrics()), time.monotonic(), []
     for number in range(2):
         with pytest.raises(module.Problem) as found:
             commands.reach(module.Node("pve2", False, True, "192.0.2.2"), asked)
         found.value.add_details(f"the clone {number} is left")
         problems.append(found.value.answer().body)
-    assert [json.loads(body)["details"] for body in problems] == ["the clone 0 is left", "the clone 1 is left"]
-    assert "commands_total{command=\"true\",result=\"not_started\"} 1\n" in commands.metrics.render({})
+    assert [json.loads(body)["details"] for body in problems] == [
+        "the clone 0 is left", "the clone 1 is left"]
+    assert ("commands_total{command=\"true\",result=\"not_started\"} 1\n"
+            in commands.metrics.render({}))
 
 
-@pytest.mark.parametrize("members", ["", "{", "[]", '{"nodename": "proxmox", "cluster": {"name": "x"}}',
-                                     '{"nodename": "proxmox", "cluster": {"quorate": 0}, "nodelist": []}'])
-def test_a_garbled_file_of_the_cluster_is_503_and_not_taken_for_a_single_host(host, launch, members):
+@pytest.mark.parametrize("members", [
+    "", "{", "[]", '{"nodename": "proxmox", "cluster": {"name": "x"}}',
+    '{"nodename": "proxmox", "cluster": {"quorate": 0}, "nodelist": []}'])
+def test_a_garbled_file_of_the_cluster_is_503_and_not_taken_for_a_single_host(
+        host, launch, members):
     (host.pve / ".members").write_text(members)
     api, says = launch(), "Proxmox's file .members cannot be understood"
-    for reply in (api.get("/resource/vm/list"), api.get("/resource/cluster/status"), api.get("/resource/vm/config?vm_id=300")):
+    for reply in (api.get("/resource/vm/list"), api.get("/resource/cluster/status"),
+                  api.get("/resource/vm/config?vm_id=300")):
         assert (reply.status, reply.body) == (503, error(says))
     reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4})
-    assert (reply.status, reply.body, host.calls()) == (503, refused("Nothing was done: " + says), [])
+    assert (reply.status, reply.body, host.calls()) == (
+        503, refused("Nothing was done: " + says), [])
 
 
 def test_a_host_without_the_files_of_a_cluster_is_a_single_one(host):
     for name in (".members", ".vmlist"):
         (host.pve / name).unlink()
-    proxmox = module.Proxmox(None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
+    proxmox = module.Proxmox(None, module.Files(module.Workers()), str(host.pve),
+                             str(host.cgroup), True)
     assert [proxmox.locate(vm_id) for vm_id in (104, 106, 105)] == [None] * 3
-    assert [row["vm_id"] for row in proxmox.list()] == [104, 106] and proxmox.members() == (None, None)
+    assert ([row["vm_id"] for row in proxmox.list()] == [104, 106]
+            and proxmox.members() == (None, None))
 
 
 # What the caller hears if a step fails
 
 RUNS, RESTS, NEW = 124, 126, 150              # here; on pve2 each is a hundred more
-Story = namedtuple("Story", "name vm_id line body defaults steps vm new message counted", defaults=[None])
+Story = namedtuple("Story", "name vm_id line body defaults steps vm new message counted",
+                   defaults=[None])
 TWIN = {"new_vm_id": NEW, "new_vm_name": "twin"}
-STORIES = {each.name: each for each in (        # vm and new: what the containers are like if all goes well
-    Story("cores", RUNS, "POST /scale/cores", {"cores": 4}, {}, "set", "running cores=4 [s1]", "none",
+# vm and new: what the containers are like if all goes well
+STORIES = {each.name: each for each in (
+    Story("cores", RUNS, "POST /scale/cores", {"cores": 4}, {}, "set",
+          "running cores=4 [s1]", "none",
           "CPU cores set to 4 for VM 124", ("cpu", "set")),
-    Story("ram", RUNS, "POST /scale/ram", {"memory": 4096}, {}, "set", "running memory=4096 [s1]", "none",
+    Story("ram", RUNS, "POST /scale/ram", {"memory": 4096}, {}, "set",
+          "running memory=4096 [s1]", "none",
           "Memory set to 4096 MB for VM 124", ("ram", "set")),
-    Story("rootfs", RUNS, "POST /scale/storage/increase", {"disk_size": 5}, {"disk": "rootfs"}, "resize",
+    Story("rootfs", RUNS, "POST /scale/storage/increase", {"disk_size": 5}, {"disk": "rootfs"},
+          "resize",
           "running rootfs=local-lvm:vm-124-disk-0,size=13G [s1]", "none",
           "Storage increased by 5 GB for VM 124", ("storage", "increase")),
-    Story("mp0", RUNS, "POST /scale/storage/increase", {"disk_size": 5, "disk": "mp0"}, {}, "resize",
+    Story("mp0", RUNS, "POST /scale/storage/increase", {"disk_size": 5, "disk": "mp0"}, {},
+          "resize",
           "running mp0=local-lvm:vm-124-disk-1,mp=/data,size=9G [s1]", "none",
           "Storage increased by 5 GB for VM 124", ("storage", "increase")),
     Story("snapshot", RUNS, "POST /snapshot/create", {"snapshot_name": "s2"}, {}, "snapshot",
           "running parent=s2 [s1] [s2]", "none", "Snapshot 's2' created for VM 124"),
     Story("unsnapshot", RUNS, "DELETE /snapshot/delete", {"snapshot_name": "s1"}, {}, "delsnapshot",
           "running parent=", "none", "Snapshot 's1' of VM 124 deleted"),
-    Story("rollback-runs", RUNS, "POST /snapshot/rollback", {"snapshot_name": "s1"}, {}, "status rollback",
+    Story("rollback-runs", RUNS, "POST /snapshot/rollback", {"snapshot_name": "s1"}, {},
+          "status rollback",
           "running [s1]", "none", "Rolled back VM 124 to snapshot 's1'"),
-    Story("rollback-stopped", RESTS, "POST /snapshot/rollback", {"snapshot_name": "s1"}, {}, "status rollback",
+    Story("rollback-stopped", RESTS, "POST /snapshot/rollback", {"snapshot_name": "s1"}, {},
+          "status rollback",
           "stopped [s1]", "none", "Rolled back VM 126 to snapshot 's1'"),
     Story("clone-stopped", RESTS, "POST /clone/create", TWIN, {}, "status clone start",
           "stopped [s1]", "running", "Cloned VM 126 to new VM 150 (twin)"),
     Story("clone-runs", RUNS, "POST /clone/create", {**TWIN, "start": True}, {},
-          "status snapshot clone delsnapshot start", "running [s1]", "running", "Cloned VM 124 to new VM 150 (twin)"),
-    Story("clone-ip", RESTS, "POST /clone/create", {**TWIN, "ip": "192.0.2.5/24"}, {}, "status clone set start",
+          "status snapshot clone delsnapshot start", "running [s1]", "running",
+          "Cloned VM 124 to new VM 150 (twin)"),
+    Story("clone-ip", RESTS, "POST /clone/create", {**TWIN, "ip": "192.0.2.5/24"}, {},
+          "status clone set start",
           "stopped [s1]", "running ip=192.0.2.5/24", "Cloned VM 126 to new VM 150 (twin)"),
-    Story("destroy", RUNS, "DELETE /clone/delete", {}, {}, "status destroy", "none", "none", "Deleted VM 124"),
-    Story("start", RESTS, "POST /power/start", {}, {}, "start", "running [s1]", "none", "Started VM 126"),
-    Story("stop", RUNS, "POST /power/stop", {}, {}, "stop", "stopped [s1]", "none", "Stopped VM 124"),
-    Story("shutdown", RUNS, "POST /power/shutdown", {}, {"timeout": 60}, "shutdown", "stopped [s1]", "none",
+    Story("destroy", RUNS, "DELETE /clone/delete", {}, {}, "status destroy", "none", "none",
+          "Deleted VM 124"),
+    Story("start", RESTS, "POST /power/start", {}, {}, "start", "running [s1]", "none",
+          "Started VM 126"),
+    Story("stop", RUNS, "POST /power/stop", {}, {}, "stop", "stopped [s1]", "none",
+          "Stopped VM 124"),
+    Story("shutdown", RUNS, "POST /power/shutdown", {}, {"timeout": 60}, "shutdown",
+          "stopped [s1]", "none",
           "Shut down VM 124"),
-    Story("reboot", RUNS, "POST /power/reboot", {}, {"timeout": 60}, "reboot", "running [s1]", "none", "Rebooted VM 124"),
+    Story("reboot", RUNS, "POST /power/reboot", {}, {"timeout": 60}, "reboot",
+          "running [s1]", "none", "Rebooted VM 124"),
 )}
 BEFALLS = {                                     # a step -> what befalls it
     "locked": lambda step: {"exit": 255, "stderr": "CT is locked (backup)\n"},
-    "busy": lambda step: {"exit": 255, "stderr": "cfs-lock 'storage-local-lvm' error: got lock request timeout\n"},
-    "fails": lambda step: {"exit": 255, "stderr": "odd\n"} if step == "status" else {"work_fails": "odd"},
+    "busy": lambda step: {
+        "exit": 255,
+        "stderr": "cfs-lock 'storage-local-lvm' error: got lock request timeout\n"},
+    "fails": lambda step: (
+        {"exit": 255, "stderr": "odd\n"} if step == "status" else {"work_fails": "odd"}),
     "killed": lambda step: {"signal": 9} if step == "status" else {"kills_pct": True},
     "unread": lambda step: {"hides": None},     # its container's file cannot be read any more
     "hangs": lambda step: {"pause": True} if step == "status" else {"delay": True},
     "lost": lambda step: {"pause": True} if step == "status" else {"delay": True},
 }
-SOON = {                                        # deadlines that are short for what hangs, and for nothing that is only slow
-    "Changes.answer": "(lambda real: lambda self, change, client, seconds: real(self, change, client, "
-                      "0.1 if daemon.os.path.exists('{0}/answers.soon') else seconds))(daemon.Changes.answer)",
-    "Commands.look": "lambda self, node, argv, places=None: self.execute(node, [str(each) for each in argv], "
-                     "0.5 if any(daemon.os.path.exists('{0}/' + daemon.os.path.basename(str(each)) + '.soon') "
+SOON = {        # deadlines that are short for what hangs, and for nothing that is only slow
+    "Changes.answer": "(lambda real: lambda self, change, client, seconds: real("
+                      "self, change, client, "
+                      "0.1 if daemon.os.path.exists('{0}/answers.soon') "
+                      "else seconds))(daemon.Changes.answer)",
+    "Commands.look": "lambda self, node, argv, places=None: "
+                     "self.execute(node, [str(each) for each in argv], 0.5 if any("
+                     "daemon.os.path.exists('{0}/' + daemon.os.path.basename(str(each)) + '.soon') "
                      "for each in argv[:2]) else 15, places)",
     "wait": "(lambda real: lambda futures, seconds, *how: real(futures, 0.5 if not how and "
             "daemon.os.path.exists('{0}/hidden.soon') else seconds, *how))(daemon.wait)",
 }
-CALM = ("arch: amd64\ncores: 2\nhostname: web\nmemory: 2048\nmp0: local-lvm:vm-{0}-disk-1,mp=/data,size=4G\n"
+CALM = ("arch: amd64\ncores: 2\nhostname: web\nmemory: 2048\n"
+        "mp0: local-lvm:vm-{0}-disk-1,mp=/data,size=4G\n"
         "net0: name=eth0,bridge=vmbr0,hwaddr=BC:24:11:00:00:01,type=veth,ip=dhcp\n{1}"
         "rootfs: local-lvm:vm-{0}-disk-0,size=8G\nswap: 512\n")
 
-# A fault at a look, or at the first command that changes something: status, outcome, error, details.
-# Where nothing was done, all is as before; else, all is as it should be in the end.
-GOES_ON = ("{title} did not finish in 0.1 s; it is still running in Proxmox, and its container stays reserved until it "
-           "ends. Ask for the container's state before trying again")
-LOST = ("The connection to node 'pve2' was lost during pct {step} {vm_id}, which goes on if the node does. "
-        "Ask for the container's state before trying again")
+# A fault at a look, or at the first command that changes something: status, outcome, error,
+# details. Where nothing was done, all is as before; else, all is as it should be in the end.
+GOES_ON = ("{title} did not finish in 0.1 s; it is still running in Proxmox, and its container "
+           "stays reserved until it ends. Ask for the container's state before trying again")
+LOST = ("The connection to node 'pve2' was lost during pct {step} {vm_id}, which goes on if the "
+        "node does. Ask for the container's state before trying again")
 AT_FIRST = {
-    "locked": (409, "nothing_done", "The container is locked by Proxmox (backup); try again when that has ended",
+    "locked": (409, "nothing_done",
+               "The container is locked by Proxmox (backup); try again when that has ended",
                "CT is locked (backup)"),
     "busy": (503, "nothing_done", "The storage is busy with another Proxmox command; try again",
              "cfs-lock 'storage-local-lvm' error: got lock request timeout"),
@@ -6219,17 +6275,21 @@ AT_A_LOOK = {
     "fails": (500, "nothing_done", "pct status {vm_id} failed: odd", "odd"),
     "killed": (500, "nothing_done", "pct status {vm_id} was ended by SIGKILL", None),
     "unread": (504, "running", GOES_ON, None),              # pct cannot read it either
-    "hangs": (504, "nothing_done", "pct status {vm_id}{on} did not finish in 0.5 s and was ended", None),
+    "hangs": (504, "nothing_done",
+              "pct status {vm_id}{on} did not finish in 0.5 s and was ended", None),
     "lost": (503, "nothing_done",
-             "Node 'pve2' cannot run commands over SSH; to see why, on this host: pvesh get /nodes/pve2/version", None),
+             "Node 'pve2' cannot run commands over SSH; to see why, on this host: "
+             "pvesh get /nodes/pve2/version", None),
 }
 ROWS_HERE = [(name, step, fault) for name, story in STORIES.items() for step in story.steps.split()
              for fault in BEFALLS if fault != "lost"]
-ROWS_THERE = [(name, step, fault) for name, story in STORIES.items() for step in story.steps.split() for fault in BEFALLS]
+ROWS_THERE = [(name, step, fault) for name, story in STORIES.items() for step in story.steps.split()
+              for fault in BEFALLS]
 
 
 class Stage:
-    """A host on which one fault after the other is tried, and the daemon that is asked to change its containers."""
+    """A host on which one fault after the other is tried, and the daemon that is asked to change
+    its containers."""
 
     def __init__(self, host, first=0):
         self.host, self.first, self.cut, self.api = host, first, None, None
@@ -6244,7 +6304,8 @@ class Stage:
         self.remove()
         for vm_id in (RUNS + self.first, RESTS + self.first):
             calm = CALM.format(vm_id, "")
-            self.host.path(vm_id).write_text(f"{CALM.format(vm_id, f'parent: s1{chr(10)}')}\n[s1]\n{calm}snaptime: 1700000000\n")
+            self.host.path(vm_id).write_text(
+                f"{CALM.format(vm_id, f'parent: s1{chr(10)}')}\n[s1]\n{calm}snaptime: 1700000000\n")
             self.host.list(vm_id)
         (self.host.cgroup / f"lxc/{RUNS + self.first}").mkdir()
 
@@ -6257,7 +6318,8 @@ class Stage:
         self.host.write(".vmlist", known, self.host.shared)
 
     def show(self, vm_id):
-        """Whether a container runs, what its file has in other ways than at the beginning, and its snapshots."""
+        """Whether a container runs, what its file has in other ways than at the beginning, and
+        its snapshots."""
         path = self.host.path(vm_id + self.first)
         if not path.exists():
             return "none" + " running" * self.host.running(vm_id + self.first)
@@ -6269,11 +6331,14 @@ class Stage:
             hwaddr, own = "BC:24:11:00:00:01", f"BC:24:11:{(vm_id + self.first) % 256:02X}:00:00"
             values["net0"] = net.replace(own, hwaddr) if vm_id == NEW else net
             values["ip"] = address[3:]
-        changed = [f"{key}={conf.get(key, '')}" for key in sorted({**base, **conf}) if conf.get(key) != base.get(key)]
+        changed = [f"{key}={conf.get(key, '')}" for key in sorted({**base, **conf})
+                   if conf.get(key) != base.get(key)]
         sections = [each.partition("]") for each in path.read_text().split("\n\n[")[1:]]
-        states = [(name, re.search("^snapstate: (.+)", text, re.MULTILINE)) for name, _, text in sections]
-        return self.plain(" ".join(["running" if self.host.running(vm_id + self.first) else "stopped", *changed,
-                                    *(f"[{name}{f' {state[1]}' if state else ''}]" for name, state in states)]))
+        states = [(name, re.search("^snapstate: (.+)", text, re.MULTILINE))
+                  for name, _, text in sections]
+        return self.plain(" ".join([
+            "running" if self.host.running(vm_id + self.first) else "stopped", *changed,
+            *(f"[{name}{f' {state[1]}' if state else ''}]" for name, state in states)]))
 
     def plain(self, told):
         """What was told, without what differs from run to run and from node to node."""
@@ -6281,7 +6346,8 @@ class Stage:
         for vm_id in (RUNS, RESTS, NEW):
             text = re.sub(rf"\b{vm_id + self.first}\b", str(vm_id), text)
         text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME", text)
-        return json.loads(text.replace(str(self.host.root.parent.parent if self.first else self.host.root), ""))
+        return json.loads(text.replace(
+            str(self.host.root.parent.parent if self.first else self.host.root), ""))
 
     def unhide(self):
         """Let whoever reads a file that hangs go on with what it should have had."""
@@ -6296,20 +6362,24 @@ class Stage:
 
     def scaled(self):
         values = parse_exposition(self.api.get("/metrics").body)[1]
-        return Counter({self.plain(key)[len("lxc_autoscale_scaling_"):]: int(value) for key, value in values.items()
+        return Counter({self.plain(key)[len("lxc_autoscale_scaling_"):]: int(value)
+                        for key, value in values.items()
                         if key.startswith("lxc_autoscale_scaling_")})
 
     def play(self, name, step, fault):
         """Try a fault at a step of a change -> all that can be seen of it."""
         story = STORIES[name]
         method, path = story.line.split()
-        befallen = NEW if name.startswith("clone") and step in ("clone", "set", "start") else story.vm_id
+        befallen = (NEW if name.startswith("clone") and step in ("clone", "set", "start")
+                    else story.vm_id)
         befalls = BEFALLS[fault](step)
         if "hides" in befalls:
             befalls["hides"] = str(befallen + self.first)
-        goes_on = fault == "unread" and step in ("status", "snapshot") and not story.steps.endswith(step)
+        goes_on = (fault == "unread" and step in ("status", "snapshot")
+                   and not story.steps.endswith(step))
         soon = "answers" if goes_on else {
-            "unread": f"{befallen + self.first}.conf", "hangs": "status" if step == "status" else "answers"}.get(fault, "nothing")
+            "unread": f"{befallen + self.first}.conf",
+            "hangs": "status" if step == "status" else "answers"}.get(fault, "nothing")
         self.set()
         before = self.scaled()
         self.host.faults(**{step: befalls})
@@ -6320,7 +6390,8 @@ class Stage:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             asked = pool.submit(self.api.request, method, path, body)
             if fault == "lost":
-                wait_until(lambda: asked.done() or any(call.startswith(f"pct {step} ") for call in self.host.calls()))
+                wait_until(lambda: asked.done() or any(
+                    call.startswith(f"pct {step} ") for call in self.host.calls()))
                 self.cut()
             reply = asked.result()
         row = self.api.get(f"/operations?vm_id={story.vm_id + self.first}").body["data"][0]
@@ -6331,10 +6402,12 @@ class Stage:
         self.unhide()
         self.host.go()
         wait_until(lambda: self.api.get(f"/operations?id={row['id']}").body["data"][0]["ended"])
-        cut_off = fault == "killed" or (fault in ("hangs", "lost") and step == "status")    # one whose end is never noted
+        # one whose end is never noted
+        cut_off = fault == "killed" or (fault in ("hangs", "lost") and step == "status")
         wait_until(lambda: len(self.host.rows("end")) + cut_off >= len(self.host.rows()))
         later, = self.api.get(f"/operations?id={row['id']}").body["data"]
-        logged = [line for line in self.api.log().splitlines() if f" change {story.line} vm_id={story.vm_id + self.first}" in line]
+        logged = [line for line in self.api.log().splitlines()
+                  if f" change {story.line} vm_id={story.vm_id + self.first}" in line]
         scaled = self.scaled()
         scaled.subtract(before)
         body = reply.body
@@ -6344,101 +6417,305 @@ class Stage:
         assert re.fullmatch("[0-9a-f]{16}", row["id"])
         self.told = body.get("details") or "\n".join(row["warnings"])
         return self.plain({
-            "status": reply.status, "after": reply.headers.get("Retry-After"), "body": body, "row": {**row, "id": "ID"}, "later": {**later, "id": "ID"},
-            "log": re.sub(r"after \d+\.\d s", "after", logged[-1][21:]), "scaled": {key: count for key, count in scaled.items() if count},
+            "status": reply.status, "after": reply.headers.get("Retry-After"), "body": body,
+            "row": {**row, "id": "ID"}, "later": {**later, "id": "ID"},
+            "log": re.sub(r"after \d+\.\d s", "after", logged[-1][21:]),
+            "scaled": {key: count for key, count in scaled.items() if count},
             "vm": self.show(story.vm_id), "new": self.show(NEW)})
 
 
-# All other rows. A detail with = before it says what was done, with + what is left; both come after what pct said.
-# The last two columns show the container and the clone. A row for `there` differs on another node by more than {there}.
-SPECIAL = dict(line.split(": ", 1) for line in r"""
+# All other rows. A detail with = before it says what was done, with + what is left; both come
+# after what pct said. The last two columns show the container and the clone. A row for `there`
+# differs on another node by more than {there}.
+SPECIAL = dict(line.split(": ", 1) for line in """
 cores set fails: 500 incomplete | pct set 124 failed: odd | odd | running [s1] | none
-cores set killed: 500 incomplete | pct set 124 was ended by SIGKILL | + Its task may still be at work: look again before trying again | running [s1] | none
+cores set killed: 500 incomplete | pct set 124 was ended by SIGKILL\
+ | + Its task may still be at work: look again before trying again | running [s1] | none
 ram set fails: 500 incomplete | pct set 124 failed: odd | odd | running [s1] | none
-ram set killed: 500 incomplete | pct set 124 was ended by SIGKILL | + Its task may still be at work: look again before trying again | running [s1] | none
-rootfs resize fails: 500 incomplete | The rootfs of VM 124 was not grown as asked; its size is now 8G | + odd | running [s1] | none
-rootfs resize killed: 500 incomplete | pct resize 124 was ended by SIGKILL | + Its task may still be at work: look again before trying again | running [s1] | none
-rootfs resize unread: 500 unknown | pct resize 124 has ended, but what it did cannot be read: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | running rootfs=local-lvm:vm-124-disk-0,size=13G [s1] | none
-mp0 resize fails: 500 incomplete | The mp0 of VM 124 was not grown as asked; its size is now 4G | + odd | running [s1] | none
-mp0 resize killed: 500 incomplete | pct resize 124 was ended by SIGKILL | + Its task may still be at work: look again before trying again | running [s1] | none
-mp0 resize unread: 500 unknown | pct resize 124 has ended, but what it did cannot be read: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | running mp0=local-lvm:vm-124-disk-1,mp=/data,size=9G [s1] | none
-snapshot snapshot fails: 500 incomplete | pct snapshot 124 failed: odd | snapshot create failed: starting cleanup | odd | running [s1] | none
-snapshot snapshot killed: 500 incomplete | pct snapshot 124 was ended by SIGKILL | + VM 124 is left with the lock 'snapshot'; if no task of it runs, mend it{there} with: pct unlock 124 && pct delsnapshot 124 s2 | running lock=snapshot [s1] [s2 prepare] | none
-unsnapshot delsnapshot fails: 500 incomplete | pct delsnapshot 124 failed: odd | odd | + VM 124 is left with the lock 'snapshot-delete'; if no task of it runs, mend it{there} with: pct unlock 124 && pct delsnapshot 124 s1 | running lock=snapshot-delete [s1 delete] | none
-unsnapshot delsnapshot killed: 500 incomplete | pct delsnapshot 124 was ended by SIGKILL | + VM 124 is left with the lock 'snapshot-delete'; if no task of it runs, mend it{there} with: pct unlock 124 && pct delsnapshot 124 s1 | running lock=snapshot-delete [s1 delete] | none
-rollback-runs rollback fails: 500 incomplete | pct rollback 124 failed: odd | odd | + VM 124 is left with the lock 'rollback'; if no task of it runs, mend it{there} with: pct unlock 124 | + VM 124 ran before and is stopped now; start it{there} with: pct start 124 | stopped lock=rollback [s1] | none
-rollback-runs rollback killed: 500 incomplete | pct rollback 124 was ended by SIGKILL | + VM 124 is left with the lock 'rollback'; if no task of it runs, mend it{there} with: pct unlock 124 | + VM 124 ran before and is stopped now; if no task of it runs, start it{there} with: pct start 124 | stopped lock=rollback [s1] | none
-rollback-stopped rollback fails: 500 incomplete | pct rollback 126 failed: odd | odd | + VM 126 is left with the lock 'rollback'; if no task of it runs, mend it{there} with: pct unlock 126 | stopped lock=rollback [s1] | none
-rollback-stopped rollback killed: 500 incomplete | pct rollback 126 was ended by SIGKILL | + VM 126 is left with the lock 'rollback'; if no task of it runs, mend it{there} with: pct unlock 126 | stopped lock=rollback [s1] | none
-clone-stopped clone fails: 500 incomplete | pct clone 126 failed: clone failed: odd | creating a clone of container 126 with ID 150 | create full clone of mountpoint rootfs (local-lvm:vm-126-disk-0) | clone failed: odd | stopped [s1] | none
-clone-stopped clone killed: 500 incomplete | pct clone 126 was ended by SIGKILL | creating a clone of container 126 with ID 150 | create full clone of mountpoint rootfs (local-lvm:vm-126-disk-0) | + VM 126 is left with the lock 'disk'; if no task of it runs, mend it{there} with: pct unlock 126 | + VM 150 is left half-made; if no task of it runs, remove it{there} with: pct unlock 150 && pct destroy 150 | stopped lock=disk [s1] | stopped lock=create mp0= rootfs=
-clone-stopped clone unread: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned | + What is left cannot be read: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | stopped [s1] | stopped
-clone-stopped start locked: 409 incomplete | VM 150 was cloned, but did not start: The container is locked by Proxmox (backup) | CT is locked (backup) | = VM 150 was cloned | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150 | stopped [s1] | stopped
-clone-stopped start busy: 500 incomplete | VM 150 was cloned, but did not start: The storage is busy with another Proxmox command | cfs-lock 'storage-local-lvm' error: got lock request timeout | = VM 150 was cloned | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150 | stopped [s1] | stopped
-clone-stopped start fails: 500 incomplete | VM 150 was cloned, but did not start: pct start 150 failed: odd | odd | = VM 150 was cloned | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150 | stopped [s1] | stopped
-clone-stopped start killed: 500 incomplete | VM 150 was cloned, but did not start: pct start 150 was ended by SIGKILL | = VM 150 was cloned | + VM 150 is stopped; if no task of it runs, start it{there} with: pct start 150, or remove it with: pct destroy 150 | stopped [s1] | stopped
-clone-runs snapshot fails: 500 incomplete | pct snapshot 124 failed: odd | snapshot create failed: starting cleanup | odd | running [s1] | none
-clone-runs snapshot killed: 500 incomplete | pct snapshot 124 was ended by SIGKILL | + The temporary snapshot 'TEMPORARY' of VM 124 could not be removed; if no task of VM 124 runs, remove it{there} with: pct unlock 124 && pct delsnapshot 124 TEMPORARY | running lock=snapshot [s1] [TEMPORARY prepare] | none
-clone-runs snapshot unread: 504 running | POST /clone/create vm_id=124 new_vm_id=150 new_vm_name=twin start=True did not finish in 0.1 s; it is still running in Proxmox, and its container stays reserved until it ends. Ask for the container's state before trying again | running [s1] | running
-clone-runs clone locked: 409 incomplete | The container is locked by Proxmox (backup) | CT is locked (backup) | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | running [s1] | none
-clone-runs clone busy: 500 incomplete | The storage is busy with another Proxmox command | cfs-lock 'storage-local-lvm' error: got lock request timeout | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | running [s1] | none
-clone-runs clone fails: 500 incomplete | pct clone 124 failed: clone failed: odd | creating a clone of container 124 with ID 150 | create full clone of mountpoint rootfs (local-lvm:vm-124-disk-0) | clone failed: odd | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | running [s1] | none
-clone-runs clone killed: 500 incomplete | pct clone 124 was ended by SIGKILL | creating a clone of container 124 with ID 150 | create full clone of mountpoint rootfs (local-lvm:vm-124-disk-0) | + The temporary snapshot 'TEMPORARY' of VM 124 could not be removed; if no task of VM 124 runs, remove it{there} with: pct unlock 124 && pct delsnapshot 124 TEMPORARY | + VM 150 is left half-made; if no task of it runs, remove it{there} with: pct unlock 150 && pct destroy 150 | running lock=disk parent=TEMPORARY [s1] [TEMPORARY] | stopped lock=create mp0= rootfs=
-clone-runs clone unread: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | + What is left cannot be read: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | running [s1] | stopped
-clone-runs delsnapshot locked: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124 could not be removed (The container is locked by Proxmox (backup); try again when that has ended); remove it{there} with: pct delsnapshot 124 TEMPORARY | running parent=TEMPORARY [s1] [TEMPORARY] | running
-clone-runs delsnapshot busy: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124 could not be removed (The storage is busy with another Proxmox command; try again); remove it{there} with: pct delsnapshot 124 TEMPORARY | running parent=TEMPORARY [s1] [TEMPORARY] | running
-clone-runs delsnapshot fails: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124 could not be removed (pct delsnapshot 124 failed: odd); if no task of VM 124 runs, remove it{there} with: pct unlock 124 && pct delsnapshot 124 TEMPORARY | running lock=snapshot-delete parent=TEMPORARY [s1] [TEMPORARY delete] | running
-clone-runs delsnapshot killed: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124 could not be removed (pct delsnapshot 124 was ended by SIGKILL); if no task of VM 124 runs, remove it{there} with: pct unlock 124 && pct delsnapshot 124 TEMPORARY | running lock=snapshot-delete parent=TEMPORARY [s1] [TEMPORARY delete] | running
-clone-runs delsnapshot unread: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | + What is left cannot be read: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | running [s1] | stopped
-clone-runs start locked: 409 incomplete | VM 150 was cloned, but did not start: The container is locked by Proxmox (backup) | CT is locked (backup) | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150 | running [s1] | stopped
-clone-runs start busy: 500 incomplete | VM 150 was cloned, but did not start: The storage is busy with another Proxmox command | cfs-lock 'storage-local-lvm' error: got lock request timeout | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150 | running [s1] | stopped
-clone-runs start fails: 500 incomplete | VM 150 was cloned, but did not start: pct start 150 failed: odd | odd | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150 | running [s1] | stopped
-clone-runs start killed: 500 incomplete | VM 150 was cloned, but did not start: pct start 150 was ended by SIGKILL | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | + VM 150 is stopped; if no task of it runs, start it{there} with: pct start 150, or remove it with: pct destroy 150 | running [s1] | stopped
-clone-ip clone fails: 500 incomplete | pct clone 126 failed: clone failed: odd | creating a clone of container 126 with ID 150 | create full clone of mountpoint rootfs (local-lvm:vm-126-disk-0) | clone failed: odd | stopped [s1] | none
-clone-ip clone killed: 500 incomplete | pct clone 126 was ended by SIGKILL | creating a clone of container 126 with ID 150 | create full clone of mountpoint rootfs (local-lvm:vm-126-disk-0) | + VM 126 is left with the lock 'disk'; if no task of it runs, mend it{there} with: pct unlock 126 | + VM 150 is left half-made; if no task of it runs, remove it{there} with: pct unlock 150 && pct destroy 150 | stopped lock=disk [s1] | stopped lock=create mp0= rootfs=
-clone-ip clone unread: 500 incomplete | VM 150 was cloned, but did not get its address: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned | + What is left cannot be read: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | stopped [s1] | stopped
-clone-ip set locked: 409 incomplete | VM 150 was cloned, but did not get its address: The container is locked by Proxmox (backup) | CT is locked (backup) | = VM 150 was cloned | + VM 150 is stopped, without its address; remove it{there} with: pct destroy 150 | stopped [s1] | stopped
-clone-ip set busy: 500 incomplete | VM 150 was cloned, but did not get its address: The storage is busy with another Proxmox command | cfs-lock 'storage-local-lvm' error: got lock request timeout | = VM 150 was cloned | + VM 150 is stopped, without its address; remove it{there} with: pct destroy 150 | stopped [s1] | stopped
-clone-ip set fails: 500 incomplete | VM 150 was cloned, but did not get its address: pct set 150 failed: odd | odd | = VM 150 was cloned | + VM 150 is stopped, without its address; remove it{there} with: pct destroy 150 | stopped [s1] | stopped
-clone-ip set killed: 500 incomplete | VM 150 was cloned, but did not get its address: pct set 150 was ended by SIGKILL | = VM 150 was cloned | + VM 150 is stopped, without its address; if no task of it runs, remove it{there} with: pct destroy 150 | stopped [s1] | stopped
-clone-ip set unread: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned | = VM 150 got its address | + What is left cannot be read: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | stopped [s1] | stopped ip=192.0.2.5/24
-clone-ip start locked: 409 incomplete | VM 150 was cloned, but did not start: The container is locked by Proxmox (backup) | CT is locked (backup) | = VM 150 was cloned | = VM 150 got its address | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150 | stopped [s1] | stopped ip=192.0.2.5/24
-clone-ip start busy: 500 incomplete | VM 150 was cloned, but did not start: The storage is busy with another Proxmox command | cfs-lock 'storage-local-lvm' error: got lock request timeout | = VM 150 was cloned | = VM 150 got its address | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150 | stopped [s1] | stopped ip=192.0.2.5/24
-clone-ip start fails: 500 incomplete | VM 150 was cloned, but did not start: pct start 150 failed: odd | odd | = VM 150 was cloned | = VM 150 got its address | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150 | stopped [s1] | stopped ip=192.0.2.5/24
-clone-ip start killed: 500 incomplete | VM 150 was cloned, but did not start: pct start 150 was ended by SIGKILL | = VM 150 was cloned | = VM 150 got its address | + VM 150 is stopped; if no task of it runs, start it{there} with: pct start 150, or remove it with: pct destroy 150 | stopped [s1] | stopped ip=192.0.2.5/24
-destroy destroy fails: 500 incomplete | pct destroy 124 failed: odd | forced to stop CT 124 before destroying! | odd | + VM 124 ran before and is stopped now; start it{there} with: pct start 124 | stopped [s1] | none
-destroy destroy killed: 500 incomplete | pct destroy 124 was ended by SIGKILL | forced to stop CT 124 before destroying! | + VM 124 ran before and is stopped now; if no task of it runs, start it{there} with: pct start 124 | stopped [s1] | none
-start start fails: 500 incomplete | pct start 126 failed: odd | odd | + VM 126 is stopped now | stopped [s1] | none
-start start killed: 500 incomplete | pct start 126 was ended by SIGKILL | + VM 126 is stopped now | stopped [s1] | none
-stop stop fails: 500 incomplete | pct stop 124 failed: odd | odd | + VM 124 is running now | running [s1] | none
-stop stop killed: 500 incomplete | pct stop 124 was ended by SIGKILL | + VM 124 is running now | running [s1] | none
-shutdown shutdown fails: 500 incomplete | pct shutdown 124 failed: odd | odd | + VM 124 is running now | running [s1] | none
-shutdown shutdown killed: 500 incomplete | pct shutdown 124 was ended by SIGKILL | + VM 124 is running now | running [s1] | none
-reboot reboot fails: 500 incomplete | pct reboot 124 failed: odd | odd | + VM 124 is running now | running [s1] | none
-reboot reboot killed: 500 incomplete | pct reboot 124 was ended by SIGKILL | + VM 124 is running now | running [s1] | none
-rootfs resize unread there: 500 unknown | pct resize 124 has ended, but what it did cannot be read: cat /pve/lxc/124.conf on pve2 did not finish in 0.5 s and was ended | running rootfs=local-lvm:vm-124-disk-0,size=13G [s1] | none
-mp0 resize unread there: 500 unknown | pct resize 124 has ended, but what it did cannot be read: cat /pve/lxc/124.conf on pve2 did not finish in 0.5 s and was ended | running mp0=local-lvm:vm-124-disk-1,mp=/data,size=9G [s1] | none
-rollback-runs rollback lost: 504 unknown | The connection to node 'pve2' was lost during pct rollback 124, which goes on if the node does. Ask for the container's state before trying again | = VM 124 ran before | running [s1] | none
-clone-stopped clone unread there: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned | + What is left cannot be read: cat /pve/lxc/150.conf on pve2 did not finish in 0.5 s and was ended | stopped [s1] | stopped
-clone-stopped clone lost: 504 unknown | The connection to node 'pve2' was lost during pct clone 126, which goes on if the node does. Ask for the container's state before trying again | stopped [s1] | stopped
-clone-stopped start lost: 504 unknown | VM 150 was cloned, but whether it started is not known: The connection to node 'pve2' was lost during pct start 150, which goes on if the node does. Ask for the container's state before trying again | = VM 150 was cloned | stopped [s1] | running
-clone-runs snapshot lost: 504 unknown | The connection to node 'pve2' was lost during pct snapshot 124, which goes on if the node does. Ask for the container's state before trying again | + The temporary snapshot 'TEMPORARY' of VM 124 may be left; once no task of VM 124 runs, remove it{there} with: pct delsnapshot 124 TEMPORARY | running parent=TEMPORARY [s1] [TEMPORARY] | none
-clone-runs clone unread there: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | + What is left cannot be read: cat /pve/lxc/150.conf on pve2 did not finish in 0.5 s and was ended | running [s1] | stopped
-clone-runs clone lost: 504 unknown | The connection to node 'pve2' was lost during pct clone 124, which goes on if the node does. Ask for the container's state before trying again | + The temporary snapshot 'TEMPORARY' of VM 124 may be left; once no task of VM 124 runs, remove it{there} with: pct delsnapshot 124 TEMPORARY | running parent=TEMPORARY [s1] [TEMPORARY] | stopped
-clone-runs delsnapshot killed there: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124 could not be removed (pct delsnapshot 124 failed: Killed); if no task of VM 124 runs, remove it{there} with: pct unlock 124 && pct delsnapshot 124 TEMPORARY | running lock=snapshot-delete parent=TEMPORARY [s1] [TEMPORARY delete] | running
-clone-runs delsnapshot unread there: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | + What is left cannot be read: cat /pve/lxc/124.conf on pve2 did not finish in 0.5 s and was ended | running [s1] | stopped
-clone-runs delsnapshot lost: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124 may be left; once no task of VM 124 runs, remove it{there} with: pct delsnapshot 124 TEMPORARY | running [s1] | running
-clone-runs start lost: 504 unknown | VM 150 was cloned, but whether it started is not known: The connection to node 'pve2' was lost during pct start 150, which goes on if the node does. Ask for the container's state before trying again | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | running [s1] | running
-clone-ip clone unread there: 500 incomplete | VM 150 was cloned, but did not get its address: cat /pve/lxc/150.conf on pve2 did not finish in 0.5 s and was ended | = VM 150 was cloned | + What is left cannot be read: cat /pve/lxc/150.conf on pve2 did not finish in 0.5 s and was ended | stopped [s1] | stopped
-clone-ip clone lost: 504 unknown | The connection to node 'pve2' was lost during pct clone 126, which goes on if the node does. Ask for the container's state before trying again | stopped [s1] | stopped
-clone-ip set unread there: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned | = VM 150 got its address | + What is left cannot be read: cat /pve/lxc/150.conf on pve2 did not finish in 0.5 s and was ended | stopped [s1] | stopped ip=192.0.2.5/24
-clone-ip set lost: 504 unknown | VM 150 was cloned, but whether it got its address is not known: The connection to node 'pve2' was lost during pct set 150, which goes on if the node does. Ask for the container's state before trying again | = VM 150 was cloned | stopped [s1] | stopped ip=192.0.2.5/24
-clone-ip start lost: 504 unknown | VM 150 was cloned, but whether it started is not known: The connection to node 'pve2' was lost during pct start 150, which goes on if the node does. Ask for the container's state before trying again | = VM 150 was cloned | = VM 150 got its address | stopped [s1] | running ip=192.0.2.5/24
-destroy destroy lost: 504 unknown | The connection to node 'pve2' was lost during pct destroy 124, which goes on if the node does. Ask for the container's state before trying again | = VM 124 ran before | none | none
-reboot reboot lost: 504 unknown | The connection to node 'pve2' was lost during pct reboot 124, which goes on if the node does. Ask for the container's state before trying again | = VM 124 ran before | running [s1] | none
+ram set killed: 500 incomplete | pct set 124 was ended by SIGKILL\
+ | + Its task may still be at work: look again before trying again | running [s1] | none
+rootfs resize fails: 500 incomplete | The rootfs of VM 124 was not grown as asked; its size is now\
+ 8G | + odd | running [s1] | none
+rootfs resize killed: 500 incomplete | pct resize 124 was ended by SIGKILL\
+ | + Its task may still be at work: look again before trying again | running [s1] | none
+rootfs resize unread: 500 unknown | pct resize 124 has ended, but what it did cannot be read:\
+ Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster\
+ | running rootfs=local-lvm:vm-124-disk-0,size=13G [s1] | none
+mp0 resize fails: 500 incomplete | The mp0 of VM 124 was not grown as asked; its size is now 4G\
+ | + odd | running [s1] | none
+mp0 resize killed: 500 incomplete | pct resize 124 was ended by SIGKILL\
+ | + Its task may still be at work: look again before trying again | running [s1] | none
+mp0 resize unread: 500 unknown | pct resize 124 has ended, but what it did cannot be read:\
+ Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster\
+ | running mp0=local-lvm:vm-124-disk-1,mp=/data,size=9G [s1] | none
+snapshot snapshot fails: 500 incomplete | pct snapshot 124 failed: odd\
+ | snapshot create failed: starting cleanup | odd | running [s1] | none
+snapshot snapshot killed: 500 incomplete | pct snapshot 124 was ended by SIGKILL\
+ | + VM 124 is left with the lock 'snapshot'; if no task of it runs, mend it{there} with: pct\
+ unlock 124 && pct delsnapshot 124 s2 | running lock=snapshot [s1] [s2 prepare] | none
+unsnapshot delsnapshot fails: 500 incomplete | pct delsnapshot 124 failed: odd | odd\
+ | + VM 124 is left with the lock 'snapshot-delete'; if no task of it runs, mend it{there} with:\
+ pct unlock 124 && pct delsnapshot 124 s1 | running lock=snapshot-delete [s1 delete] | none
+unsnapshot delsnapshot killed: 500 incomplete | pct delsnapshot 124 was ended by SIGKILL\
+ | + VM 124 is left with the lock 'snapshot-delete'; if no task of it runs, mend it{there} with:\
+ pct unlock 124 && pct delsnapshot 124 s1 | running lock=snapshot-delete [s1 delete] | none
+rollback-runs rollback fails: 500 incomplete | pct rollback 124 failed: odd | odd\
+ | + VM 124 is left with the lock 'rollback'; if no task of it runs, mend it{there} with: pct\
+ unlock 124 | + VM 124 ran before and is stopped now; start it{there} with: pct start 124\
+ | stopped lock=rollback [s1] | none
+rollback-runs rollback killed: 500 incomplete | pct rollback 124 was ended by SIGKILL\
+ | + VM 124 is left with the lock 'rollback'; if no task of it runs, mend it{there} with: pct\
+ unlock 124 | + VM 124 ran before and is stopped now; if no task of it runs, start it{there} with:\
+ pct start 124 | stopped lock=rollback [s1] | none
+rollback-stopped rollback fails: 500 incomplete | pct rollback 126 failed: odd | odd\
+ | + VM 126 is left with the lock 'rollback'; if no task of it runs, mend it{there} with: pct\
+ unlock 126 | stopped lock=rollback [s1] | none
+rollback-stopped rollback killed: 500 incomplete | pct rollback 126 was ended by SIGKILL\
+ | + VM 126 is left with the lock 'rollback'; if no task of it runs, mend it{there} with: pct\
+ unlock 126 | stopped lock=rollback [s1] | none
+clone-stopped clone fails: 500 incomplete | pct clone 126 failed: clone failed: odd\
+ | creating a clone of container 126 with ID 150 | create full clone of mountpoint rootfs\
+ (local-lvm:vm-126-disk-0) | clone failed: odd | stopped [s1] | none
+clone-stopped clone killed: 500 incomplete | pct clone 126 was ended by SIGKILL\
+ | creating a clone of container 126 with ID 150 | create full clone of mountpoint rootfs\
+ (local-lvm:vm-126-disk-0) | + VM 126 is left with the lock 'disk'; if no task of it runs, mend\
+ it{there} with: pct unlock 126 | + VM 150 is left half-made; if no task of it runs, remove\
+ it{there} with: pct unlock 150 && pct destroy 150 | stopped lock=disk [s1]\
+ | stopped lock=create mp0= rootfs=
+clone-stopped clone unread: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files\
+ (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned\
+ | + What is left cannot be read: Proxmox's files (/etc/pve) do not answer; see: systemctl status\
+ pve-cluster | stopped [s1] | stopped
+clone-stopped start locked: 409 incomplete | VM 150 was cloned, but did not start: The container is\
+ locked by Proxmox (backup) | CT is locked (backup) | = VM 150 was cloned\
+ | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150\
+ | stopped [s1] | stopped
+clone-stopped start busy: 500 incomplete | VM 150 was cloned, but did not start: The storage is\
+ busy with another Proxmox command | cfs-lock 'storage-local-lvm' error: got lock request timeout\
+ | = VM 150 was cloned | + VM 150 is stopped; start it{there} with: pct start 150, or remove it\
+ with: pct destroy 150 | stopped [s1] | stopped
+clone-stopped start fails: 500 incomplete | VM 150 was cloned, but did not start: pct start 150\
+ failed: odd | odd | = VM 150 was cloned | + VM 150 is stopped; start it{there} with: pct start\
+ 150, or remove it with: pct destroy 150 | stopped [s1] | stopped
+clone-stopped start killed: 500 incomplete | VM 150 was cloned, but did not start: pct start 150\
+ was ended by SIGKILL | = VM 150 was cloned | + VM 150 is stopped; if no task of it runs, start\
+ it{there} with: pct start 150, or remove it with: pct destroy 150 | stopped [s1] | stopped
+clone-runs snapshot fails: 500 incomplete | pct snapshot 124 failed: odd\
+ | snapshot create failed: starting cleanup | odd | running [s1] | none
+clone-runs snapshot killed: 500 incomplete | pct snapshot 124 was ended by SIGKILL\
+ | + The temporary snapshot 'TEMPORARY' of VM 124 could not be removed; if no task of VM 124 runs,\
+ remove it{there} with: pct unlock 124 && pct delsnapshot 124 TEMPORARY\
+ | running lock=snapshot [s1] [TEMPORARY prepare] | none
+clone-runs snapshot unread: 504 running | POST /clone/create vm_id=124 new_vm_id=150\
+ new_vm_name=twin start=True did not finish in 0.1 s; it is still running in Proxmox, and its\
+ container stays reserved until it ends. Ask for the container's state before trying again\
+ | running [s1] | running
+clone-runs clone locked: 409 incomplete | The container is locked by Proxmox (backup)\
+ | CT is locked (backup) | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again\
+ | running [s1] | none
+clone-runs clone busy: 500 incomplete | The storage is busy with another Proxmox command\
+ | cfs-lock 'storage-local-lvm' error: got lock request timeout\
+ | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | running [s1] | none
+clone-runs clone fails: 500 incomplete | pct clone 124 failed: clone failed: odd\
+ | creating a clone of container 124 with ID 150 | create full clone of mountpoint rootfs\
+ (local-lvm:vm-124-disk-0) | clone failed: odd | = The temporary snapshot 'TEMPORARY' of VM 124 was\
+ removed again | running [s1] | none
+clone-runs clone killed: 500 incomplete | pct clone 124 was ended by SIGKILL\
+ | creating a clone of container 124 with ID 150 | create full clone of mountpoint rootfs\
+ (local-lvm:vm-124-disk-0) | + The temporary snapshot 'TEMPORARY' of VM 124 could not be removed;\
+ if no task of VM 124 runs, remove it{there} with: pct unlock 124 && pct delsnapshot 124 TEMPORARY\
+ | + VM 150 is left half-made; if no task of it runs, remove it{there} with: pct unlock 150 && pct\
+ destroy 150 | running lock=disk parent=TEMPORARY [s1] [TEMPORARY]\
+ | stopped lock=create mp0= rootfs=
+clone-runs clone unread: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files\
+ (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned\
+ | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again\
+ | + What is left cannot be read: Proxmox's files (/etc/pve) do not answer; see: systemctl status\
+ pve-cluster | running [s1] | stopped
+clone-runs delsnapshot locked: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124 could not\
+ be removed (The container is locked by Proxmox (backup); try again when that has ended); remove\
+ it{there} with: pct delsnapshot 124 TEMPORARY | running parent=TEMPORARY [s1] [TEMPORARY] | running
+clone-runs delsnapshot busy: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124 could not\
+ be removed (The storage is busy with another Proxmox command; try again); remove it{there} with:\
+ pct delsnapshot 124 TEMPORARY | running parent=TEMPORARY [s1] [TEMPORARY] | running
+clone-runs delsnapshot fails: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124 could not\
+ be removed (pct delsnapshot 124 failed: odd); if no task of VM 124 runs, remove it{there} with:\
+ pct unlock 124 && pct delsnapshot 124 TEMPORARY | running lock=snapshot-delete parent=TEMPORARY\
+ [s1] [TEMPORARY delete] | running
+clone-runs delsnapshot killed: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124 could not\
+ be removed (pct delsnapshot 124 was ended by SIGKILL); if no task of VM 124 runs, remove it{there}\
+ with: pct unlock 124 && pct delsnapshot 124 TEMPORARY | running lock=snapshot-delete\
+ parent=TEMPORARY [s1] [TEMPORARY delete] | running
+clone-runs delsnapshot unread: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's\
+ files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned\
+ | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again\
+ | + What is left cannot be read: Proxmox's files (/etc/pve) do not answer; see: systemctl status\
+ pve-cluster | running [s1] | stopped
+clone-runs start locked: 409 incomplete | VM 150 was cloned, but did not start: The container is\
+ locked by Proxmox (backup) | CT is locked (backup) | = VM 150 was cloned\
+ | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again\
+ | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150\
+ | running [s1] | stopped
+clone-runs start busy: 500 incomplete | VM 150 was cloned, but did not start: The storage is busy\
+ with another Proxmox command | cfs-lock 'storage-local-lvm' error: got lock request timeout\
+ | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again\
+ | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150\
+ | running [s1] | stopped
+clone-runs start fails: 500 incomplete | VM 150 was cloned, but did not start: pct start 150\
+ failed: odd | odd | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was\
+ removed again | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct\
+ destroy 150 | running [s1] | stopped
+clone-runs start killed: 500 incomplete | VM 150 was cloned, but did not start: pct start 150 was\
+ ended by SIGKILL | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was\
+ removed again | + VM 150 is stopped; if no task of it runs, start it{there} with: pct start 150,\
+ or remove it with: pct destroy 150 | running [s1] | stopped
+clone-ip clone fails: 500 incomplete | pct clone 126 failed: clone failed: odd\
+ | creating a clone of container 126 with ID 150 | create full clone of mountpoint rootfs\
+ (local-lvm:vm-126-disk-0) | clone failed: odd | stopped [s1] | none
+clone-ip clone killed: 500 incomplete | pct clone 126 was ended by SIGKILL\
+ | creating a clone of container 126 with ID 150 | create full clone of mountpoint rootfs\
+ (local-lvm:vm-126-disk-0) | + VM 126 is left with the lock 'disk'; if no task of it runs, mend\
+ it{there} with: pct unlock 126 | + VM 150 is left half-made; if no task of it runs, remove\
+ it{there} with: pct unlock 150 && pct destroy 150 | stopped lock=disk [s1]\
+ | stopped lock=create mp0= rootfs=
+clone-ip clone unread: 500 incomplete | VM 150 was cloned, but did not get its address: Proxmox's\
+ files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned\
+ | + What is left cannot be read: Proxmox's files (/etc/pve) do not answer; see: systemctl status\
+ pve-cluster | stopped [s1] | stopped
+clone-ip set locked: 409 incomplete | VM 150 was cloned, but did not get its address: The container\
+ is locked by Proxmox (backup) | CT is locked (backup) | = VM 150 was cloned\
+ | + VM 150 is stopped, without its address; remove it{there} with: pct destroy 150\
+ | stopped [s1] | stopped
+clone-ip set busy: 500 incomplete | VM 150 was cloned, but did not get its address: The storage is\
+ busy with another Proxmox command | cfs-lock 'storage-local-lvm' error: got lock request timeout\
+ | = VM 150 was cloned | + VM 150 is stopped, without its address; remove it{there} with: pct\
+ destroy 150 | stopped [s1] | stopped
+clone-ip set fails: 500 incomplete | VM 150 was cloned, but did not get its address: pct set 150\
+ failed: odd | odd | = VM 150 was cloned | + VM 150 is stopped, without its address; remove\
+ it{there} with: pct destroy 150 | stopped [s1] | stopped
+clone-ip set killed: 500 incomplete | VM 150 was cloned, but did not get its address: pct set 150\
+ was ended by SIGKILL | = VM 150 was cloned | + VM 150 is stopped, without its address; if no task\
+ of it runs, remove it{there} with: pct destroy 150 | stopped [s1] | stopped
+clone-ip set unread: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files\
+ (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned\
+ | = VM 150 got its address | + What is left cannot be read: Proxmox's files (/etc/pve) do not\
+ answer; see: systemctl status pve-cluster | stopped [s1] | stopped ip=192.0.2.5/24
+clone-ip start locked: 409 incomplete | VM 150 was cloned, but did not start: The container is\
+ locked by Proxmox (backup) | CT is locked (backup) | = VM 150 was cloned\
+ | = VM 150 got its address | + VM 150 is stopped; start it{there} with: pct start 150, or remove\
+ it with: pct destroy 150 | stopped [s1] | stopped ip=192.0.2.5/24
+clone-ip start busy: 500 incomplete | VM 150 was cloned, but did not start: The storage is busy\
+ with another Proxmox command | cfs-lock 'storage-local-lvm' error: got lock request timeout\
+ | = VM 150 was cloned | = VM 150 got its address | + VM 150 is stopped; start it{there} with: pct\
+ start 150, or remove it with: pct destroy 150 | stopped [s1] | stopped ip=192.0.2.5/24
+clone-ip start fails: 500 incomplete | VM 150 was cloned, but did not start: pct start 150 failed:\
+ odd | odd | = VM 150 was cloned | = VM 150 got its address\
+ | + VM 150 is stopped; start it{there} with: pct start 150, or remove it with: pct destroy 150\
+ | stopped [s1] | stopped ip=192.0.2.5/24
+clone-ip start killed: 500 incomplete | VM 150 was cloned, but did not start: pct start 150 was\
+ ended by SIGKILL | = VM 150 was cloned | = VM 150 got its address\
+ | + VM 150 is stopped; if no task of it runs, start it{there} with: pct start 150, or remove it\
+ with: pct destroy 150 | stopped [s1] | stopped ip=192.0.2.5/24
+destroy destroy fails: 500 incomplete | pct destroy 124 failed: odd\
+ | forced to stop CT 124 before destroying! | odd | + VM 124 ran before and is stopped now; start\
+ it{there} with: pct start 124 | stopped [s1] | none
+destroy destroy killed: 500 incomplete | pct destroy 124 was ended by SIGKILL\
+ | forced to stop CT 124 before destroying! | + VM 124 ran before and is stopped now; if no task of\
+ it runs, start it{there} with: pct start 124 | stopped [s1] | none
+start start fails: 500 incomplete | pct start 126 failed: odd | odd | + VM 126 is stopped now\
+ | stopped [s1] | none
+start start killed: 500 incomplete | pct start 126 was ended by SIGKILL | + VM 126 is stopped now\
+ | stopped [s1] | none
+stop stop fails: 500 incomplete | pct stop 124 failed: odd | odd | + VM 124 is running now\
+ | running [s1] | none
+stop stop killed: 500 incomplete | pct stop 124 was ended by SIGKILL | + VM 124 is running now\
+ | running [s1] | none
+shutdown shutdown fails: 500 incomplete | pct shutdown 124 failed: odd | odd\
+ | + VM 124 is running now | running [s1] | none
+shutdown shutdown killed: 500 incomplete | pct shutdown 124 was ended by SIGKILL\
+ | + VM 124 is running now | running [s1] | none
+reboot reboot fails: 500 incomplete | pct reboot 124 failed: odd | odd | + VM 124 is running now\
+ | running [s1] | none
+reboot reboot killed: 500 incomplete | pct reboot 124 was ended by SIGKILL\
+ | + VM 124 is running now | running [s1] | none
+rootfs resize unread there: 500 unknown | pct resize 124 has ended, but what it did cannot be read:\
+ cat /pve/lxc/124.conf on pve2 did not finish in 0.5 s and was ended\
+ | running rootfs=local-lvm:vm-124-disk-0,size=13G [s1] | none
+mp0 resize unread there: 500 unknown | pct resize 124 has ended, but what it did cannot be read:\
+ cat /pve/lxc/124.conf on pve2 did not finish in 0.5 s and was ended\
+ | running mp0=local-lvm:vm-124-disk-1,mp=/data,size=9G [s1] | none
+rollback-runs rollback lost: 504 unknown | The connection to node 'pve2' was lost during pct\
+ rollback 124, which goes on if the node does. Ask for the container's state before trying again\
+ | = VM 124 ran before | running [s1] | none
+clone-stopped clone unread there: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's\
+ files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned\
+ | + What is left cannot be read: cat /pve/lxc/150.conf on pve2 did not finish in 0.5 s and was\
+ ended | stopped [s1] | stopped
+clone-stopped clone lost: 504 unknown | The connection to node 'pve2' was lost during pct clone\
+ 126, which goes on if the node does. Ask for the container's state before trying again\
+ | stopped [s1] | stopped
+clone-stopped start lost: 504 unknown | VM 150 was cloned, but whether it started is not known: The\
+ connection to node 'pve2' was lost during pct start 150, which goes on if the node does. Ask for\
+ the container's state before trying again | = VM 150 was cloned | stopped [s1] | running
+clone-runs snapshot lost: 504 unknown | The connection to node 'pve2' was lost during pct snapshot\
+ 124, which goes on if the node does. Ask for the container's state before trying again\
+ | + The temporary snapshot 'TEMPORARY' of VM 124 may be left; once no task of VM 124 runs, remove\
+ it{there} with: pct delsnapshot 124 TEMPORARY | running parent=TEMPORARY [s1] [TEMPORARY] | none
+clone-runs clone unread there: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's\
+ files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned\
+ | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again\
+ | + What is left cannot be read: cat /pve/lxc/150.conf on pve2 did not finish in 0.5 s and was\
+ ended | running [s1] | stopped
+clone-runs clone lost: 504 unknown | The connection to node 'pve2' was lost during pct clone 124,\
+ which goes on if the node does. Ask for the container's state before trying again\
+ | + The temporary snapshot 'TEMPORARY' of VM 124 may be left; once no task of VM 124 runs, remove\
+ it{there} with: pct delsnapshot 124 TEMPORARY | running parent=TEMPORARY [s1] [TEMPORARY] | stopped
+clone-runs delsnapshot killed there: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124\
+ could not be removed (pct delsnapshot 124 failed: Killed); if no task of VM 124 runs, remove\
+ it{there} with: pct unlock 124 && pct delsnapshot 124 TEMPORARY\
+ | running lock=snapshot-delete parent=TEMPORARY [s1] [TEMPORARY delete] | running
+clone-runs delsnapshot unread there: 500 incomplete | VM 150 was cloned, but did not start:\
+ Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster\
+ | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again\
+ | + What is left cannot be read: cat /pve/lxc/124.conf on pve2 did not finish in 0.5 s and was\
+ ended | running [s1] | stopped
+clone-runs delsnapshot lost: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124 may be\
+ left; once no task of VM 124 runs, remove it{there} with: pct delsnapshot 124 TEMPORARY\
+ | running [s1] | running
+clone-runs start lost: 504 unknown | VM 150 was cloned, but whether it started is not known: The\
+ connection to node 'pve2' was lost during pct start 150, which goes on if the node does. Ask for\
+ the container's state before trying again | = VM 150 was cloned\
+ | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | running [s1] | running
+clone-ip clone unread there: 500 incomplete | VM 150 was cloned, but did not get its address: cat\
+ /pve/lxc/150.conf on pve2 did not finish in 0.5 s and was ended | = VM 150 was cloned\
+ | + What is left cannot be read: cat /pve/lxc/150.conf on pve2 did not finish in 0.5 s and was\
+ ended | stopped [s1] | stopped
+clone-ip clone lost: 504 unknown | The connection to node 'pve2' was lost during pct clone 126,\
+ which goes on if the node does. Ask for the container's state before trying again | stopped [s1]\
+ | stopped
+clone-ip set unread there: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files\
+ (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned\
+ | = VM 150 got its address | + What is left cannot be read: cat /pve/lxc/150.conf on pve2 did not\
+ finish in 0.5 s and was ended | stopped [s1] | stopped ip=192.0.2.5/24
+clone-ip set lost: 504 unknown | VM 150 was cloned, but whether it got its address is not known:\
+ The connection to node 'pve2' was lost during pct set 150, which goes on if the node does. Ask for\
+ the container's state before trying again | = VM 150 was cloned | stopped [s1]\
+ | stopped ip=192.0.2.5/24
+clone-ip start lost: 504 unknown | VM 150 was cloned, but whether it started is not known: The\
+ connection to node 'pve2' was lost during pct start 150, which goes on if the node does. Ask for\
+ the container's state before trying again | = VM 150 was cloned | = VM 150 got its address\
+ | stopped [s1] | running ip=192.0.2.5/24
+destroy destroy lost: 504 unknown | The connection to node 'pve2' was lost during pct destroy 124,\
+ which goes on if the node does. Ask for the container's state before trying again\
+ | = VM 124 ran before | none | none
+reboot reboot lost: 504 unknown | The connection to node 'pve2' was lost during pct reboot 124,\
+ which goes on if the node does. Ask for the container's state before trying again\
+ | = VM 124 ran before | running [s1] | none
 """.strip().splitlines())
-SPECIAL = {row: [*columns.partition(" | ")[0].split(), *columns.partition(" | ")[2].split(" | ")] for row, columns in SPECIAL.items()}
-# What is so after the commands were run that an answer names, where that is not all as before, or all as asked for.
+SPECIAL = {row: [*columns.partition(" | ")[0].split(), *columns.partition(" | ")[2].split(" | ")]
+           for row, columns in SPECIAL.items()}
+# What is so after the commands were run that an answer names, where that is not all as before, or
+# all as asked for.
 MENDED = {("clone-runs", "clone"): ("running [s1]", "stopped")}     # it was lost, and has gone on
 
 
@@ -6453,46 +6730,58 @@ def error_of(text, outcome, details):
 def expected(name, step, fault, there=""):
     """The whole of what is to be seen of a row; `there` is " on node 'pve2'" or nothing."""
     story = STORIES[name]
-    title = " ".join([story.line, f"vm_id={story.vm_id}", *(f"{key}={value}" for key, value in parameters(story).items() if key != "vm_id")])
-    found = there and SPECIAL.get(f"{name} {step} {fault} there") or SPECIAL.get(f"{name} {step} {fault}")
+    title = " ".join([story.line, f"vm_id={story.vm_id}", *(
+        f"{key}={value}" for key, value in parameters(story).items() if key != "vm_id")])
+    found = (there and SPECIAL.get(f"{name} {step} {fault} there")
+             or SPECIAL.get(f"{name} {step} {fault}"))
     vm, new, notes, left = story.vm, story.new, [], []
     if found:
         status, outcome, error, *details, vm, new = found
         said = [each for each in details if each[:2] not in ("= ", "+ ")]
-        notes, left = ([each[2:].replace("{there}", there) for each in details if each.startswith(mark)] for mark in ("= ", "+ "))
+        notes, left = ([each[2:].replace("{there}", there) for each in details
+                        if each.startswith(mark)] for mark in ("= ", "+ "))
         status, outcome = int(status), outcome.strip("-") or None
     else:
         status, outcome, error, said = (AT_A_LOOK if step == "status" else AT_FIRST)[fault]
         said = [said] if said else []
-    error = error and error.format(title=title, step=step, vm_id=story.vm_id, on=" on pve2" if there else "")
+    error = error and error.format(
+        title=title, step=step, vm_id=story.vm_id, on=" on pve2" if there else "")
     if fault == "killed" and there and error:   # there a shell says it
         error, said = error.replace("was ended by SIGKILL", "failed: Killed"), [*said, "Killed"]
     if outcome == "nothing_done":
         vm, new = "running [s1]" if story.vm_id == RUNS else "stopped [s1]", "none"
     details = "\n".join(said + notes + left) or ("" if fault == "killed" else None)
     if status == 200:
-        data = {**({"vm_id": NEW, "started": True} if name.startswith("clone") else {}), **({"warnings": left} if left else {})}
+        data = {**({"vm_id": NEW, "started": True} if name.startswith("clone") else {}),
+                **({"warnings": left} if left else {})}
         told = ok(story.message, data or None)
     else:
         told = error_of(("Nothing was done: " if status == 503 else "") + error, outcome, details)
     if outcome == "running":
         told["operation"] = "ID"
-    row = {"id": "ID", "endpoint": story.line.split()[1], "parameters": {"vm_id": story.vm_id, **parameters(story)},
+    row = {"id": "ID", "endpoint": story.line.split()[1],
+           "parameters": {"vm_id": story.vm_id, **parameters(story)},
            "client": ASKER, "requested": "TIME", "began": "TIME", "ended": "TIME", "warnings": left}
     done = {**row, "state": "done", "outcome": None, "status": 200, "error": None}
-    now = done if status == 200 else {**row, "state": "failed", "outcome": outcome, "status": status, "error": error}
+    now = done if status == 200 else {
+        **row, "state": "failed", "outcome": outcome, "status": status, "error": error}
     if outcome == "running":
-        now = {**row, "state": "running", "outcome": "running", "ended": None, "status": None, "error": None}
+        now = {**row, "state": "running", "outcome": "running", "ended": None, "status": None,
+               "error": None}
     well = status == 200 or outcome == "running"
     result = "done" if well else f"{status} {error} ({outcome})"
     scaled = {}
     if story.counted:
         resource, action = story.counted
         why = {409: "conflict", 503: "unavailable"}.get(status, "failed")
-        scaled = {f'actions_total{{container_id="124",resource="{resource}",action="{action}"}}': 1} if well else {
+        scaled = {
+            f'actions_total{{container_id="124",resource="{resource}",action="{action}"}}': 1
+        } if well else {
             f'failures_total{{container_id="124",resource="{resource}",reason="{why}"}}': 1}
     return {"status": status, "after": "30" if status == 503 else None, "body": told, "row": now,
-            "later": done if well else now, "log": f"INFO change {title} by {ASKER}: {result}, after", "scaled": scaled, "vm": vm, "new": new}
+            "later": done if well else now,
+            "log": f"INFO change {title} by {ASKER}: {result}, after",
+            "scaled": scaled, "vm": vm, "new": new}
 
 
 def cut_off(lab):
@@ -6503,7 +6792,8 @@ def cut_off(lab):
 
 
 def grow_for_sure(ask, request, vm_id):
-    """A client's loop that is safe: it asks for the size, and repeats until that has changed -> what it heard.
+    """A client's loop that is safe: it asks for the size, and repeats until that has changed
+    -> what it heard.
 
     Each answer is None where it was lost.
     """
@@ -6516,13 +6806,15 @@ def grow_for_sure(ask, request, vm_id):
 
 
 def grow_under_faults(tmp_path, count, seed, log=lambda text: None):
-    """Increase a disk so often, while pct is killed, hangs or fails, and the daemon is stopped or killed."""
+    """Increase a disk so often, while pct is killed, hangs or fails, and the daemon is stopped or
+    killed."""
     host, chance, heard, innocent = Host(tmp_path / "host"), random.Random(seed), Counter(), set()
     host.add(104, running=True)
     settings = {"proxmox": {"change_timeout_seconds": 1}, "constants": {"STOP_SECONDS": 0.2}}
     daemons = [Daemon(host, **settings)]
-    faults = [{}, {"kills_pct": True}, {"work_fails": "odd"}, {"delay": 0.2}, {"delay": 1.2}, {"dies_after": True},
-              {"exit": 255, "stderr": "CT is locked (backup)\n"}, {"exit": 255, "stderr": "cluster not ready - no quorum?\n"}]
+    faults = [{}, {"kills_pct": True}, {"work_fails": "odd"}, {"delay": 0.2}, {"delay": 1.2},
+              {"dies_after": True}, {"exit": 255, "stderr": "CT is locked (backup)\n"},
+              {"exit": 255, "stderr": "cluster not ready - no quorum?\n"}]
 
     def restart(number):
         daemons[-1].process.send_signal(number)
@@ -6536,7 +6828,8 @@ def grow_under_faults(tmp_path, count, seed, log=lambda text: None):
 
     def request(body):
         host.faults(resize=chance.choice(faults))
-        ending, begun = chance.choice([None, None, signal.SIGTERM, signal.SIGKILL]), len(host.rows())
+        ending, begun = chance.choice(
+            [None, None, signal.SIGTERM, signal.SIGKILL]), len(host.rows())
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             answer = pool.submit(daemons[-1].post, "/scale/storage/increase", body)
             if ending:
@@ -6561,11 +6854,13 @@ def grow_under_faults(tmp_path, count, seed, log=lambda text: None):
     assert daemons[-1].stop() == 0
     grew = [row["of"] for row in host.rows("grew")]
     assert len(grew) == count and not innocent & set(grew), "every nothing_done was true"
-    log(f"{count} increases, {len(host.rows())} commands, {len(daemons)} daemons, heard: {dict(heard)}")
+    log(f"{count} increases, {len(host.rows())} commands, {len(daemons)} daemons, "
+        f"heard: {dict(heard)}")
     return heard
 
 
-def test_an_increase_repeated_while_its_first_try_is_still_at_work_for_a_daemon_that_has_gone_counts_once(launch, host):
+def test_an_increase_repeated_while_its_first_try_is_still_at_work_for_a_daemon_that_has_gone_counts_once(
+        launch, host):
     host.faults(resize={"delay": True})
     body, first = {"vm_id": 104, "disk_size": 5, "current_size": 8}, launch()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -6578,18 +6873,22 @@ def test_an_increase_repeated_while_its_first_try_is_still_at_work_for_a_daemon_
         wait_until(lambda: len(host.calls()) == 2)
         host.go()
         reply = again.result()
-    assert (reply.status, reply.body) == (409, refused("The disk has this size already", details="disk is already at specified size"))
-    assert host.conf(104)["rootfs"].endswith("size=13G") and host.calls() == ["pct resize 104 rootfs 13G"] * 2
+    assert (reply.status, reply.body) == (409, refused(
+        "The disk has this size already", details="disk is already at specified size"))
+    assert (host.conf(104)["rootfs"].endswith("size=13G")
+            and host.calls() == ["pct resize 104 rootfs 13G"] * 2)
     host.faults()
 
 
-@pytest.mark.parametrize("size, after", [("8G", "pct resize 104 rootfs 9G"), ("8320M", "pct resize 104 rootfs 9344M")])
+@pytest.mark.parametrize("size, after", [
+    ("8G", "pct resize 104 rootfs 9G"), ("8320M", "pct resize 104 rootfs 9344M")])
 def test_a_size_that_is_no_whole_number_of_gb_is_kept_exactly(api, host, size, after):
     host.add(104, rootfs=f"local-lvm:vm-104-disk-0,size={size}")
     known = api.get("/resource/vm/config?vm_id=104").body["data"]["disk_gb"]
     api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 1, "current_size": known})
     assert host.calls() == [after]
-    assert module.growth("8392708K", 5, False) == "13635588K" and module.growth("8594132993", 5, False) == "13962842113"
+    assert (module.growth("8392708K", 5, False) == "13635588K"
+            and module.growth("8594132993", 5, False) == "13962842113")
 
 
 def test_an_increase_that_is_repeated_with_its_current_size_grows_exactly_once(tmp_path):
@@ -6603,23 +6902,29 @@ def operations(api, query=""):
 
 def untimed(row):
     assert re.fullmatch("[0-9a-f]{16}", row["id"])
-    return {key: value for key, value in row.items() if key not in ("id", "requested", "began", "ended")}
+    return {key: value for key, value in row.items()
+            if key not in ("id", "requested", "began", "ended")}
 
 
 @pytest.mark.parametrize("prefer", [None, "respond-async"])
-def test_a_change_that_waits_is_begun_without_its_client_only_if_it_asked_for_that(api, host, prefer):
+def test_a_change_that_waits_is_begun_without_its_client_only_if_it_asked_for_that(
+        api, host, prefer):
     host.faults(snapshot={"delay": True})
     body = '{"vm_id": 104, "disk_size": 5}'
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         first = pool.submit(api.post, "/snapshot/create", {"vm_id": 104, "snapshot_name": "s1"})
         wait_until(host.calls)
         with api.connect() as sock:
-            sock.sendall(framed("POST /scale/storage/increase HTTP/1.1", "Host: x", LOGIN, JSON_KIND,
-                                *([f"Prefer: {prefer}"] if prefer else []), f"Content-Length: {len(body)}", body=body))
-            waiting = wait_until(lambda: operations(api)[0]["state"] == "waiting" and operations(api)[0])
+            sock.sendall(framed("POST /scale/storage/increase HTTP/1.1", "Host: x", LOGIN,
+                                JSON_KIND, *([f"Prefer: {prefer}"] if prefer else []),
+                                f"Content-Length: {len(body)}", body=body))
+            waiting = wait_until(
+                lambda: operations(api)[0]["state"] == "waiting" and operations(api)[0])
             assert untimed(waiting) == {
-                "endpoint": "/scale/storage/increase", "parameters": {"vm_id": 104, "disk_size": 5, "disk": "rootfs"},
-                "client": ASKER, "state": "waiting", "outcome": None, "status": None, "error": None, "warnings": []}
+                "endpoint": "/scale/storage/increase",
+                "parameters": {"vm_id": 104, "disk_size": 5, "disk": "rootfs"},
+                "client": ASKER, "state": "waiting", "outcome": None, "status": None,
+                "error": None, "warnings": []}
             assert (waiting["began"], waiting["ended"]) == (None, None)
         if not prefer:                          # it is noticed before the snapshot has ended
             wait_until(lambda: operations(api)[0]["state"] == "failed")
@@ -6628,34 +6933,47 @@ def test_a_change_that_waits_is_begun_without_its_client_only_if_it_asked_for_th
     row = wait_until(lambda: operations(api)[0]["ended"] and operations(api)[0])
     title = f"change POST /scale/storage/increase vm_id=104 disk_size=5 disk=rootfs by {ASKER}: "
     if prefer:
-        assert (row["state"], row["outcome"], row["status"], row["error"]) == ("done", None, 200, None)
+        assert (row["state"], row["outcome"], row["status"], row["error"]) == (
+            "done", None, 200, None)
         assert host.conf(104)["rootfs"].endswith("size=13G") and title + "done, after" in api.log()
     else:
         assert (row["state"], row["outcome"], row["status"], row["error"], row["began"]) == (
             "failed", "nothing_done", 499, "The client left before this began", None)
-        assert host.conf(104)["rootfs"].endswith("size=8G") and host.calls() == ["pct snapshot 104 s1"]
+        assert (host.conf(104)["rootfs"].endswith("size=8G")
+                and host.calls() == ["pct snapshot 104 s1"])
         assert title + "499 The client left before this began (nothing_done), after" in api.log()
 
 
 def test_who_does_not_want_to_wait_finds_what_came_of_it(api, host):
     host.faults(rollback={"work_fails": "odd"})
     api.post("/snapshot/create", {"vm_id": 104, "snapshot_name": "s1"})
-    reply = api.post("/snapshot/rollback", {"vm_id": 104, "snapshot_name": "s1"}, headers={"Prefer": "wait=5, Respond-Async"})
+    reply = api.post("/snapshot/rollback", {"vm_id": 104, "snapshot_name": "s1"},
+                     headers={"Prefer": "wait=5, Respond-Async"})
     id = reply.body["operation"]
     assert (reply.status, reply.body) == (202, {
-        "status": "accepted", "message": "POST /snapshot/rollback vm_id=104 snapshot_name=s1 was accepted", "operation": id})
-    assert (reply.headers["Preference-Applied"], reply.headers["Location"]) == ("respond-async", f"/operations?id={id}")
-    row = wait_until(lambda: operations(api, f"?id={id}")[0]["ended"] and operations(api, f"?id={id}")[0])
+        "status": "accepted",
+        "message": "POST /snapshot/rollback vm_id=104 snapshot_name=s1 was accepted",
+        "operation": id})
+    assert (reply.headers["Preference-Applied"], reply.headers["Location"]) == (
+        "respond-async", f"/operations?id={id}")
+    row = wait_until(
+        lambda: operations(api, f"?id={id}")[0]["ended"] and operations(api, f"?id={id}")[0])
     assert untimed(row) == {
-        "endpoint": "/snapshot/rollback", "parameters": {"vm_id": 104, "snapshot_name": "s1"}, "client": ASKER,
-        "state": "failed", "outcome": "incomplete", "status": 500, "error": "pct rollback 104 failed: odd", "warnings": [
-            "VM 104 is left with the lock 'rollback'; if no task of it runs, mend it with: pct unlock 104",
+        "endpoint": "/snapshot/rollback", "parameters": {"vm_id": 104, "snapshot_name": "s1"},
+        "client": ASKER, "state": "failed", "outcome": "incomplete", "status": 500,
+        "error": "pct rollback 104 failed: odd", "warnings": [
+            "VM 104 is left with the lock 'rollback'; if no task of it runs, mend it with: "
+            "pct unlock 104",
             "VM 104 ran before and is stopped now; start it with: pct start 104"]}
     late = [row[each] for each in ("requested", "began", "ended")]
-    assert late == sorted(late) and all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", each) for each in late)
-    reply = api.post("/scale/cores", {"vm_id": 106, "cores": 0}, headers={"Prefer": "respond-async"})
-    assert (reply.status, reply.body) == (400, refused("Invalid cores: must be an integer between 1 and 128"))
-    reply = api.post("/scale/cores", {"vm_id": 106, "cores": 4}, headers={"Prefer": "respond-async-x"})
+    assert late == sorted(late) and all(
+        re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", each) for each in late)
+    reply = api.post("/scale/cores", {"vm_id": 106, "cores": 0},
+                     headers={"Prefer": "respond-async"})
+    assert (reply.status, reply.body) == (
+        400, refused("Invalid cores: must be an integer between 1 and 128"))
+    reply = api.post("/scale/cores", {"vm_id": 106, "cores": 4},
+                     headers={"Prefer": "respond-async-x"})
     assert (reply.status, reply.body) == (200, ok("CPU cores set to 4 for VM 106"))
 
 
@@ -6663,7 +6981,8 @@ def test_operations_are_bounded_and_found_by_id_and_container(launch, host):
     api = launch(constants={"MAX_OPERATIONS": 3})
     for cores in range(1, 4):
         assert api.post("/scale/cores", {"vm_id": 104, "cores": cores}).status == 200
-    assert api.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"}).status == 200
+    assert api.post("/clone/create", {
+        "vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"}).status == 200
     assert api.post("/scale/cores", {"vm_id": 106, "cores": 3}).status == 200
     reply = api.get("/operations")
     assert reply.body["message"] == "Found 3 operations"
@@ -6671,7 +6990,8 @@ def test_operations_are_bounded_and_found_by_id_and_container(launch, host):
         ("/scale/cores", 106), ("/clone/create", 104), ("/scale/cores", 104)]
     for row in reply.body["data"]:
         assert operations(api, f"?id={row['id']}") == [row]
-    for query, rows in (("?vm_id=106", [0]), ("?vm_id=105", [1]), ("?lxc_id=104", [1, 2]), ("?vm_id=999", []), ("?id=" + "0" * 16, [])):
+    for query, rows in (("?vm_id=106", [0]), ("?vm_id=105", [1]), ("?lxc_id=104", [1, 2]),
+                        ("?vm_id=999", []), ("?id=" + "0" * 16, [])):
         assert operations(api, query) == [reply.body["data"][number] for number in rows], query
     assert api.get("/operations?id=x").status == 400
 
@@ -6687,11 +7007,14 @@ def test_a_stop_tells_what_waits_and_what_runs_apart(launch, host):
         id = operations(api)[1]["id"]
         api.process.send_signal(signal.SIGTERM)
         reply = waits.result()
-        assert (reply.status, reply.body, reply.headers["Retry-After"]) == (503, refused("Nothing was done: The daemon is stopping"), "30")
+        assert (reply.status, reply.body, reply.headers["Retry-After"]) == (
+            503, refused("Nothing was done: The daemon is stopping"), "30")
         reply = runs.result()
     assert (reply.status, reply.body, reply.headers.get("Retry-After")) == (504, error(
-        "POST /snapshot/create vm_id=104 snapshot_name=s1 has not finished, and the daemon stops; it is still running in Proxmox, and its "
-        "container stays reserved until it ends. Ask for the container's state before trying again", outcome="running", operation=id), None)
+        "POST /snapshot/create vm_id=104 snapshot_name=s1 has not finished, and the daemon stops; "
+        "it is still running in Proxmox, and its container stays reserved until it ends. "
+        "Ask for the container's state before trying again",
+        outcome="running", operation=id), None)
     assert api.process.wait(5) == 0 and host.calls() == ["pct snapshot 104 s1"]
     host.go()
     wait_until(lambda: host.ended("snapshot"))
@@ -6710,20 +7033,24 @@ def stage_here(tmp_path_factory):
 def stage_there(built):
     built.reset()
     stage = Stage(built.hosts["pve2"], 100)
-    stage.cut, stage.api = functools.partial(cut_off, built), built.daemon(constants={**stage.constants(), "RUN_DIR": "/run/stage"})
+    stage.cut, stage.api = functools.partial(cut_off, built), built.daemon(
+        constants={**stage.constants(), "RUN_DIR": "/run/stage"})
     yield stage
     stage.remove()
     assert (stage.api.stop(), "internal error" in stage.api.log("error")) == (0, False)
 
 
 def mend(stage, told):
-    """Run the commands that an answer names, in their order; of two between which one may choose, the first."""
+    """Run the commands that an answer names, in their order; of two between which one may choose,
+    the first."""
     stage.host.faults()
-    for maybe, commands in re.findall(r"^.*?(may be left)?;.* with: (pct .*?)(?:$|, or )", told, re.MULTILINE):
+    for maybe, commands in re.findall(
+            r"^.*?(may be left)?;.* with: (pct .*?)(?:$|, or )", told, re.MULTILINE):
         for command in commands.split(" && "):
             if maybe and command.split()[-1] not in stage.host.snapshots(command.split()[2]):
                 continue
-            done = subprocess.run([stage.host.root / "bin" / "pct", *command.split()[1:]], capture_output=True, text=True)
+            done = subprocess.run([stage.host.root / "bin" / "pct", *command.split()[1:]],
+                                  capture_output=True, text=True)
             assert (done.returncode, done.stderr) == (0, ""), command
 
 
@@ -6779,21 +7106,26 @@ def test_what_the_caller_hears_if_a_step_fails_on_another_node(stage_there, name
 
 @pytest.mark.parametrize("says", [
     "unable to open file '/etc/pve/nodes/proxmox/lxc/104.conf.tmp.99' - Permission denied",
-    "unable to write '/etc/pve/nodes/proxmox/lxc/104.conf.tmp.99' - Transport endpoint is not connected"])
+    "unable to write '/etc/pve/nodes/proxmox/lxc/104.conf.tmp.99' - "
+    "Transport endpoint is not connected"])
 def test_a_resize_whose_size_could_not_be_noted_may_have_grown_the_volume(api, host, says):
-    """PVE::API2::LXC, resize_vm, grows the volume first and writes its size then; pct ends with 0 even so."""
+    """PVE::API2::LXC, resize_vm, grows the volume first and writes its size then; pct ends with 0
+    even so."""
     host.faults(resize={"exit": 0, "stderr": says + "\n"})
     reply = api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 5})
-    assert (reply.status, reply.headers.get("Retry-After"), reply.body["outcome"]) == (500, None, "incomplete")
+    assert (reply.status, reply.headers.get("Retry-After"), reply.body["outcome"]) == (
+        500, None, "incomplete")
     assert reply.body["details"] == says + (
-        "\nThe volume of VM 104 may have grown, though its configuration does not have the new size; "
-        "to enter what it has: pct rescan --vmid 104")
+        "\nThe volume of VM 104 may have grown, though its configuration does not have the new "
+        "size; to enter what it has: pct rescan --vmid 104")
 
 
 def test_a_linked_clone_of_a_running_container_is_refused_before_a_snapshot_is_taken(api, host):
-    reply = api.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x", "full": False})
+    reply = api.post("/clone/create", {
+        "vm_id": 104, "new_vm_id": 105, "new_vm_name": "x", "full": False})
     assert (reply.status, reply.body) == (409, refused(
-        "VM 104 runs, and a linked clone would need its temporary snapshot for good; stop it first, or leave out full"))
+        "VM 104 runs, and a linked clone would need its temporary snapshot for good; "
+        "stop it first, or leave out full"))
     assert host.calls() == ["pct status 104"] and host.snapshots(104) == []
 
 
@@ -6801,11 +7133,13 @@ def test_a_stop_bears_a_waiting_change_whose_client_has_left(launch, host):
     host.faults(clone={"delay": True})
     api = launch(constants={"LOOK_SECONDS": 0.05})
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        clone = pool.submit(api.post, "/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
+        clone = pool.submit(api.post, "/clone/create", {
+            "vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
         wait_until(lambda: any(" clone " in call for call in host.calls()))
         body = '{"vm_id": 104, "cores": 4}'
         with api.connect() as sock:
-            sock.sendall(framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, f"Content-Length: {len(body)}", body=body))
+            sock.sendall(framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND,
+                                f"Content-Length: {len(body)}", body=body))
             wait_until(lambda: len(api.get("/operations").body["data"]) == 2)
         wait_until(lambda: "change POST /scale/cores" in api.log())
         api.process.send_signal(signal.SIGTERM)
@@ -6813,8 +7147,10 @@ def test_a_stop_bears_a_waiting_change_whose_client_has_left(launch, host):
         host.go()
         assert clone.result().status == 200
     assert api.process.wait(5) == 0 and host.snapshots(104) == []
-    ended = [line.partition(": ")[2] for line in api.log().splitlines() if "change POST /scale/cores" in line]
-    assert len(ended) == 1 and ended[0].startswith("499 The client left before this began (nothing_done), after ")
+    ended = [line.partition(": ")[2] for line in api.log().splitlines()
+             if "change POST /scale/cores" in line]
+    assert len(ended) == 1 and ended[0].startswith(
+        "499 The client left before this began (nothing_done), after ")
     assert api.log().endswith("INFO stopped\n") and "Traceback" not in api.said()
 
 
@@ -6828,18 +7164,22 @@ def test_the_end_of_a_change_is_logged_and_counted_before_operations_tell_of_it(
 def test_a_change_is_not_called_done_before_its_end_is_known():
     change = change_of("/scale/cores", vm_id=104, cores=4)
     change.began = time.time()
-    change.problem = change.conclude(module.Problem(409, "locked"))        # its thread has come so far
+    change.problem = change.conclude(module.Problem(409, "locked"))     # its thread has come so far
     row = change.row()
-    assert (row["state"], row["outcome"], row["ended"], row["status"], row["error"]) == ("running", "running", None, None, None)
+    assert (row["state"], row["outcome"], row["ended"], row["status"], row["error"]) == (
+        "running", "running", None, None, None)
 
 
 def test_a_template_whose_snapshot_is_not_deleted_is_left_locked_and_that_is_told(api, host):
-    """PVE::AbstractConfig, snapshot_delete, sets its lock before it looks whether this is a template."""
+    """PVE::AbstractConfig, snapshot_delete, sets its lock before it looks whether this is a
+    template."""
     host.add(107, template=1)
-    host.path(107).write_text(host.path(107).read_text() + "\n[s1]\ncores: 2\nsnaptime: 1700000000\n")
+    host.path(107).write_text(
+        host.path(107).read_text() + "\n[s1]\ncores: 2\nsnaptime: 1700000000\n")
     reply = api.delete("/snapshot/delete", {"vm_id": 107, "snapshot_name": "s1"})
     assert (reply.status, reply.body, host.conf(107)["lock"]) == (409, error(
-        "The container is a template", outcome="incomplete", details="you can't delete a snapshot if vm is a template\n"
+        "The container is a template", outcome="incomplete",
+        details="you can't delete a snapshot if vm is a template\n"
         "VM 107 is left with the lock 'snapshot-delete'; if no task of it runs, mend it with: "
         "pct unlock 107 && pct delsnapshot 107 s1"), "snapshot-delete")
 
@@ -6848,9 +7188,12 @@ def test_a_template_whose_snapshot_is_not_deleted_is_left_locked_and_that_is_tol
 
 def test_commands_get_a_session_and_a_locale_of_their_own_and_no_input(asking, host):
     api = asking
-    (host.root / "bin/pct").write_text("#!/bin/sh\nexec >&2\nreadlink /proc/self/fd/0\nls /proc/self/fd\necho $LC_ALL $LANG\npwd\nexit 9\n")
+    (host.root / "bin/pct").write_text(
+        "#!/bin/sh\nexec >&2\nreadlink /proc/self/fd/0\nls /proc/self/fd\n"
+        "echo $LC_ALL $LANG\npwd\nexit 9\n")
     details = api.get("/resource/vm/status?vm_id=104").body["details"].split("\n")
-    assert details == ["/dev/null", "0", "1", "2", "3", "C.UTF-8 C.UTF-8", "/"]        # 3 is ls's own
+    # 3 is ls's own
+    assert details == ["/dev/null", "0", "1", "2", "3", "C.UTF-8 C.UTF-8", "/"]
 
 
 def test_a_stop_lets_requests_in_work_finish(api, host):
@@ -6871,8 +7214,8 @@ def test_a_stop_lets_requests_in_work_finish(api, host):
 def test_a_change_whose_body_comes_after_the_signal_is_not_begun(api, host):
     body = b'{"vm_id": 104, "cores": 5}'
     with api.connect() as sock:
-        sock.sendall(framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND, "Expect: 100-continue",
-                            f"Content-Length: {len(body)}"))
+        sock.sendall(framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND,
+                            "Expect: 100-continue", f"Content-Length: {len(body)}"))
         assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"          # it waits for the body
         api.process.send_signal(signal.SIGTERM)
         wait_until(lambda: not answers(api.port))
@@ -6886,7 +7229,7 @@ def test_a_change_whose_body_comes_after_the_signal_is_not_begun(api, host):
 
 @pytest.mark.parametrize("moment", ["before", "in between"])
 def test_a_change_that_meets_the_stop_is_refused_whichever_comes_first(moment):
-    class Workers:                              # whose thread gets to run only when the stop has passed
+    class Workers:                      # whose thread gets to run only when the stop has passed
         def run(self, work, *arguments):
             changes.refuse_waiting()
             work(*arguments)
@@ -6903,7 +7246,8 @@ def test_a_change_that_meets_the_stop_is_refused_whichever_comes_first(moment):
         changes.answer(change, module.Client(None, "127.0.0.1"), 1)
     assert (stopped.value.status, stopped.value.error) == (503, "The daemon is stopping")
     assert begun == [] and changes.asked == set()
-    assert [each.problem.error for each in counted] == (["The daemon is stopping"] if moment == "in between" else [])
+    assert [each.problem.error for each in counted] == (
+        ["The daemon is stopping"] if moment == "in between" else [])
     assert len(changes.recent) == (moment == "in between")
 
 
@@ -6911,16 +7255,19 @@ def test_a_stop_in_the_middle_of_a_clone_leaves_it_to_proxmox(launch, host):
     host.faults(clone={"delay": True})
     api = launch(constants={"STOP_SECONDS": 5.2})
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        clone = pool.submit(api.post, "/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
+        clone = pool.submit(api.post, "/clone/create", {
+            "vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
         wait_until(lambda: any("clone" in call for call in host.calls()))
         waiting = pool.submit(api.post, "/scale/cores", {"vm_id": 104, "cores": 4})
-        wait_until(lambda: threads(api) >= 4)       # of which two wait for requests' ends, and two are the changes
+        # of which two wait for requests' ends, and two are the changes
+        wait_until(lambda: threads(api) >= 4)
         api.process.send_signal(signal.SIGTERM)
         assert waiting.result().body == refused("Nothing was done: The daemon is stopping")
         reply = clone.result()
         assert reply.status == 504 and "it is still running in Proxmox" in reply.body["error"]
     assert api.process.wait(5) == 0
-    assert "left running: POST /clone/create vm_id=104 new_vm_id=105 new_vm_name=x by 127.0.0.1" in api.log("error")
+    assert ("left running: POST /clone/create vm_id=104 new_vm_id=105 new_vm_name=x by 127.0.0.1"
+            in api.log("error"))
     assert "left running: POST /scale/cores" not in api.log("error")
     again = launch()                                            # while the old pct still runs
     assert again.get("/routes").status == 200
@@ -6939,7 +7286,8 @@ def test_a_signal_stops_an_idle_daemon_at_once(api, number):
 
 def test_a_port_in_use_is_said(api, host):
     done = start_daemon(host, config_text(host, api.port, KEY), stderr=subprocess.PIPE, text=True)
-    assert (done.communicate(timeout=10)[1], done.returncode) == (f"cannot listen on 127.0.0.1 port {api.port}: Address already in use\n", 1)
+    assert (done.communicate(timeout=10)[1], done.returncode) == (
+        f"cannot listen on 127.0.0.1 port {api.port}: Address already in use\n", 1)
 
 
 def test_ipv6_is_served(host):
@@ -6953,24 +7301,29 @@ def test_ipv6_is_served(host):
         sock.sendall(framed("GET /health/check HTTP/1.1", "Host: [::1]:5000", "Connection: close"))
         assert statuses(read_all(sock))[0] == [200]
     assert api.get("/health/check").status == 200 and api.stop() == 0
-    assert " ::1 GET /health/check 200 " in api.log("access") and " 127.0.0.1 GET /health/check 200 " in api.log("access")
+    assert (" ::1 GET /health/check 200 " in api.log("access")
+            and " 127.0.0.1 GET /health/check 200 " in api.log("access"))
 
 
 def test_logs_that_cannot_be_written_cost_only_their_lines(launch, host):
     folder = host.root / "logs"
     folder.mkdir()
-    api = launch(logging={"log_file": "/dev/full", "access_log": str(folder / "access.log"), "error_log": "/nowhere/error.log"})
+    api = launch(logging={"log_file": "/dev/full", "access_log": str(folder / "access.log"),
+                          "error_log": "/nowhere/error.log"})
     assert api.get("/routes").status == 200
     wait_until((folder / "access.log").read_text)
     shutil.rmtree(folder)
     assert [api.get("/routes").status for _ in range(3)] == [200] * 3
     folder.mkdir()
     assert api.get("/routes").status == 200
-    wait_until(lambda: (folder / "access.log").exists() and " GET /routes 200 " in (folder / "access.log").read_text())
+    wait_until(lambda: (folder / "access.log").exists()
+               and " GET /routes 200 " in (folder / "access.log").read_text())
     assert api.stop() == 0
     said = (host.root / "stderr.txt").read_text()
-    assert said.count("/dev/full cannot be written: No space left on device; going on without it\n") == 1
-    assert said.count("/nowhere/error.log cannot be opened: No such file or directory; going on without it\n") == 1
+    assert said.count(
+        "/dev/full cannot be written: No space left on device; going on without it\n") == 1
+    assert said.count("/nowhere/error.log cannot be opened: No such file or directory; "
+                      "going on without it\n") == 1
     assert "Traceback" not in said
 
 
@@ -7017,25 +7370,38 @@ def test_a_rotated_log_loses_no_line(api, host):
         wait_until(lambda: f"/before{number} " in api.log("access"))
         (host.root / "access.log").rename(host.root / f"access.log.{number}")
         api.get(f"/after{number}")
-        wait_until(lambda: (host.root / "access.log").exists() and f"/after{number} " in api.log("access"))
-    text = "".join((host.root / f"access.log{suffix}").read_text() for suffix in ("", ".0", ".1", ".2", ".3", ".4"))
-    assert sorted(re.findall(r"GET /(\w+) 404", text)) == sorted(f"{word}{number}" for word in ("before", "after") for number in range(5))
+        wait_until(lambda: (host.root / "access.log").exists()
+                   and f"/after{number} " in api.log("access"))
+    text = "".join((host.root / f"access.log{suffix}").read_text()
+                   for suffix in ("", ".0", ".1", ".2", ".3", ".4"))
+    assert sorted(re.findall(r"GET /(\w+) 404", text)) == sorted(
+        f"{word}{number}" for word in ("before", "after") for number in range(5))
 
 
 def fuzzed(chance):
     """One random request: from nearly right to nonsense."""
     path = chance.choice(list(module.PATHS) + ["/", "/x", "/%00", "//", "/routes/.."])
-    query = chance.choice(["", "", "?vm_id=104", "?vm_id=" + str(chance.randint(-5, 10**7)), "?%ff=%zz", "?" + "a&" * 50, "?node_name=-x", "?lxc_id=%31%30%34"])
-    body = chance.choice([b"", b"{}", b"[]", b'{"vm_id": 999, "cores": 4}', b'{"vm_id": "104", "memory": 1}', b'{"vm_id": 1e9}', b"{" * 200, bytes(chance.randbytes(30)),
-                          b'{"vm_id": 999, "snapshot_name": "\\ud800"}', b'{"vm_id":999,"vm_id":999}', b"\xff\xfe{}", b'{"a":' * 500])
+    query = chance.choice(["", "", "?vm_id=104", "?vm_id=" + str(chance.randint(-5, 10**7)),
+                           "?%ff=%zz", "?" + "a&" * 50, "?node_name=-x", "?lxc_id=%31%30%34"])
+    body = chance.choice([b"", b"{}", b"[]", b'{"vm_id": 999, "cores": 4}',
+                          b'{"vm_id": "104", "memory": 1}', b'{"vm_id": 1e9}', b"{" * 200,
+                          bytes(chance.randbytes(30)),
+                          b'{"vm_id": 999, "snapshot_name": "\\ud800"}',
+                          b'{"vm_id":999,"vm_id":999}', b"\xff\xfe{}", b'{"a":' * 500])
     headers = ["Host: x"] * chance.choice([1, 1, 1, 1, 1, 0, 2])
     headers += [LOGIN] * chance.choice([1, 1, 1, 0, 2]) + [JSON_KIND] * chance.choice([1, 1, 0])
-    headers += chance.choice([[f"Content-Length: {len(body)}"]] * 8 + [[], ["Content-Length: x"], ["Transfer-Encoding: chunked"], ["Expect: 100-continue", f"Content-Length: {len(body)}"]])
-    headers += chance.choice([[]] * 5 + [["X-Forwarded-For: " + chance.choice(["1.2.3.4", "x", "::1, 5.6.7.8", "\x1b"])], ["A b: c"], ["Connection: close"]])
-    data = framed(f"{chance.choice(['GET', 'GET', 'POST', 'POST', 'DELETE', 'HEAD', 'OPTIONS', 'PUT', 'get'])} {path}{query} HTTP/1.1", *headers) + body
+    headers += chance.choice([[f"Content-Length: {len(body)}"]] * 8 + [
+        [], ["Content-Length: x"], ["Transfer-Encoding: chunked"],
+        ["Expect: 100-continue", f"Content-Length: {len(body)}"]])
+    headers += chance.choice([[]] * 5 + [
+        ["X-Forwarded-For: " + chance.choice(["1.2.3.4", "x", "::1, 5.6.7.8", "\x1b"])],
+        ["A b: c"], ["Connection: close"]])
+    data = framed(f"""{chance.choice(['GET', 'GET', 'POST', 'POST', 'DELETE', 'HEAD', 'OPTIONS',
+                                      'PUT', 'get'])} {path}{query} HTTP/1.1""", *headers) + body
     if chance.random() < 0.1:
         place = chance.randrange(len(data))
-        data = data[:place] + chance.randbytes(chance.randint(0, 3)) + data[place + chance.randint(0, 3):]
+        data = (data[:place] + chance.randbytes(chance.randint(0, 3))
+                + data[place + chance.randint(0, 3):])
     return data
 
 
@@ -7058,7 +7424,8 @@ def fuzz(api, count, seed, workers=4):
 
 def test_random_requests_crash_and_leak_nothing(launch, host):
     api = launch(constants={"REQUEST_SECONDS": 2, "IDLE_SECONDS": 2, "WORKER_SECONDS": 0.2})
-    (host.root / "bin/pct").write_text("#!/bin/sh\nexit 1\n")           # the HTTP layer is what is asked here
+    # the HTTP layer is what is asked here
+    (host.root / "bin/pct").write_text("#!/bin/sh\nexit 1\n")
     fuzz(api, 500, 1)
     wait_until(lambda: threads(api) == 0)
     before = threads(api), descriptors(api), children(api)
@@ -7077,7 +7444,8 @@ def test_containers_are_measured_without_a_process(api, host):
     host.add(107, "batch", cores=None, lock="backup")
     types, values = parse_exposition(api.get("/metrics").body)
     assert host.calls() == []
-    found = {name: value for name, value in values.items() if 'container_id="104"' in name or 'container_id="107"' in name}
+    found = {name: value for name, value in values.items()
+             if 'container_id="104"' in name or 'container_id="107"' in name}
     assert found == {
         'lxc_autoscale_container_info{container_id="104",name="web-01"}': 1, 'lxc_autoscale_container_info{container_id="107",name="batch"}': 1,
         'lxc_autoscale_container_up{container_id="104"}': 1, 'lxc_autoscale_container_up{container_id="107"}': 0,
