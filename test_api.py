@@ -7447,8 +7447,10 @@ def test_containers_are_measured_without_a_process(api, host):
     found = {name: value for name, value in values.items()
              if 'container_id="104"' in name or 'container_id="107"' in name}
     assert found == {
-        'lxc_autoscale_container_info{container_id="104",name="web-01"}': 1, 'lxc_autoscale_container_info{container_id="107",name="batch"}': 1,
-        'lxc_autoscale_container_up{container_id="104"}': 1, 'lxc_autoscale_container_up{container_id="107"}': 0,
+        'lxc_autoscale_container_info{container_id="104",name="web-01"}': 1,
+        'lxc_autoscale_container_info{container_id="107",name="batch"}': 1,
+        'lxc_autoscale_container_up{container_id="104"}': 1,
+        'lxc_autoscale_container_up{container_id="107"}': 0,
         'lxc_autoscale_container_locked{container_id="107",lock="backup"}': 1,
         'lxc_autoscale_container_swap_usage_bytes{container_id="104"}': 0,
         'lxc_autoscale_container_memory_shared_bytes{container_id="104"}': 52428800,
@@ -7456,14 +7458,22 @@ def test_containers_are_measured_without_a_process(api, host):
         'lxc_autoscale_container_pressure_memory_waiting_seconds_total{container_id="104"}': 0,
         'lxc_autoscale_container_pressure_io_waiting_seconds_total{container_id="104"}': 2.5,
         'lxc_autoscale_container_cpu_cores{container_id="104"}': 2,
-        'lxc_autoscale_container_memory_mb{container_id="104"}': 2048, 'lxc_autoscale_container_memory_mb{container_id="107"}': 2048,
-        'lxc_autoscale_container_memory_limit_bytes{container_id="104"}': 2**31, 'lxc_autoscale_container_memory_limit_bytes{container_id="107"}': 2**31,
-        'lxc_autoscale_container_memory_usage_bytes{container_id="104"}': 524288000, 'lxc_autoscale_container_cpu_seconds_total{container_id="104"}': 5,
-        'lxc_autoscale_container_disk_read_bytes_total{container_id="104"}': 1048576, 'lxc_autoscale_container_disk_write_bytes_total{container_id="104"}': 2097152,
-        'lxc_autoscale_container_oom_kills_total{container_id="104"}': 0, 'lxc_autoscale_container_pids{container_id="104"}': 42}
-    assert types["lxc_autoscale_container_cpu_seconds_total"] == "counter" and types["lxc_autoscale_container_pids"] == "gauge"
-    (host.cgroup / "lxc/104/io.stat").write_text("253:1 rbytes=1 wbytes=2\n253:2 rbytes=10 wbytes=20 rios=1\n8:0\n")
-    (host.cgroup / "lxc/104/pids.current").unlink()             # a file that is not there is a family less
+        'lxc_autoscale_container_memory_mb{container_id="104"}': 2048,
+        'lxc_autoscale_container_memory_mb{container_id="107"}': 2048,
+        'lxc_autoscale_container_memory_limit_bytes{container_id="104"}': 2**31,
+        'lxc_autoscale_container_memory_limit_bytes{container_id="107"}': 2**31,
+        'lxc_autoscale_container_memory_usage_bytes{container_id="104"}': 524288000,
+        'lxc_autoscale_container_cpu_seconds_total{container_id="104"}': 5,
+        'lxc_autoscale_container_disk_read_bytes_total{container_id="104"}': 1048576,
+        'lxc_autoscale_container_disk_write_bytes_total{container_id="104"}': 2097152,
+        'lxc_autoscale_container_oom_kills_total{container_id="104"}': 0,
+        'lxc_autoscale_container_pids{container_id="104"}': 42}
+    assert (types["lxc_autoscale_container_cpu_seconds_total"] == "counter"
+            and types["lxc_autoscale_container_pids"] == "gauge")
+    (host.cgroup / "lxc/104/io.stat").write_text(
+        "253:1 rbytes=1 wbytes=2\n253:2 rbytes=10 wbytes=20 rios=1\n8:0\n")
+    # a file that is not there is a family less
+    (host.cgroup / "lxc/104/pids.current").unlink()
     _, values = parse_exposition(api.get("/metrics").body)
     assert values['lxc_autoscale_container_disk_write_bytes_total{container_id="104"}'] == 22
     assert not any("_pids" in name for name in values)
@@ -7474,58 +7484,80 @@ def test_containers_are_measured_without_a_process(api, host):
 def test_a_template_is_no_stopped_container(api, host):
     host.add(107, "golden", template=1)
     _, values = parse_exposition(api.get("/metrics").body)
-    assert {name: value for name, value in values.items() if "container_up" in name or "_locked" in name} == {
-        'lxc_autoscale_container_up{container_id="104"}': 1, 'lxc_autoscale_container_up{container_id="106"}': 0}
+    assert {name: value for name, value in values.items()
+            if "container_up" in name or "_locked" in name} == {
+        'lxc_autoscale_container_up{container_id="104"}': 1,
+        'lxc_autoscale_container_up{container_id="106"}': 0}
     assert values['lxc_autoscale_container_info{container_id="107",name="golden"}'] == 1
 
 
 def test_the_traffic_of_all_containers_is_read_once(host, monkeypatch):
     read, real = Counter(), module.read_text
-    net_dev = "".join(f"veth{vm_id}i0: {vm_id} 1 0 0 0 0 0 0 {vm_id * 2} 1 0 0 0 0 0 0\n" for vm_id in (104, 106, 900))
+    net_dev = "".join(f"veth{vm_id}i0: {vm_id} 1 0 0 0 0 0 0 {vm_id * 2} 1 0 0 0 0 0 0\n"
+                      for vm_id in (104, 106, 900))
 
     def note(path):
         read[os.path.basename(path)] += 1
         return net_dev if path == "/proc/net/dev" else real(path)
     monkeypatch.setattr(module, "read_text", note)
     host.add(107, running=True)
-    gauges = module.Proxmox(None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True).gauges()
-    assert gauges["lxc_autoscale_container_network_receive_bytes_total"] == {("104",): 208, ("106",): 212}
-    assert gauges["lxc_autoscale_container_network_transmit_bytes_total"] == {("104",): 104, ("106",): 106}
+    gauges = module.Proxmox(
+        None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True).gauges()
+    assert gauges["lxc_autoscale_container_network_receive_bytes_total"] == {
+        ("104",): 208, ("106",): 212}
+    assert gauges["lxc_autoscale_container_network_transmit_bytes_total"] == {
+        ("104",): 104, ("106",): 106}
     assert (read["dev"], read["memory.stat"]) == (1, 2)         # of 104 and 107; 106 is stopped
 
 
 def test_a_scrape_parses_what_has_changed_and_nothing_else(host, monkeypatch):
     parsed, real = [], module.parse_config
-    monkeypatch.setattr(module, "parse_config", lambda document: parsed.append(document) or real(document))
-    proxmox, cores = module.Proxmox(None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True), "lxc_autoscale_container_cpu_cores"
-    assert proxmox.gauges()[cores] == proxmox.gauges()[cores] == {("104",): 2, ("106",): 2} and len(parsed) == 2
+    monkeypatch.setattr(
+        module, "parse_config", lambda document: parsed.append(document) or real(document))
+    proxmox, cores = module.Proxmox(
+        None, module.Files(module.Workers()), str(host.pve), str(host.cgroup),
+        True), "lxc_autoscale_container_cpu_cores"
+    assert (proxmox.gauges()[cores] == proxmox.gauges()[cores] == {("104",): 2, ("106",): 2}
+            and len(parsed) == 2)
     before, stat = host.path(104).read_text(), host.path(104).stat()
     host.path(104).write_text(before.replace("cores: 2", "cores: 3"))
-    os.utime(host.path(104), ns=(stat.st_atime_ns, stat.st_mtime_ns))       # as within one second on pmxcfs
+    # as within one second on pmxcfs
+    os.utime(host.path(104), ns=(stat.st_atime_ns, stat.st_mtime_ns))
     after = host.path(104).stat()
-    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (
+        stat.st_ino, stat.st_size, stat.st_mtime_ns)
     host.path(106).unlink()
-    assert proxmox.gauges()[cores] == {("104",): 3} and len(parsed) == 3 and list(proxmox.described) == [104]
+    assert (proxmox.gauges()[cores] == {("104",): 3} and len(parsed) == 3
+            and list(proxmox.described) == [104])
 
 
-USED = {                                        # file of a cgroup: what stands on it in /metrics, and in the status
-    "cpu.stat": (["cpu_seconds_total"], []), "memory.current": (["memory_usage_bytes"], ["memory_used"]),
-    "memory.stat": (["memory_usage_bytes", "memory_shared_bytes"], ["memory_used", "memory_shared"]),
+# file of a cgroup: what stands on it in /metrics, and in the status
+USED = {
+    "cpu.stat": (["cpu_seconds_total"], []),
+    "memory.current": (["memory_usage_bytes"], ["memory_used"]),
+    "memory.stat": (["memory_usage_bytes", "memory_shared_bytes"],
+                    ["memory_used", "memory_shared"]),
     "memory.swap.current": (["swap_usage_bytes"], ["swap_used"]),
-    **{f"{name}.pressure": ([f"pressure_{name}_waiting_seconds_total"], [f"pressure_{name}"]) for name in ("cpu", "memory", "io")},
+    **{f"{name}.pressure": ([f"pressure_{name}_waiting_seconds_total"], [f"pressure_{name}"])
+       for name in ("cpu", "memory", "io")},
     "io.stat": (["disk_read_bytes_total", "disk_write_bytes_total"], ["disk_read", "disk_write"]),
-    "memory.events": (["oom_kills_total"], []), "pids.current": (["pids"], []), "memory.max": ([], []), "cpu.max": ([], []),
+    "memory.events": (["oom_kills_total"], []), "pids.current": (["pids"], []),
+    "memory.max": ([], []), "cpu.max": ([], []),
     "ns/init.scope/cgroup.procs": ([], []),
 }
-GARBAGE = ["letters\n", "max\n", "-5\n", "7" * 5000 + "\n", "\0\xff\n", "\u0663\n", "\n", "nan\n", "inf\n", "1e999\n", " 7\n",
-           "usage_usec -1\nfile x\noom_kill nan\n8:0 rbytes=max wbytes=\n", "8:0 rbytes=" + "9" * 5000 + " wbytes=1e9\n"]
+GARBAGE = ["letters\n", "max\n", "-5\n", "7" * 5000 + "\n", "\0\xff\n", "\u0663\n",
+           "\n", "nan\n", "inf\n", "1e999\n", " 7\n",
+           "usage_usec -1\nfile x\noom_kill nan\n8:0 rbytes=max wbytes=\n",
+           "8:0 rbytes=" + "9" * 5000 + " wbytes=1e9\n"]
 
 
-def test_a_cgroup_file_that_is_missing_empty_cut_short_or_garbage_costs_its_own_value_only(api, host):
+def test_a_cgroup_file_that_is_missing_empty_cut_short_or_garbage_costs_its_own_value_only(
+        api, host):
     whole, cut = host.cgroup / "lxc/104", {}
     for name in USED:
         text = (whole / name).read_text()
-        cut.update({(name, damaged): text for damaged in [None, *GARBAGE, *(text[:end] for end in range(len(text)))]})
+        cut.update({(name, damaged): text
+                    for damaged in [None, *GARBAGE, *(text[:end] for end in range(len(text)))]})
     damages = dict(enumerate(cut, 1000))
     conf = host.path(104).read_text()
     for vm_id, (name, damaged) in damages.items():
@@ -7533,24 +7565,29 @@ def test_a_cgroup_file_that_is_missing_empty_cut_short_or_garbage_costs_its_own_
         shutil.copytree(whole, folder, copy_function=os.link)
         (folder / name).unlink()
         if damaged is not None:
-            (folder / name).write_text(damaged, encoding="latin-1" if "\xff" in damaged else "utf-8")
+            (folder / name).write_text(
+                damaged, encoding="latin-1" if "\xff" in damaged else "utf-8")
         host.path(vm_id).write_text(conf)
     values = parse_exposition(api.get("/metrics").body)[1]
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        replies = dict(zip(damages, pool.map(lambda vm_id: api.get(f"/resource/vm/status?vm_id={vm_id}"), damages)))
+        replies = dict(zip(damages, pool.map(
+            lambda vm_id: api.get(f"/resource/vm/status?vm_id={vm_id}"), damages)))
 
     def measured(vm_id):
-        return {key: values.get(f'lxc_autoscale_container_{key}{{container_id="{vm_id}"}}') for families, _ in USED.values() for key in families}
+        return {key: values.get(f'lxc_autoscale_container_{key}{{container_id="{vm_id}"}}')
+                for families, _ in USED.values() for key in families}
 
     def flat(data):
         pressure = data.pop("pressure") or {}
-        return {**data, **{f"pressure_{name}": pressure.get(name) for name in ("cpu", "memory", "io")}}
+        return {**data, **{f"pressure_{name}": pressure.get(name)
+                           for name in ("cpu", "memory", "io")}}
     intact, status = measured(104), flat(api.get("/resource/vm/status?vm_id=104").body["data"])
     assert None not in intact.values()
     for vm_id, (name, damaged) in damages.items():
         families, keys = USED[name]
         found, reply = measured(vm_id), replies[vm_id]
-        nothing = 0 if (name, damaged) == ("io.stat", "") else None             # no I/O yet, often for ever on ZFS
+        # no I/O yet, often for ever on ZFS
+        nothing = 0 if (name, damaged) == ("io.stat", "") else None
         for key in families:
             assert found[key] in (nothing, intact[key]), (name, damaged, key)
         assert {**intact, **{key: found[key] for key in families}} == found, (name, damaged)
@@ -7558,13 +7595,18 @@ def test_a_cgroup_file_that_is_missing_empty_cut_short_or_garbage_costs_its_own_
         data = flat(reply.body["data"])
         for key in keys:
             assert data[key] in (nothing, status[key]), (name, damaged, key)
-        free = [*keys, "vm_id", "lxc_id", "cpu_usage", "uptime", "disk_used"]           # the last two hang on some process of this host
-        assert {key: data[key] for key in data if key not in free} == {key: status[key] for key in status if key not in free}, (name, damaged)
-        assert all(data[key] is None or type(data[key]) in (int, float) for key in ("cpu_usage", "uptime", "disk_used", *keys)), (name, damaged)
+        # the last two hang on some process of this host
+        free = [*keys, "vm_id", "lxc_id", "cpu_usage", "uptime", "disk_used"]
+        assert {key: data[key] for key in data if key not in free} == {
+            key: status[key] for key in status if key not in free}, (name, damaged)
+        assert all(data[key] is None or type(data[key]) in (int, float)
+                   for key in ("cpu_usage", "uptime", "disk_used", *keys)), (name, damaged)
     nothing_yet, = (vm_id for vm_id, damage in damages.items() if damage == ("io.stat", ""))
     assert [replies[nothing_yet].body["data"][key] for key in ("disk_read", "disk_write")] == [0, 0]
-    assert measured(nothing_yet) == {**intact, "disk_read_bytes_total": 0, "disk_write_bytes_total": 0}
-    assert "NaN" not in json.dumps([reply.body for reply in replies.values()]) and api.log("error") == ""
+    assert measured(nothing_yet) == {
+        **intact, "disk_read_bytes_total": 0, "disk_write_bytes_total": 0}
+    assert ("NaN" not in json.dumps([reply.body for reply in replies.values()])
+            and api.log("error") == "")
 
 
 def test_the_daemon_tells_about_itself(launch, host):
@@ -7581,30 +7623,40 @@ def test_the_daemon_tells_about_itself(launch, host):
         change.result()
     (host.root / "bin/pct").unlink()
     api.post("/scale/cores", {"vm_id": 104, "cores": 3})
-    wait_until(lambda: parse_exposition(api.get("/metrics").body)[1]["process_cpu_seconds_total"])     # a tick is 10 ms
+    # a tick is 10 ms
+    wait_until(lambda: parse_exposition(api.get("/metrics").body)[1]["process_cpu_seconds_total"])
     types, values = parse_exposition(api.get("/metrics").body)
     name = "lxc_autoscale_api_"
-    assert (busy[name + "commands_in_progress"], busy[name + "commands_waiting"], busy[name + "requests_in_progress"]) == (1, 0, 2)
+    assert (busy[name + "commands_in_progress"], busy[name + "commands_waiting"],
+            busy[name + "requests_in_progress"]) == (1, 0, 2)
     assert (values[name + "commands_in_progress"], values[name + "requests_in_progress"]) == (0, 1)
     assert (values[name + "rate_limited_total"], values[name + "auth_failures_total"]) == (1, 1)
-    assert values[name + 'commands_total{command="pct status",result="ok"}'] == values[name + 'commands_total{command="pct set",result="ok"}'] == 1
+    assert (values[name + 'commands_total{command="pct status",result="ok"}']
+            == values[name + 'commands_total{command="pct set",result="ok"}'] == 1)
     assert values[name + 'commands_total{command="pct set",result="not_started"}'] == 1
     assert values[name + 'command_duration_seconds_bucket{command="pct set",le="0.6"}'] == 0
     assert values[name + 'command_duration_seconds_count{command="pct set"}'] == 1
-    assert values[f'{name}build_info{{version="{module.VERSION}",python_version="{module.platform_version()}"}}'] == 1
-    assert values["process_resident_memory_bytes"] == pytest.approx(resident_kb(api) * 1024, rel=0.2)
-    assert values["process_open_fds"] == pytest.approx(descriptors(api), abs=3) and values["process_max_fds"] > 100
-    assert abs(values["process_start_time_seconds"] - time.time()) < 60 and 0 < values["process_cpu_seconds_total"] < 60
+    assert values[f'{name}build_info{{version="{module.VERSION}",'
+                  f'python_version="{module.platform_version()}"}}'] == 1
+    assert values["process_resident_memory_bytes"] == pytest.approx(
+        resident_kb(api) * 1024, rel=0.2)
+    assert (values["process_open_fds"] == pytest.approx(descriptors(api), abs=3)
+            and values["process_max_fds"] > 100)
+    assert (abs(values["process_start_time_seconds"] - time.time()) < 60
+            and 0 < values["process_cpu_seconds_total"] < 60)
     assert values["process_virtual_memory_bytes"] > values["process_resident_memory_bytes"]
-    assert [kind for name, kind in types.items() if name.endswith("_total")] == ["counter"] * sum(name.endswith("_total") for name in types)
+    assert ([kind for name, kind in types.items() if name.endswith("_total")]
+            == ["counter"] * sum(name.endswith("_total") for name in types))
 
 
 def test_promtool_has_nothing_to_say_but_of_the_kept_name(api, host):
     if not shutil.which("promtool"):
         pytest.skip("promtool is not installed")
     api.post("/scale/cores", {"vm_id": 104, "cores": 3})
-    done = subprocess.run(["promtool", "check", "metrics"], input=api.get("/metrics").body, capture_output=True, text=True)
-    assert [line for line in (done.stdout + done.stderr).splitlines() if "lxc_autoscale_container_memory_mb" not in line] == []
+    done = subprocess.run(["promtool", "check", "metrics"],
+                          input=api.get("/metrics").body, capture_output=True, text=True)
+    assert [line for line in (done.stdout + done.stderr).splitlines()
+            if "lxc_autoscale_container_memory_mb" not in line] == []
 
 
 def test_a_real_prometheus_scrapes_it_and_has_what_the_readme_s_panels_show(api, host, tmp_path):
@@ -7615,29 +7667,38 @@ def test_a_real_prometheus_scrapes_it_and_has_what_the_readme_s_panels_show(api,
     assert api.post("/scale/cores", {"vm_id": 104, "cores": 3}).status == 200
     port = free_port()
     (tmp_path / "prometheus.yml").write_text(
-        f"scrape_configs:\n  - job_name: lxc_autoscale_api\n    scrape_interval: 200ms\n    scrape_timeout: 200ms\n    static_configs:\n      - targets: ['127.0.0.1:{api.port}']\n")
+        "scrape_configs:\n  - job_name: lxc_autoscale_api\n    scrape_interval: 200ms\n"
+        "    scrape_timeout: 200ms\n    static_configs:\n"
+        f"      - targets: ['127.0.0.1:{api.port}']\n")
     soon = "--scrape.discovery-reload-interval=100ms"           # not 5 s; older ones do not know it
     known = subprocess.run(["prometheus", soon, "--version"], capture_output=True).returncode == 0
-    server = subprocess.Popen(["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data",
-                               f"--web.listen-address=127.0.0.1:{port}", *([soon] if known else [])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        ["prometheus", f"--config.file={tmp_path}/prometheus.yml",
+         f"--storage.tsdb.path={tmp_path}/data", f"--web.listen-address=127.0.0.1:{port}",
+         *([soon] if known else [])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def ask(query, label="container_id"):
         with contextlib.suppress(OSError, ValueError, KeyError):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
             connection.request("GET", "/api/v1/query?query=" + urllib.parse.quote(query))
-            return [(row["metric"].get(label), row["value"][1]) for row in json.loads(connection.getresponse().read())["data"]["result"]]
+            return [(row["metric"].get(label), row["value"][1])
+                    for row in json.loads(connection.getresponse().read())["data"]["result"]]
     try:
         assert wait_until(lambda: ask("up"), 30) == [(None, "1")]
-        assert sorted(ask("lxc_autoscale_container_memory_limit_bytes")) == [("104", "2147483648"), ("106", "2147483648")]
+        assert sorted(ask("lxc_autoscale_container_memory_limit_bytes")) == [
+            ("104", "2147483648"), ("106", "2147483648")]
         shown = {}
         for panel in panels():
             target, = panel["targets"]
             label = (re.findall(r"{{(\w+)}}", target["legendFormat"]) or ["none"])[0]
             if "network" not in target["expr"]:         # a simulated container has no traffic
-                shown[panel["title"]] = [name for name, _ in wait_until(lambda: ask(target["expr"], label))]
+                shown[panel["title"]] = [
+                    name for name, _ in wait_until(lambda: ask(target["expr"], label))]
         assert shown == {
-            "Processors in use": ["web-01"], "Memory in use": ["web-01"], "Waiting for a processor": ["web-01"],
-            "Waiting for memory": ["web-01"], "Waiting for a disk": ["web-01"], "Scaled in an hour": ["104"], "Requests that failed": [None]}
+            "Processors in use": ["web-01"], "Memory in use": ["web-01"],
+            "Waiting for a processor": ["web-01"], "Waiting for memory": ["web-01"],
+            "Waiting for a disk": ["web-01"], "Scaled in an hour": ["104"],
+            "Requests that failed": [None]}
     finally:
         server.kill()
         server.wait(20)
@@ -7647,18 +7708,21 @@ def test_a_thousand_containers_are_scraped_and_listed_soon(api, host):
     text = host.path(106).read_text()
     for vm_id in range(1000, 2000):
         host.path(vm_id).write_text(text)
-        shutil.copytree(host.cgroup / "lxc/104", host.cgroup / f"lxc/{vm_id}", copy_function=os.link)
+        shutil.copytree(
+            host.cgroup / "lxc/104", host.cgroup / f"lxc/{vm_id}", copy_function=os.link)
     times = []
     for _ in range(5):
         started = time.perf_counter()
         lines = api.get("/metrics").body.count("\n")
         times.append(time.perf_counter() - started)
-    assert lines > 11000 and min(times) < 0.5               # a bound for any machine; the figure is in the README
+    # a bound for any machine; the figure is in the README
+    assert lines > 11000 and min(times) < 0.5
     assert len(api.get("/resource/vm/list").body["data"]) == 1002
 
 
 def test_a_container_that_vanishes_during_a_scrape_is_left_out(api, host, monkeypatch):
-    proxmox = module.Proxmox(None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
+    proxmox = module.Proxmox(
+        None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
     real = module.read_text
 
     def vanish(path):
@@ -7667,7 +7731,8 @@ def test_a_container_that_vanishes_during_a_scrape_is_left_out(api, host, monkey
         return None if "/104/" in path else real(path)
     monkeypatch.setattr(module, "read_text", vanish)
     gauges = proxmox.gauges()
-    assert gauges["lxc_autoscale_container_up"] == {("104",): 0} and gauges["lxc_autoscale_container_pids"] == {}
+    assert (gauges["lxc_autoscale_container_up"] == {("104",): 0}
+            and gauges["lxc_autoscale_container_pids"] == {})
 
 
 def test_containers_are_listed(api, host, launch):
@@ -7675,25 +7740,33 @@ def test_containers_are_listed(api, host, launch):
     reply = api.get("/resource/vm/list")
     assert host.calls() == []
     assert reply.body == ok("Found 3 containers", [
-        {"vm_id": 104, "lxc_id": 104, "node": "proxmox", "name": "web-01", "status": "running", "cores": 2, "memory": 2048, "uptime": None,
+        {"vm_id": 104, "lxc_id": 104, "node": "proxmox", "name": "web-01", "status": "running",
+         "cores": 2, "memory": 2048, "uptime": None,
          "lock": None, "template": False, "onboot": False, "tags": []},
-        {"vm_id": 106, "lxc_id": 106, "node": "proxmox", "name": "db-01", "status": "stopped", "cores": 2, "memory": 2048, "uptime": 0,
+        {"vm_id": 106, "lxc_id": 106, "node": "proxmox", "name": "db-01", "status": "stopped",
+         "cores": 2, "memory": 2048, "uptime": 0,
          "lock": None, "template": False, "onboot": False, "tags": []},
-        {"vm_id": 107, "lxc_id": 107, "node": "proxmox", "name": "ct107", "status": "stopped", "cores": None, "memory": 2048, "uptime": 0,
+        {"vm_id": 107, "lxc_id": 107, "node": "proxmox", "name": "ct107", "status": "stopped",
+         "cores": None, "memory": 2048, "uptime": 0,
          "lock": "backup", "template": True, "onboot": True, "tags": ["web", "prod"]}])
-    assert list(reply.body["data"][0]) == ["vm_id", "lxc_id", "node", "name", "status", "cores", "memory", "uptime",
-                                           "lock", "template", "onboot", "tags"]
+    assert list(reply.body["data"][0]) == [
+        "vm_id", "lxc_id", "node", "name", "status", "cores", "memory", "uptime",
+        "lock", "template", "onboot", "tags"]
     assert api.get("/resource/lxc/list").status == 200
     without = launch(proxmox={"pve_dir": str(host.root / "nowhere")})
     pvesh = host.root / "bin/pvesh"
-    rows = [{"vmid": "106", "name": "db-01", "status": "stopped", "cpus": 2, "maxmem": 2**31, "uptime": 0, "lock": "mounted",
-             "template": 1, "tags": "a;b"}, {"vmid": 104, "status": "running"}]
-    pvesh.write_text(f"#!/bin/sh\ncase $2 in /nodes/*/lxc) echo '{json.dumps(rows)}';; *) exit 1;; esac\n")
+    rows = [{"vmid": "106", "name": "db-01", "status": "stopped", "cpus": 2, "maxmem": 2**31,
+             "uptime": 0, "lock": "mounted", "template": 1, "tags": "a;b"},
+            {"vmid": 104, "status": "running"}]
+    pvesh.write_text(
+        f"#!/bin/sh\ncase $2 in /nodes/*/lxc) echo '{json.dumps(rows)}';; *) exit 1;; esac\n")
     own = socket.gethostname().split(".")[0]
     assert without.get("/resource/vm/list").body["data"] == [
-        {"vm_id": 104, "lxc_id": 104, "node": own, "name": "CT104", "status": "running", "cores": None, "memory": None, "uptime": None,
+        {"vm_id": 104, "lxc_id": 104, "node": own, "name": "CT104", "status": "running",
+         "cores": None, "memory": None, "uptime": None,
          "lock": None, "template": False, "onboot": None, "tags": []},
-        {"vm_id": 106, "lxc_id": 106, "node": own, "name": "db-01", "status": "stopped", "cores": 2, "memory": 2048, "uptime": 0,
+        {"vm_id": 106, "lxc_id": 106, "node": own, "name": "db-01", "status": "stopped",
+         "cores": 2, "memory": 2048, "uptime": 0,
          "lock": "mounted", "template": True, "onboot": None, "tags": ["a", "b"]}]
 
 
@@ -7701,32 +7774,41 @@ def test_a_snapshot_is_deleted(api, host):
     body = {"vm_id": 104, "snapshot_name": "backup_20241224"}
     assert api.delete("/snapshot/delete", body).status == 404
     api.post("/snapshot/create", body)
-    assert api.delete("/snapshot/delete", body).body == ok("Snapshot 'backup_20241224' of VM 104 deleted")
+    assert api.delete("/snapshot/delete", body).body == ok(
+        "Snapshot 'backup_20241224' of VM 104 deleted")
     assert host.snapshots(104) == []
 
 
 def test_protected_containers_are_not_changed_and_allowed_ones_only(launch, host):
     api = launch(containers={"protected": [104], "allowed": [104, 106, 108]})
-    for path, body in (("/scale/cores", {"cores": 4}), ("/snapshot/create", {"snapshot_name": "s1"}), ("/clone/create", {"new_vm_id": 108, "new_vm_name": "x"})):
-        assert api.post(path, {"vm_id": 104, **body}).body == refused("VM 104 is protected: containers.protected in the daemon's configuration names it")
+    for path, body in (
+            ("/scale/cores", {"cores": 4}), ("/snapshot/create", {"snapshot_name": "s1"}),
+            ("/clone/create", {"new_vm_id": 108, "new_vm_name": "x"})):
+        assert api.post(path, {"vm_id": 104, **body}).body == refused(
+            "VM 104 is protected: containers.protected in the daemon's configuration names it")
         assert api.post(path, {"vm_id": 107, **body}).body == refused(
-            "VM 107 must not be changed: containers.allowed in the daemon's configuration does not name it")
+            "VM 107 must not be changed: "
+            "containers.allowed in the daemon's configuration does not name it")
     reply = api.post("/clone/create", {"vm_id": 106, "new_vm_id": 105, "new_vm_name": "x"})
     assert (reply.status, reply.body["error"][:27]) == (403, "VM 105 must not be changed:")
     assert api.delete("/clone/delete", {"vm_id": 104}).status == 403
     assert host.calls() == []
-    assert api.post("/clone/create", {"vm_id": 106, "new_vm_id": 108, "new_vm_name": "x"}).status == 200
+    assert api.post(
+        "/clone/create", {"vm_id": 106, "new_vm_id": 108, "new_vm_name": "x"}).status == 200
     assert api.get("/resource/vm/config?vm_id=104").status == 200
 
 
 def test_ceilings_are_kept_and_told(launch, host):
     api = launch(containers={"max_cores": 1, "max_memory_mb": 1024})
     reply = api.post("/scale/cores", {"vm_id": 104, "cores": 2})
-    assert (reply.status, reply.body) == (400, refused("Invalid cores: must be an integer between 1 and 1 (containers.max_cores in the daemon's configuration)"))
+    assert (reply.status, reply.body) == (400, refused(
+        "Invalid cores: must be an integer between 1 and 1 "
+        "(containers.max_cores in the daemon's configuration)"))
     assert api.post("/scale/ram", {"vm_id": 104, "memory": 1025}).status == 400
     assert api.post("/scale/ram", {"vm_id": 104, "memory": 1024}).status == 200
     limits = api.get("/resource/vm/config?vm_id=104").body["data"]["limits"]
-    assert limits == {"cores": {"min": 1, "max": 1}, "memory_mb": {"min": 64, "max": 1024}, "disk_gb": {"min": 8}}
+    assert limits == {
+        "cores": {"min": 1, "max": 1}, "memory_mb": {"min": 64, "max": 1024}, "disk_gb": {"min": 8}}
 
 
 def test_the_description_has_every_route_parameter_and_code(steady):
@@ -7734,41 +7816,55 @@ def test_the_description_has_every_route_parameter_and_code(steady):
     assert document["openapi"] == "3.1.0" and list(document["paths"]) == list(module.PATHS)
     cores = document["paths"]["/scale/cores"]["post"]
     assert cores["requestBody"]["content"]["application/json"]["schema"] == {
-        "type": "object", "additionalProperties": False, "required": ["vm_id", "cores"], "properties": {
-            "vm_id": {"type": "integer", "minimum": 100, "maximum": 999999, "description": "must be an integer between 100 and 999999; may also be called lxc_id or container_id"},
-            "cores": {"type": "integer", "minimum": 1, "maximum": 128, "description": "must be an integer between 1 and 128"}}}
-    assert set(cores["responses"]) == {"200", "202", *map(str, module.STATUSES)} and cores["security"] == [{"header": []}, {"query": []}]
-    name = document["paths"]["/snapshot/create"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]["snapshot_name"]
+        "type": "object", "additionalProperties": False, "required": ["vm_id", "cores"],
+        "properties": {
+            "vm_id": {"type": "integer", "minimum": 100, "maximum": 999999,
+                      "description": "must be an integer between 100 and 999999; "
+                                     "may also be called lxc_id or container_id"},
+            "cores": {"type": "integer", "minimum": 1, "maximum": 128,
+                      "description": "must be an integer between 1 and 128"}}}
+    assert (set(cores["responses"]) == {"200", "202", *map(str, module.STATUSES)}
+            and cores["security"] == [{"header": []}, {"query": []}])
+    name = document["paths"]["/snapshot/create"]["post"]["requestBody"]["content"][
+        "application/json"]["schema"]["properties"]["snapshot_name"]
     for value in SNAPSHOT_NAMES + ["-x", "a.b", "", "x" * 101]:
-        matches = bool(re.search(name["pattern"], value)) and name["minLength"] <= len(value) <= name["maxLength"]
+        matches = (bool(re.search(name["pattern"], value))
+                   and name["minLength"] <= len(value) <= name["maxLength"])
         assert matches == bool(module.SNAPSHOT_NAME.pattern.fullmatch(value))
     assert document["paths"]["/health/check"]["get"]["security"] == []
     headers = document["components"]["headers"]
-    assert headers["Retry-After"] == {"description": "Seconds after which to try again.", "schema": {"type": "integer"}}
+    assert headers["Retry-After"] == {
+        "description": "Seconds after which to try again.", "schema": {"type": "integer"}}
     assert {each["schema"]["type"] for each in headers.values()} == {"integer", "string"}
 
 
-JSON_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "number": (int, float), "integer": int, "null": type(None)}
+JSON_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool,
+              "number": (int, float), "integer": int, "null": type(None)}
 
 
 def violations(value, schema, document, where="$"):
-    """What in a JSON value is not as its schema says (type, const, enum, properties, required, items, oneOf, $ref)."""
+    """What in a JSON value is not as its schema says (type, const, enum, properties,
+    required, items, oneOf, $ref)."""
     if "$ref" in schema:
         schema = functools.reduce(dict.__getitem__, schema["$ref"].split("/")[1:], document)
     if "oneOf" in schema:
         fitting = [each for each in schema["oneOf"] if not violations(value, each, document)]
-        return [] if len(fitting) == 1 else [f"{where} fits {len(fitting)} of its schemas: {value!r}"]
+        return [] if len(fitting) == 1 else [
+            f"{where} fits {len(fitting)} of its schemas: {value!r}"]
     kinds = schema.get("type", list(JSON_TYPES))
     kinds = [kinds] if isinstance(kinds, str) else kinds
-    if not any(isinstance(value, JSON_TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool)) for kind in kinds):
+    if not any(isinstance(value, JSON_TYPES[kind])
+               and (kind == "boolean" or not isinstance(value, bool)) for kind in kinds):
         return [f"{where} is no {kinds}: {value!r}"]
     if value not in schema.get("enum", [value]) or value != schema.get("const", value):
         return [f"{where} may not be {value!r}"]
     found = []
     if isinstance(value, dict):
         properties = schema.get("properties", {})
-        found += [f"{where}.{name} is missing" for name in schema.get("required", []) if name not in value]
-        found += [f"{where}.{name} is not described" for name in value if properties and name not in properties]
+        found += [f"{where}.{name} is missing"
+                  for name in schema.get("required", []) if name not in value]
+        found += [f"{where}.{name} is not described"
+                  for name in value if properties and name not in properties]
         for name in set(value) & set(properties):
             found += violations(value[name], properties[name], document, f"{where}.{name}")
     for number, item in enumerate(value if isinstance(value, list) else []):
@@ -7784,7 +7880,8 @@ def described(document, method, path, reply):
     if "$ref" in row:
         row = functools.reduce(dict.__getitem__, row["$ref"].split("/")[1:], document)
     (kind, content), = row["content"].items()
-    known = {"Connection", "Content-Length", "Content-Type", "Date", "Server", "Cache-Control", "X-Content-Type-Options", *row["headers"]}
+    known = {"Connection", "Content-Length", "Content-Type", "Date", "Server",
+             "Cache-Control", "X-Content-Type-Options", *row["headers"]}
     found = [f"{name} is not described" for name in reply.headers if name not in known]
     if reply.headers["Content-Type"].partition(";")[0] != kind:
         found.append(reply.headers["Content-Type"])
@@ -7792,12 +7889,16 @@ def described(document, method, path, reply):
 
 
 @pytest.mark.parametrize("value, schema, count", [
-    ({"a": 1, "b": None}, module.record("", a=module.shown("integer", ""), b=module.shown("string?", "")), 0),
-    ({"a": True, "b": 5}, module.record("", a=module.shown("integer", ""), b=module.shown("string?", "")), 2),
-    ({"a": 1.5, "c": 5}, module.record("", a=module.shown("integer", ""), b=module.shown("string?", "")), 3),
+    ({"a": 1, "b": None},
+     module.record("", a=module.shown("integer", ""), b=module.shown("string?", "")), 0),
+    ({"a": True, "b": 5},
+     module.record("", a=module.shown("integer", ""), b=module.shown("string?", "")), 2),
+    ({"a": 1.5, "c": 5},
+     module.record("", a=module.shown("integer", ""), b=module.shown("string?", "")), 3),
     ([{"cpu": 1, "memory": 2, "io": None}, {"cpu": 1}], module.list_of("Pressure"), 2),
     ("success", {"const": "error"}, 1), ("lost", {"type": "string", "enum": ["unknown"]}, 1),
-    (None, {"oneOf": [module.called("Pressure"), {"type": "null"}]}, 0), (5, {"oneOf": [module.called("Pressure"), {"type": "null"}]}, 1),
+    (None, {"oneOf": [module.called("Pressure"), {"type": "null"}]}, 0),
+    (5, {"oneOf": [module.called("Pressure"), {"type": "null"}]}, 1),
 ])
 def test_the_validator_sees_what_does_not_fit(value, schema, count):
     assert len(violations(value, schema, module.openapi())) == count
@@ -7805,59 +7906,75 @@ def test_the_validator_sees_what_does_not_fit(value, schema, count):
 
 def test_every_answer_is_as_the_description_says(launch, host):
     """Of each GET route, from files and by asking pct; of each change that works, and of errors."""
-    host.add(107, "golden", lock="backup", template=1, tags="a;b", cores=None, mp0="/mnt/photos,mp=/photos")
+    host.add(107, "golden", lock="backup", template=1, tags="a;b", cores=None,
+             mp0="/mnt/photos,mp=/photos")
     subprocess.run([host.root / "bin/pct", "snapshot", "104", "first"], check=True)
     api = launch()
     document = api.get("/openapi.json").body
     pct = launch(proxmox={"pve_dir": str(host.root / "nowhere"), "cgroup_dir": "/nowhere"})
-    parameters = {"vm_id": (104, 106, 107, 999), "node_name": ("proxmox", "nosuch"), "id": ("0123456789abcdef",)}
+    parameters = {"vm_id": (104, 106, 107, 999), "node_name": ("proxmox", "nosuch"),
+                  "id": ("0123456789abcdef",)}
     seen = Counter()
     for path, route in module.PATHS.items():
         if route.method != "GET":
             continue
         name = route.parameters[0].name if route.parameters else None
-        for query in [f"?{name}={value}" for value in parameters[name]] + ["?x=1"] if name else [""]:
+        for query in ([f"?{name}={value}" for value in parameters[name]] + ["?x=1"] if name
+                      else [""]):
             for daemon in (api, pct):
                 reply = daemon.get(path + query)
                 assert described(document, "GET", path, reply) == [], (path, query)
                 seen[path] += reply.status == 200
-    assert set(seen) == {path for path, route in module.PATHS.items() if route.method == "GET"} and min(seen.values()) > 0
+    assert (set(seen) == {path for path, route in module.PATHS.items() if route.method == "GET"}
+            and min(seen.values()) > 0)
     host.faults(**{command: {"stderr": "a warning\n"} for command in ("set", "resize", "destroy")})
     for method, path, body, *_ in CHANGES:
         reply = api.request(method, path, {"vm_id": 104, **body})
         assert (reply.status, described(document, method, path, reply)) == (200, []), (path, reply)
-    for body, status in (({"vm_id": 999, "cores": 4}, 404), ({"vm_id": 104}, 400), ({"vm_id": 107, "cores": 4}, 409)):
+    for body, status in (({"vm_id": 999, "cores": 4}, 404), ({"vm_id": 104}, 400),
+                         ({"vm_id": 107, "cores": 4}, 409)):
         reply = api.post("/scale/cores", body)
-        assert (reply.status, described(document, "POST", "/scale/cores", reply)) == (status, []), reply
+        assert (reply.status, described(document, "POST", "/scale/cores", reply)) == (
+            status, []), reply
     reply = api.get("/operations?vm_id=107")
-    assert (reply.body["data"][0]["outcome"], described(document, "GET", "/operations", reply)) == ("nothing_done", [])
-    reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4}, headers={"Prefer": "respond-async"})
+    assert (reply.body["data"][0]["outcome"], described(document, "GET", "/operations", reply)) == (
+        "nothing_done", [])
+    reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4},
+                     headers={"Prefer": "respond-async"})
     assert (reply.status, described(document, "POST", "/scale/cores", reply)) == (202, [])
 
 
 def test_a_limited_answer_is_as_the_description_says(launch):
-    api, via = launch(rate_limiting={"max_requests_per_minute": 2}), {"X-Forwarded-For": "198.51.100.7"}
+    api, via = (launch(rate_limiting={"max_requests_per_minute": 2}),
+                {"X-Forwarded-For": "198.51.100.7"})
     document = module.openapi()
-    replies = [api.post("/scale/cores", {"vm_id": 104, "cores": 4}, headers=via), api.get("/routes", headers=via, key="wrong"),
-               api.get("/routes", headers=via)]
+    replies = [
+        api.post("/scale/cores", {"vm_id": 104, "cores": 4}, headers=via),
+        api.get("/routes", headers=via, key="wrong"), api.get("/routes", headers=via)]
     assert [reply.status for reply in replies] == [200, 401, 429]
     assert [described(document, method, path, reply) for reply, method, path in zip(
         replies, ("POST", "GET", "GET"), ("/scale/cores", "/routes", "/routes"))] == [[], [], []]
     limited = document["components"]["responses"]["Error429"]
-    assert set(limited["headers"]) == {"Retry-After", "X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset"}
-    assert limited["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/RateLimited"}
+    assert set(limited["headers"]) == {
+        "Retry-After", "X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset"}
+    assert limited["content"]["application/json"]["schema"] == {
+        "$ref": "#/components/schemas/RateLimited"}
     assert set(replies[2].body) == set(document["components"]["schemas"]["RateLimited"]["required"])
 
 
 def test_errors_of_changes_are_described_with_their_outcome(steady):
     document = steady.get("/openapi.json").body
-    schemas, routes = document["components"]["schemas"], {path: row for path, row in document["paths"].items()}
-    assert schemas["ChangeError"]["properties"]["outcome"]["enum"] == ["nothing_done", "incomplete", "running", "unknown"]
+    schemas, routes = document["components"]["schemas"], {
+        path: row for path, row in document["paths"].items()}
+    assert schemas["ChangeError"]["properties"]["outcome"]["enum"] == [
+        "nothing_done", "incomplete", "running", "unknown"]
     assert "outcome" not in schemas["Error"]["properties"]
     for path, route in module.PATHS.items():
         row = routes[path][route.method.lower()]["responses"]["500"]
-        assert row == {"$ref": f"#/components/responses/{'Error' if route.method == 'GET' else 'ChangeError'}500"}
-    assert document["components"]["responses"]["ChangeError401"] == document["components"]["responses"]["Error401"]
+        assert row == {"$ref": "#/components/responses/"
+                               f"{'Error' if route.method == 'GET' else 'ChangeError'}500"}
+    assert (document["components"]["responses"]["ChangeError401"]
+            == document["components"]["responses"]["Error401"])
 
 
 def test_the_description_is_valid_openapi(steady):
@@ -7906,7 +8023,8 @@ def test_the_watchdog_is_fed_only_while_the_daemon_answers(launch, manager, tls)
     assert api.stop() == 0
     while manager.recv(1000) != b"STOPPING=1":
         pass
-    stuck = launch(tls=tls, env=env, constants={"REQUEST_SECONDS": 0.1, "Api.answer": Code("lambda *_: daemon.time.sleep(60)")})
+    stuck = launch(tls=tls, env=env, constants={
+        "REQUEST_SECONDS": 0.1, "Api.answer": Code("lambda *_: daemon.time.sleep(60)")})
     assert manager.recv(1000) == b"READY=1"
     manager.settimeout(0.6)             # six times as long as it takes else
     with pytest.raises(socket.timeout):
@@ -7917,7 +8035,8 @@ def test_the_watchdog_is_fed_only_while_the_daemon_answers(launch, manager, tls)
 
 @OVER_BOTH
 def test_an_error_or_a_refusal_does_not_feed_the_watchdog(launch, manager, tls):
-    api = launch(tls=tls, env={"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "300000"}, constants={"Api.dispatch": Code("lambda *_: 1 / 0")})
+    api = launch(tls=tls, env={"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "300000"},
+                 constants={"Api.dispatch": Code("lambda *_: 1 / 0")})
     assert manager.recv(1000) == b"READY=1"
     wait_until(lambda: api.log("error").count("internal error in OPTIONS /health/check") >= 3)
     manager.setblocking(False)
@@ -7928,10 +8047,12 @@ def test_an_error_or_a_refusal_does_not_feed_the_watchdog(launch, manager, tls):
 @OVER_BOTH
 def test_the_watchdog_is_fed_while_all_places_are_taken(launch, host, manager, tls):
     host.faults(list={"pause": True})
-    api = launch(tls=tls, env={"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "300000"}, server={"max_connections": 2})
+    api = launch(tls=tls, env={"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "300000"},
+                 server={"max_connections": 2})
 
     def place(source):
-        """A connection that has a place, or None while those that have been closed still take it."""
+        """A connection that has a place,
+        or None while those that have been closed still take it."""
         with contextlib.suppress(OSError):
             sock = api.connect(source=source)
             sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
@@ -7939,7 +8060,8 @@ def test_the_watchdog_is_fed_while_all_places_are_taken(launch, host, manager, t
     held = [wait_until(lambda: place(source)) for source in ("127.0.0.2", "127.0.0.3")]
     for sock in held:
         sock.sendall(HEALTH)
-    with contextlib.suppress(ConnectionError, ssl.SSLError):       # with TLS it is closed without a word
+    # with TLS it is closed without a word
+    with contextlib.suppress(ConnectionError, ssl.SSLError):
         wait_until(lambda: statuses(api.raw(b""))[0] == [503])      # nobody holds more than others
     assert [manager.recv(1000) for _ in range(4)] == [b"READY=1"] + [b"WATCHDOG=1"] * 3
     host.go()
@@ -7964,14 +8086,19 @@ def test_a_reload_takes_over_keys_limits_rails_and_logs_and_closes_nothing(launc
         sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
         assert read_answer(sock).status == 200
         (host.root / "api.yaml").write_text(config_text(
-            host, api.port, new_key, rate_limiting={"max_requests_per_minute": 1}, containers={"protected": [104]},
-            logging={"log_file": f"{host.root}/second.log", "log_level": "WARNING"}, server={"max_connections": 17}))
+            host, api.port, new_key,
+            rate_limiting={"max_requests_per_minute": 1}, containers={"protected": [104]},
+            logging={"log_file": f"{host.root}/second.log", "log_level": "WARNING"},
+            server={"max_connections": 17}))
         api.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: (host.root / "second.log").exists() and "may need a restart" in api.log("second"))
+        wait_until(lambda: (host.root / "second.log").exists()
+                           and "may need a restart" in api.log("second"))
         sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
         assert read_answer(sock).status == 401
-        sock.sendall(framed("GET /routes HTTP/1.1", "Host: x", f"X-API-Key: {new_key}", "X-Forwarded-For: 198.51.100.7"))
-        assert (lambda reply: (reply.status, reply.headers["X-RateLimit-Limit"]))(read_answer(sock)) == (200, "1")
+        sock.sendall(framed("GET /routes HTTP/1.1", "Host: x",
+                            f"X-API-Key: {new_key}", "X-Forwarded-For: 198.51.100.7"))
+        assert (lambda reply: (reply.status, reply.headers["X-RateLimit-Limit"]))(
+            read_answer(sock)) == (200, "1")
     assert api.post("/scale/cores", {"vm_id": 104, "cores": 4}, key=new_key).status == 403
     assert " ran pct" not in api.log("second")
 
@@ -8001,25 +8128,31 @@ def test_a_key_may_come_as_a_credential(host, launch, tmp_path):
     (folder / "api_key").write_text("credential-key-0123456789\n")
     env = {"CREDENTIALS_DIRECTORY": str(folder)}
     api = launch(env=env, authentication={"api_key": None})
-    assert [api.get("/routes", key=key).status for key in ("credential-key-0123456789", KEY)] == [200, 401]
+    assert [api.get("/routes", key=key).status
+            for key in ("credential-key-0123456789", KEY)] == [200, 401]
     api = launch(env=env)
-    assert [api.get("/routes", key=key).status for key in ("credential-key-0123456789", KEY)] == [401, 200]
+    assert [api.get("/routes", key=key).status
+            for key in ("credential-key-0123456789", KEY)] == [401, 200]
     (folder / "api_key").write_text("short\n")
-    done = start_daemon(host, config_text(host, free_port(), None), env=env, stderr=subprocess.PIPE, text=True)
+    done = start_daemon(host, config_text(host, free_port(), None), env=env,
+                        stderr=subprocess.PIPE, text=True)
     said = done.communicate(timeout=10)[1]
-    assert done.returncode == 78 and "the credential api_key must be at least 16 visible ASCII characters" in said and "short" not in said
+    assert (done.returncode == 78
+            and "the credential api_key must be at least 16 visible ASCII characters" in said
+            and "short" not in said)
 
 
 # What is installed
 
 def install(folder, *arguments, **env):
     """Run install.sh below a folder of its own."""
-    return subprocess.run([str(HERE / "install.sh"), *arguments], capture_output=True, text=True, env={**os.environ, "DESTDIR": str(folder), **env})
+    return subprocess.run([str(HERE / "install.sh"), *arguments], capture_output=True, text=True,
+                          env={**os.environ, "DESTDIR": str(folder), **env})
 
 
 MODULE_PATH, CONFIG_PATH, UNIT_PATH, LOGROTATE_PATH = (
-    "usr/local/bin/lxc_autoscale_api.py", "etc/lxc_autoscale_ml/lxc_autoscale_api.yaml", "etc/systemd/system/lxc_autoscale_api.service",
-    "etc/logrotate.d/lxc_autoscale_api")
+    "usr/local/bin/lxc_autoscale_api.py", "etc/lxc_autoscale_ml/lxc_autoscale_api.yaml",
+    "etc/systemd/system/lxc_autoscale_api.service", "etc/logrotate.d/lxc_autoscale_api")
 
 
 def test_an_installation_is_repeatable_and_keeps_the_key(tmp_path):
@@ -8031,26 +8164,33 @@ def test_an_installation_is_repeatable_and_keeps_the_key(tmp_path):
     again = install(tmp_path)
     assert again.returncode == 0 and f"kept {config}" in again.stdout
     assert module.read_config(config).keys == [key]
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(
-        [MODULE_PATH, CONFIG_PATH, UNIT_PATH, LOGROTATE_PATH, *bytecode(tmp_path)]) and len(bytecode(tmp_path)) == 1
+    assert (sorted(str(path.relative_to(tmp_path))
+                   for path in tmp_path.rglob("*") if path.is_file())
+            == sorted([MODULE_PATH, CONFIG_PATH, UNIT_PATH, LOGROTATE_PATH, *bytecode(tmp_path)])
+            and len(bytecode(tmp_path)) == 1)
     assert (tmp_path / MODULE_PATH).read_bytes() == MODULE.read_bytes()
     config.write_text(config.read_text().replace("port: 5000", "port: 5001"))
     changed = config.read_text()
     assert install(tmp_path).returncode == 0
     assert config.read_text() == changed
-    assert (tmp_path / (CONFIG_PATH + ".new")).read_bytes() == (HERE / "lxc_autoscale_api.yaml").read_bytes()
+    assert ((tmp_path / (CONFIG_PATH + ".new")).read_bytes()
+            == (HERE / "lxc_autoscale_api.yaml").read_bytes())
     assert key not in first.stdout + first.stderr
 
 
 def bytecode(folder):
-    return [str(path.relative_to(folder)) for path in folder.glob("usr/local/bin/__pycache__/lxc_autoscale_api.cpython-*.pyc")]
+    return [str(path.relative_to(folder))
+            for path in folder.glob("usr/local/bin/__pycache__/lxc_autoscale_api.cpython-*.pyc")]
 
 
 def started_as_the_unit_says(folder, *options):
-    """What the installed unit's command says, given options to end at once, with the files below a folder."""
+    """What the installed unit's command says, given options to end at once,
+    with the files below a folder."""
     line = re.search(r"^ExecStart=(.*)", (folder / UNIT_PATH).read_text(), re.MULTILINE)[1]
-    command = [word.replace("/usr/local/bin", f"{folder}/usr/local/bin") for word in shlex.split(line)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd="/", env={"PATH": os.environ["PATH"]})
+    command = [word.replace("/usr/local/bin", f"{folder}/usr/local/bin")
+               for word in shlex.split(line)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True,
+                          cwd="/", env={"PATH": os.environ["PATH"]})
     return done.returncode, done.stdout, done.stderr
 
 
@@ -8058,7 +8198,8 @@ def test_the_unit_starts_from_bytecode_and_without_it_from_the_source(tmp_path):
     assert install(tmp_path).returncode == 0
     version = (0, f"lxc_autoscale_api {module.VERSION}\n", "")
     assert started_as_the_unit_says(tmp_path, "--version") == version
-    assert started_as_the_unit_says(tmp_path, "--what")[2].startswith("usage: lxc_autoscale_api.py [-h]")
+    assert started_as_the_unit_says(tmp_path, "--what")[2].startswith(
+        "usage: lxc_autoscale_api.py [-h]")
     path, (pyc,) = tmp_path / MODULE_PATH, bytecode(tmp_path)
     source, times = path.read_bytes(), path.stat()
     path.write_bytes(b"?" * len(source))                    # so that only bytecode can run
@@ -8074,7 +8215,8 @@ def test_the_unit_starts_from_bytecode_and_without_it_from_the_source(tmp_path):
 
 def test_bytecode_goes_with_its_module_and_other_bytecode_stays(tmp_path):
     assert install(tmp_path).returncode == 0
-    (tmp_path / bytecode(tmp_path)[0]).with_name("lxc_autoscale_api.cpython-399.pyc").write_bytes(b"of another Python")
+    (tmp_path / bytecode(tmp_path)[0]).with_name(
+        "lxc_autoscale_api.cpython-399.pyc").write_bytes(b"of another Python")
     other = (tmp_path / bytecode(tmp_path)[0]).with_name("lxc_autoscale.cpython-311.pyc")
     other.write_bytes(b"")
     assert install(tmp_path, "--uninstall").returncode == 0
@@ -8083,34 +8225,40 @@ def test_bytecode_goes_with_its_module_and_other_bytecode_stays(tmp_path):
     assert install(tmp_path, "--uninstall").returncode == 0 and not other.parent.exists()
 
 
-SYSTEMCTL = r"""#!/bin/sh
+SYSTEMCTL = (r"""#!/bin/sh
 # Stands in for systemctl: notes how it was called, and starts and stops the installed daemon.
 echo "$*" >>{root}/systemctl.log
 stop() {{ [ ! -e {root}/pid ] || kill "$(cat {root}/pid)" 2>/dev/null; rm -f {root}/pid; }}
 case $1 in
 restart)
     stop
-    CREDENTIALS_DIRECTORY=$DESTDIR/run/credentials/lxc_autoscale_api.service PATH={bin}:$PATH {python} $DESTDIR/usr/local/bin/lxc_autoscale_api.py --config $DESTDIR/etc/lxc_autoscale_ml/lxc_autoscale_api.yaml >/dev/null 2>>{root}/journal &
+    CREDENTIALS_DIRECTORY=$DESTDIR/run/credentials/lxc_autoscale_api.service PATH={bin}:$PATH """
+    r"""{python} $DESTDIR/usr/local/bin/lxc_autoscale_api.py """
+    r"""--config $DESTDIR/etc/lxc_autoscale_ml/lxc_autoscale_api.yaml >/dev/null 2>>{root}/journal &
     echo $! >{root}/pid ;;
 disable) stop ;;
 esac
-"""
+""")
 
 
 @pytest.fixture
 def installed(tmp_path, host):
-    """-> (folder, install): the daemon installed below a folder and run by a stand-in for systemctl."""
+    """-> (folder, install): the daemon installed below a folder
+    and run by a stand-in for systemctl."""
     folder, port = tmp_path / "root", free_port()
     systemctl = tmp_path / "systemctl"
-    systemctl.write_text(SYSTEMCTL.format(root=tmp_path, bin=host.root / "bin", python=sys.executable))
+    systemctl.write_text(
+        SYSTEMCTL.format(root=tmp_path, bin=host.root / "bin", python=sys.executable))
     systemctl.chmod(0o755)
     config = folder / CONFIG_PATH
     config.parent.mkdir(parents=True)
     config.write_text(config_text(host, port, KEY))
 
     def run(source=HERE, *arguments, tries=25, pve_dir="/etc/pve"):
-        return subprocess.run([str(source / "install.sh"), *arguments], capture_output=True, text=True,
-                              env={**os.environ, "DESTDIR": str(folder), "SYSTEMCTL": str(systemctl), "HEALTH_TRIES": str(tries), "PVE_DIR": str(pve_dir)})
+        return subprocess.run(
+            [str(source / "install.sh"), *arguments], capture_output=True, text=True,
+            env={**os.environ, "DESTDIR": str(folder), "SYSTEMCTL": str(systemctl),
+                 "HEALTH_TRIES": str(tries), "PVE_DIR": str(pve_dir)})
     yield folder, run, port
     subprocess.run([str(systemctl), "disable"], env={**os.environ, "DESTDIR": str(folder)})
     wait_until(lambda: not answers(port))
@@ -8120,7 +8268,8 @@ def newer_version(tmp_path, *changes):
     """A copy of the project in which the module differs."""
     source = tmp_path / "newer"
     source.mkdir()
-    for name in ("install.sh", "lxc_autoscale_api.py", "lxc_autoscale_api.yaml", "lxc_autoscale_api.service"):
+    for name in ("install.sh", "lxc_autoscale_api.py",
+                 "lxc_autoscale_api.yaml", "lxc_autoscale_api.service"):
         shutil.copy(HERE / name, source / name)
     text = MODULE.read_text().replace(f'VERSION = "{module.VERSION}"', 'VERSION = "99.0.0"')
     for old, new in changes:
@@ -8146,13 +8295,15 @@ def test_an_upgrade_of_a_running_daemon_keeps_its_settings(installed, tmp_path):
     done = install(newer_version(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert version_that_runs(port) == "99.0.0" and (folder / CONFIG_PATH).read_text() == config
-    assert (tmp_path / "systemctl.log").read_text().splitlines() == ["daemon-reload", "enable --quiet lxc_autoscale_api.service",
-                                                                     "restart lxc_autoscale_api.service"] * 2
+    assert (tmp_path / "systemctl.log").read_text().splitlines() == [
+        "daemon-reload", "enable --quiet lxc_autoscale_api.service",
+        "restart lxc_autoscale_api.service"] * 2
     assert not list(folder.rglob("*.old"))
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_with_tls_the_health_is_asked_for_and_the_printed_line_works(installed, host, own, tmp_path):
+def test_with_tls_the_health_is_asked_for_and_the_printed_line_works(
+        installed, host, own, tmp_path):
     """Of the node's own certificate it names the CA, which is itself here."""
     folder, install, port = installed
     pve = tmp_path / "pve"
@@ -8160,14 +8311,17 @@ def test_with_tls_the_health_is_asked_for_and_the_printed_line_works(installed, 
     (pve / "pve-root-ca.pem").write_text(CERTIFICATE)
     files = tls_files(pve)
     if own:
-        files = {name: str(Path(path).rename(pve / "local" / path.replace("/tls.", "/pve-ssl.").rpartition("/")[2])) for name, path in files.items()}
+        files = {name: str(Path(path).rename(
+            pve / "local" / path.replace("/tls.", "/pve-ssl.").rpartition("/")[2]))
+                 for name, path in files.items()}
     (folder / CONFIG_PATH).write_text(config_text(host, port, KEY, server=files))
     done = install(pve_dir=pve)
     trust = f"--cacert {pve}/pve-root-ca.pem" if own else "-k"
     line = f'curl -s -H "X-API-Key: $KEY" {trust} https://127.0.0.1:{port}/routes'
     assert done.returncode == 0 and f"  {line}\n" in done.stdout, done.stdout + done.stderr
     if shutil.which("curl"):
-        asked = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env={**os.environ, "KEY": KEY})
+        asked = subprocess.run(["sh", "-c", line], capture_output=True, text=True,
+                               env={**os.environ, "KEY": KEY})
         assert json.loads(asked.stdout)["status"] == "success"
 
 
@@ -8175,7 +8329,8 @@ def test_a_new_configuration_has_the_node_s_own_certificate_if_asked_for(tmp_pat
     (tmp_path / "pve/local").mkdir(parents=True)
     first = install(tmp_path, "--tls")
     tree, _ = module.load_yaml((tmp_path / CONFIG_PATH).read_text())
-    files = {"tls_certificate": "/etc/pve/local/pve-ssl.pem", "tls_key": "/etc/pve/local/pve-ssl.key"}
+    files = {"tls_certificate": "/etc/pve/local/pve-ssl.pem",
+             "tls_key": "/etc/pve/local/pve-ssl.key"}
     sample, _ = module.load_yaml((HERE / "lxc_autoscale_api.yaml").read_text())
     assert first.returncode == 0 and tree["server"] == {**sample["server"], **files}
     assert len(tree["authentication"]["api_key"]) == 64 and "for TLS" not in first.stdout
@@ -8184,7 +8339,8 @@ def test_a_new_configuration_has_the_node_s_own_certificate_if_asked_for(tmp_pat
     config = tmp_path / CONFIG_PATH
     config.write_text(config.read_text().replace(': "/etc/pve/local', f': "{tmp_path}/pve/local'))
     again = install(tmp_path, "--tls")
-    assert again.returncode == 0 and "for TLS" not in again.stdout and not (tmp_path / (CONFIG_PATH + ".new")).exists()
+    assert (again.returncode == 0 and "for TLS" not in again.stdout
+            and not (tmp_path / (CONFIG_PATH + ".new")).exists())
 
 
 def test_to_a_configuration_that_is_kept_tls_is_not_added_but_said(tmp_path):
@@ -8201,28 +8357,39 @@ def test_to_a_configuration_that_is_kept_tls_is_not_added_but_said(tmp_path):
 def test_an_upgrade_that_does_not_become_healthy_is_taken_back(installed, tmp_path):
     folder, install, port = installed
     assert install().returncode == 0
-    done = install(newer_version(tmp_path, ("def serve(server, signals, config_path):\n", "def serve(server, signals, config_path):\n    sys.exit(1)\n")), tries=1)
-    assert done.returncode == 1 and "the new version did not become healthy, and the old one was put back" in done.stderr
+    done = install(newer_version(tmp_path, (
+        "def serve(server, signals, config_path):\n",
+        "def serve(server, signals, config_path):\n    sys.exit(1)\n")), tries=1)
+    assert (done.returncode == 1 and "the new version did not become healthy, "
+            "and the old one was put back" in done.stderr)
     wait_until(lambda: answers(port))
     assert version_that_runs(port) == module.VERSION
-    assert (folder / MODULE_PATH).read_bytes() == MODULE.read_bytes() and not list(folder.rglob("*.old"))
+    assert ((folder / MODULE_PATH).read_bytes() == MODULE.read_bytes()
+            and not list(folder.rglob("*.old")))
 
 
 def test_an_upgrade_whose_configuration_does_not_fit_changes_nothing(installed, tmp_path):
     folder, install, port = installed
     assert install().returncode == 0
-    done = install(newer_version(tmp_path, ('        "port": (5000, whole(1, 65535)),\n', '        "ports": (5000, whole(1, 65535)),\n')))
-    assert done.returncode == 1 and "nothing was changed; mend the configuration" in done.stderr and f"{folder / CONFIG_PATH}:3:" in done.stderr
-    assert version_that_runs(port) == module.VERSION and (folder / MODULE_PATH).read_bytes() == MODULE.read_bytes()
+    done = install(newer_version(tmp_path, (
+        '        "port": (5000, whole(1, 65535)),\n',
+        '        "ports": (5000, whole(1, 65535)),\n')))
+    assert (done.returncode == 1 and "nothing was changed; mend the configuration" in done.stderr
+            and f"{folder / CONFIG_PATH}:3:" in done.stderr)
+    assert (version_that_runs(port) == module.VERSION
+            and (folder / MODULE_PATH).read_bytes() == MODULE.read_bytes())
     assert (tmp_path / "systemctl.log").read_text().count("restart") == 1
     assert install(HERE, "--uninstall").returncode == 0
     wait_until(lambda: not answers(port))
 
 
-# Where a credential stands, and whether its file can be read here: what only systemd opens is taken for granted.
+# Where a credential stands, and whether its file can be read here: what only systemd opens is
+# taken for granted.
 CREDENTIALS = [
-    ("unit", "LoadCredential=api_key:/etc/key", True), ("drop-in", "LoadCredential = api_key:/etc/key ", True),
-    ("unit", "LoadCredentialEncrypted=api_key:/etc/key", False), ("drop-in", "SetCredential=api_key:x", False),
+    ("unit", "LoadCredential=api_key:/etc/key", True),
+    ("drop-in", "LoadCredential = api_key:/etc/key ", True),
+    ("unit", "LoadCredentialEncrypted=api_key:/etc/key", False),
+    ("drop-in", "SetCredential=api_key:x", False),
     ("drop-in", "LoadCredential=api_key", False), ("drop-in", "ImportCredential=api*", False)]
 
 
@@ -8231,8 +8398,11 @@ def test_an_upgrade_keeps_a_key_that_is_a_credential(installed, host, place, lin
     folder, install, port = installed
     unit, drop_in, secret = folder / UNIT_PATH, folder / (UNIT_PATH + ".d"), folder / "etc/key"
     (folder / CONFIG_PATH).write_text(config_text(host, port, None))
-    for path, text in ((unit, (HERE / unit.name).read_text()), (folder / MODULE_PATH, "old"), (secret, "credential-key-0123456789\n"),
-                       (folder / "run/credentials/lxc_autoscale_api.service/api_key", "credential-key-0123456789\n")):
+    for path, text in (
+            (unit, (HERE / unit.name).read_text()), (folder / MODULE_PATH, "old"),
+            (secret, "credential-key-0123456789\n"),
+            (folder / "run/credentials/lxc_autoscale_api.service/api_key",
+             "credential-key-0123456789\n")):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     if place == "unit":
@@ -8244,21 +8414,26 @@ def test_an_upgrade_keeps_a_key_that_is_a_credential(installed, host, place, lin
     secret.write_text("short\n")
     done = install(tries=1) if readable else None
     assert not done or (done.returncode, done.stderr.splitlines()[-1]) == (
-        1, "install.sh: nothing was changed; mend the configuration and run install.sh again."), done.stderr
-    assert before == (unit.read_text(), [(path.name, path.read_text()) for path in drop_in.glob("*")])
+        1, "install.sh: nothing was changed; "
+           "mend the configuration and run install.sh again."), done.stderr
+    assert before == (
+        unit.read_text(), [(path.name, path.read_text()) for path in drop_in.glob("*")])
     secret.write_text("credential-key-0123456789\n")
     done = install()
     assert done.returncode == 0, done.stdout + done.stderr
     assert printed_key(done) == "credential-key-0123456789"
     name = {"unit": "credential.conf", "drop-in": "own.conf"}[place]
-    assert [(path.name, path.read_text()) for path in drop_in.glob("*")] == [(name, f"[Service]\n{line}\n")]
+    assert [(path.name, path.read_text()) for path in drop_in.glob("*")] == [
+        (name, f"[Service]\n{line}\n")]
     assert unit.read_text() == (HERE / unit.name).read_text()
 
 
 def printed_key(done):
     """What the KEY= line of an installation gives a shell."""
     line = next(line for line in done.stdout.splitlines() if line.startswith("  KEY="))
-    return subprocess.run(["sh", "-ec", f'{line}; printf %s "$KEY"'], capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]}).stdout
+    return subprocess.run(
+        ["sh", "-ec", f'{line}; printf %s "$KEY"'], capture_output=True, text=True, check=True,
+        env={"PATH": os.environ["PATH"]}).stdout
 
 
 def test_the_printed_line_finds_the_key_however_it_is_written(installed):
@@ -8266,15 +8441,20 @@ def test_the_printed_line_finds_the_key_however_it_is_written(installed):
     done, config = install(), folder / CONFIG_PATH
     text, plain, made = config.read_text(), "plain-key-0123456789", bytecode(folder)
     for written, key in [
-            (f'api_key: "{KEY}"', KEY), (f"api_key: '{KEY}'", KEY), (f"api_key: {plain}", plain), (f"api_key:   {plain}   # a comment", plain),
-            ("api_key: \"k\\x65y-'$(id)'-0123456789\" # a \"comment\"", "key-'$(id)'-0123456789"), ("api_key: 'it''s-a-key-0123456789'", "it's-a-key-0123456789"),
-            (f'api_keys: ["{plain}", "{KEY}"]', plain), (f"api_keys:\n    - {plain}\n    - '{KEY}'", plain), ("enabled: false", "")]:
+            (f'api_key: "{KEY}"', KEY), (f"api_key: '{KEY}'", KEY), (f"api_key: {plain}", plain),
+            (f"api_key:   {plain}   # a comment", plain),
+            ("api_key: \"k\\x65y-'$(id)'-0123456789\" # a \"comment\"", "key-'$(id)'-0123456789"),
+            ("api_key: 'it''s-a-key-0123456789'", "it's-a-key-0123456789"),
+            (f'api_keys: ["{plain}", "{KEY}"]', plain),
+            (f"api_keys:\n    - {plain}\n    - '{KEY}'", plain), ("enabled: false", "")]:
         config.write_text(text.replace(f'api_key: "{KEY}"', written))
         assert printed_key(done) == key, written
     assert [str(path.relative_to(folder)) for path in folder.rglob("__pycache__/*")] == made
 
 
-OLD_MODULE, OLD_UNIT = "the really old version\n", "[Service]\nExecStart=/usr/bin/python3 /usr/local/bin/lxc_autoscale_api.py\nLoadCredential=api_key:/etc/key\n"
+OLD_MODULE, OLD_UNIT = "the really old version\n", (
+    "[Service]\nExecStart=/usr/bin/python3 /usr/local/bin/lxc_autoscale_api.py\n"
+    "LoadCredential=api_key:/etc/key\n")
 KILLER = r"""#!/bin/sh
 # Ends the shell that calls it: at its so-many-th call as mv, at a restart as systemctl.
 [ "${0##*/} $1" = "systemctl restart" ] && kill -9 $PPID
@@ -8293,16 +8473,21 @@ def test_wherever_an_upgrade_is_cut_off_the_next_one_can_put_the_old_version_bac
         (tools / name).chmod(0o755)
     for last in range(1, 20):
         folder, count = tmp_path / f"host{last}", tmp_path / f"count{last}"
-        files = {MODULE_PATH: OLD_MODULE, UNIT_PATH: OLD_UNIT, CONFIG_PATH: f"authentication:\n  api_key: {KEY}\n", "etc/key": KEY}
+        files = {MODULE_PATH: OLD_MODULE, UNIT_PATH: OLD_UNIT,
+                 CONFIG_PATH: f"authentication:\n  api_key: {KEY}\n", "etc/key": KEY}
         for name, text in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text)
-        cut = install(folder, PATH=f"{tools}:{os.environ['PATH']}", COUNT=str(count), LAST=str(last), SYSTEMCTL=str(tools / "systemctl"), TMPDIR=str(tmp_path))
+        cut = install(
+            folder, PATH=f"{tools}:{os.environ['PATH']}", COUNT=str(count), LAST=str(last),
+            SYSTEMCTL=str(tools / "systemctl"), TMPDIR=str(tmp_path))
         assert cut.returncode == -signal.SIGKILL, cut.stdout + cut.stderr
         again = install(folder, SYSTEMCTL="false")
         assert (again.returncode, again.stderr) == (
-            1, "install.sh: the new version did not become healthy, and the old one was put back; see: journalctl -u lxc_autoscale_api\n")
-        left = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+            1, "install.sh: the new version did not become healthy, and the old one was put back; "
+               "see: journalctl -u lxc_autoscale_api\n")
+        left = {str(path.relative_to(folder)): path.read_text()
+                for path in folder.rglob("*") if path.is_file()}
         left.pop(CONFIG_PATH + ".new", None)
         assert left == files, last
         assert not list(folder.rglob("*.old*"))
@@ -8315,22 +8500,30 @@ def test_over_a_unit_that_is_not_ours_a_failed_start_puts_that_one_back(tmp_path
     folder, systemctl = tmp_path / "root", tmp_path / "systemctl"
     systemctl.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/calls\n[ "$1" != restart ]\n')
     systemctl.chmod(0o755)
-    unit, text = folder / UNIT_PATH, "[Service]\nExecStart=/usr/bin/python3 /usr/local/bin/lxc_autoscale_api/lxc_autoscale_api.py\n"
+    unit, text = folder / UNIT_PATH, (
+        "[Service]\n"
+        "ExecStart=/usr/bin/python3 /usr/local/bin/lxc_autoscale_api/lxc_autoscale_api.py\n")
     unit.parent.mkdir(parents=True)
     unit.write_text(text)
     done = install(folder, SYSTEMCTL=str(systemctl))
     assert (done.returncode, done.stderr) == (
-        1, "install.sh: the new version did not become healthy, and the old one was put back; see: journalctl -u lxc_autoscale_api\n")
-    assert {path for path in folder.rglob("*") if path.is_file()} == {unit, folder / CONFIG_PATH} and unit.read_text() == text
+        1, "install.sh: the new version did not become healthy, and the old one was put back; "
+           "see: journalctl -u lxc_autoscale_api\n")
+    assert ({path for path in folder.rglob("*") if path.is_file()} == {unit, folder / CONFIG_PATH}
+            and unit.read_text() == text)
     assert (tmp_path / "calls").read_text().split("\n")[-4:] == [
-        "daemon-reload", "enable --quiet lxc_autoscale_api.service", "restart lxc_autoscale_api.service", ""]
+        "daemon-reload", "enable --quiet lxc_autoscale_api.service",
+        "restart lxc_autoscale_api.service", ""]
     assert install(folder, "--purge", SYSTEMCTL=str(systemctl)).returncode == 0
-    assert [path for path in folder.rglob("*") if path.is_file()] == [unit] and "disable" not in (tmp_path / "calls").read_text()
+    assert ([path for path in folder.rglob("*") if path.is_file()] == [unit]
+            and "disable" not in (tmp_path / "calls").read_text())
 
 
 def test_a_first_installation_that_does_not_become_healthy_stays_to_be_looked_at(tmp_path):
     done = install(tmp_path, SYSTEMCTL="false")
-    assert (done.returncode, done.stderr) == (1, "install.sh: the service does not become healthy; see: journalctl -u lxc_autoscale_api\n")
+    assert (done.returncode, done.stderr) == (
+        1, "install.sh: the service does not become healthy; "
+           "see: journalctl -u lxc_autoscale_api\n")
     assert (tmp_path / MODULE_PATH).exists() and not list(tmp_path.rglob("*.old*"))
 
 
@@ -8343,19 +8536,27 @@ def test_whatever_the_umask_nothing_that_is_made_is_writable_by_others(tmp_path,
     for path in (tmp_path, *tmp_path.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     for changed in (False, True):
-        done = subprocess.run(["sh", "-c", f'umask {umask}; exec "$0"', HERE / "install.sh"], capture_output=True, text=True, env={**os.environ, "DESTDIR": str(tmp_path)})
+        done = subprocess.run(
+            ["sh", "-c", f'umask {umask}; exec "$0"', HERE / "install.sh"],
+            capture_output=True, text=True, env={**os.environ, "DESTDIR": str(tmp_path)})
         assert done.returncode == 0, done.stderr
-        (tmp_path / CONFIG_PATH).write_text((tmp_path / CONFIG_PATH).read_text().replace("port: 5000", "port: 5001"))
-    modes = {str(path.relative_to(tmp_path)): oct(stat.S_IMODE(path.stat().st_mode))[2:] for path in tmp_path.rglob("*")}
-    assert {name: modes.pop(name) for name in (CONFIG_PATH, CONFIG_PATH + ".new", UNIT_PATH, UNIT_PATH + ".d/credential.conf", MODULE_PATH, LOGROTATE_PATH)} == {
-        CONFIG_PATH: "600", CONFIG_PATH + ".new": "600", UNIT_PATH: "644", UNIT_PATH + ".d/credential.conf": "600", MODULE_PATH: "755", LOGROTATE_PATH: "644"}
+        (tmp_path / CONFIG_PATH).write_text(
+            (tmp_path / CONFIG_PATH).read_text().replace("port: 5000", "port: 5001"))
+    modes = {str(path.relative_to(tmp_path)): oct(stat.S_IMODE(path.stat().st_mode))[2:]
+             for path in tmp_path.rglob("*")}
+    assert {name: modes.pop(name) for name in (
+            CONFIG_PATH, CONFIG_PATH + ".new", UNIT_PATH, UNIT_PATH + ".d/credential.conf",
+            MODULE_PATH, LOGROTATE_PATH)} == {
+        CONFIG_PATH: "600", CONFIG_PATH + ".new": "600", UNIT_PATH: "644",
+        UNIT_PATH + ".d/credential.conf": "600", MODULE_PATH: "755", LOGROTATE_PATH: "644"}
     modes.pop("etc/key")
     assert modes.pop(bytecode(tmp_path)[0]) == "644"
     assert set(modes.values()) == {"755"}, modes
 
 
 @pytest.mark.parametrize("change, says", [
-    (("import argparse\n", "import argparse_of_a_later_python\n"), "ModuleNotFoundError: No module named 'argparse_of_a_later_python'"),
+    (("import argparse\n", "import argparse_of_a_later_python\n"),
+     "ModuleNotFoundError: No module named 'argparse_of_a_later_python'"),
     (("import argparse\n", "import argparse\nmatch = case = 1 +\n"), "SyntaxError: invalid syntax"),
     (("import argparse\n", "import os\nos._exit(3)\n"), "exit status 3")])
 @pytest.mark.parametrize("first", [True, False])
@@ -8364,12 +8565,16 @@ def test_a_module_that_cannot_run_here_is_told_as_that(tmp_path, change, says, f
     if not first:
         (folder / CONFIG_PATH).parent.mkdir(parents=True)
         (folder / CONFIG_PATH).write_text("authentication:\n  api_key: wrong\n")
-    done = subprocess.run([source / "install.sh"], capture_output=True, text=True, env={**os.environ, "DESTDIR": str(folder)})
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, f"install.sh: nothing was changed; the new version cannot run here: {says}")
-    assert [path for path in folder.rglob("*") if path.is_file()] == ([] if first else [folder / CONFIG_PATH])
+    done = subprocess.run([source / "install.sh"], capture_output=True, text=True,
+                          env={**os.environ, "DESTDIR": str(folder)})
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        1, f"install.sh: nothing was changed; the new version cannot run here: {says}")
+    assert [path for path in folder.rglob("*") if path.is_file()] == (
+        [] if first else [folder / CONFIG_PATH])
 
 
-# The configuration of the Flask service that had this name, as its project ships it, without most comments.
+# The configuration of the Flask service that had this name, as its project ships it, without
+# most comments.
 FLASK_CONFIG = """\
 server:
   host: "0.0.0.0"
@@ -8410,7 +8615,8 @@ gunicorn:
 
 
 @pytest.mark.parametrize("document", [
-    FLASK_CONFIG, FLASK_CONFIG.replace("\n", "\r\n"), "---\nlxc:\n  node: pve\n", "'gunicorn' :\n  workers: 2\n",
+    FLASK_CONFIG, FLASK_CONFIG.replace("\n", "\r\n"), "---\nlxc:\n  node: pve\n",
+    "'gunicorn' :\n  workers: 2\n",
     "error_handling: {}\nrate_limiting:\n\tenabled: true\n"])
 def test_the_flask_service_s_configuration_is_recognised_and_nothing_changed(tmp_path, document):
     config = tmp_path / CONFIG_PATH
@@ -8419,7 +8625,8 @@ def test_the_flask_service_s_configuration_is_recognised_and_nothing_changed(tmp
     done = install(tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     verdict, *steps = done.stderr.splitlines()
-    assert verdict.startswith(f"install.sh: nothing was changed; {config} is that of lxc_autoscale_ml's Flask service")
+    assert verdict.startswith(
+        f"install.sh: nothing was changed; {config} is that of lxc_autoscale_ml's Flask service")
     assert steps == [
         f"  1. mv {config} {config}.flask",
         "  2. run install.sh again, which installs a configuration of its own with a new key",
@@ -8434,7 +8641,8 @@ def test_what_is_wrong_with_the_flask_service_s_configuration_is_told_in_one_run
     assert code == 78
     assert re.findall(r"unknown key '(.*?)'", said) == [
         "lxc", "logging.level", "logging.rotate", "logging.max_log_size_mb", "logging.backup_count",
-        "logging.log_format", "logging.access_log_file", "logging.error_log_file", "error_handling", "gunicorn"]
+        "logging.log_format", "logging.access_log_file", "logging.error_log_file",
+        "error_handling", "gunicorn"]
     assert said.count("\n") == 10
 
 
@@ -8469,20 +8677,25 @@ FLASK_LOGROTATE = """\
 @pytest.mark.parametrize("path, text, left", [
     ("logrotate.d/autoscale", FLASK_LOGROTATE, ["", "_access", "_error"]),
     ("logrotate.d/autoscale", '"/var/log/autoscaleapi.log" /var/log/x.log {\n}\n', [""]),
-    ("logrotate.d/zz", "/var/log/x.log\n/var/log/autoscaleapi_*.log\n{\n  daily\n}\n", ["_access", "_error"]),
+    ("logrotate.d/zz", "/var/log/x.log\n/var/log/autoscaleapi_*.log\n{\n  daily\n}\n",
+     ["_access", "_error"]),
     ("logrotate.conf", "weekly\n/var/log/autoscaleapi_error.log{\n}\n", ["_error"]),
-    ("logrotate.d/other", "# /var/log/autoscaleapi.log {\n/var/log/lxc_autoscale_api.log {\n  postrotate\n"
-                          "    rm /var/log/autoscaleapi.log\n  endscript\n}\n", []),
+    ("logrotate.d/other", "# /var/log/autoscaleapi.log {\n/var/log/lxc_autoscale_api.log {\n"
+                          "  postrotate\n    rm /var/log/autoscaleapi.log\n  endscript\n}\n", []),
 ])
 def test_no_log_is_named_by_two_logrotate_files(tmp_path, path, text, left):
     other, ours = tmp_path / "etc" / path, tmp_path / LOGROTATE_PATH
     assert install(tmp_path).returncode == 0
     other.write_text(text)
     done = install(tmp_path)
-    said = [f"left the rotation of /var/log/autoscaleapi{name}.log to {other}, which names it already" for name in left]
-    assert done.returncode == 0 and [line for line in done.stdout.splitlines() if line.startswith("left")] == said
+    said = [
+        f"left the rotation of /var/log/autoscaleapi{name}.log to {other}, which names it already"
+        for name in left]
+    assert (done.returncode == 0
+            and [line for line in done.stdout.splitlines() if line.startswith("left")] == said)
     named = re.findall(r"/var/log/\S+", ours.read_text()) if ours.exists() else []
-    assert named == [f"/var/log/autoscaleapi{name}.log" for name in ("", "_access", "_error") if name not in left]
+    assert named == [f"/var/log/autoscaleapi{name}.log"
+                     for name in ("", "_access", "_error") if name not in left]
     assert other.read_text() == text
 
 
@@ -8496,7 +8709,8 @@ def test_an_uninstallation_keeps_what_is_the_administrators_and_a_purge_does_not
     sockets.mkdir(parents=True)
     assert install(tmp_path, "--uninstall").returncode == 0
     assert not list(tmp_path.rglob("*.old")) and not sockets.exists()
-    assert [path for path in (MODULE_PATH, UNIT_PATH, LOGROTATE_PATH, CONFIG_PATH) if (tmp_path / path).exists()] == [CONFIG_PATH]
+    assert [path for path in (MODULE_PATH, UNIT_PATH, LOGROTATE_PATH, CONFIG_PATH)
+            if (tmp_path / path).exists()] == [CONFIG_PATH]
     assert log.exists()
     assert install(tmp_path, "--purge").returncode == 0
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
@@ -8504,20 +8718,28 @@ def test_an_uninstallation_keeps_what_is_the_administrators_and_a_purge_does_not
 
 def test_a_purge_removes_the_logs_and_nothing_that_only_looks_like_one(tmp_path):
     names = [f"autoscaleapi{which}.log{end}" for which in ("", "_access", "_error") for end in (
-        "", ".1", ".12", ".2.gz", ".3.xz", "-20241224", "-20241224.gz", "-2024122417", "-2024122417.zst")]
-    others = ["autoscaleapi.log.keep", "autoscaleapi.log.1.keep", "autoscaleapi.log.gz", "autoscaleapi.log-notes", "autoscaleapi.log-2024", "autoscaleapi.logs",
-              "autoscaleapi_other.log", "autoscaleapixlog", "my_autoscaleapi.log", "autoscaleapi.log.bak/1", "autoscaleapi.log.4/1", "autoscaleapi.log-20241225/1",
-              "old/autoscaleapi.log", "autoscaleapi.log.1 copy", "autoscaleapi.log.1\n2"]
+        "", ".1", ".12", ".2.gz", ".3.xz", "-20241224", "-20241224.gz",
+        "-2024122417", "-2024122417.zst")]
+    others = [
+        "autoscaleapi.log.keep", "autoscaleapi.log.1.keep", "autoscaleapi.log.gz",
+        "autoscaleapi.log-notes", "autoscaleapi.log-2024", "autoscaleapi.logs",
+        "autoscaleapi_other.log", "autoscaleapixlog", "my_autoscaleapi.log",
+        "autoscaleapi.log.bak/1", "autoscaleapi.log.4/1", "autoscaleapi.log-20241225/1",
+        "old/autoscaleapi.log", "autoscaleapi.log.1 copy", "autoscaleapi.log.1\n2"]
     for name in names + others:
         (tmp_path / "var/log" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "var/log" / name).write_text("x")
     (tmp_path / "var/log/autoscaleapi.log.9").symlink_to("autoscaleapi.log.keep")
     assert install(tmp_path, "--purge").returncode == 0
-    assert sorted(str(path.relative_to(tmp_path / "var/log")) for path in tmp_path.rglob("*") if not path.is_dir() or path.is_symlink()) == sorted(others)
+    assert sorted(str(path.relative_to(tmp_path / "var/log"))
+                  for path in tmp_path.rglob("*")
+                  if not path.is_dir() or path.is_symlink()) == sorted(others)
 
 
 @pytest.mark.parametrize("option, says", [
-    ("--uninstall", "removed lxc_autoscale_api\nkept {}/etc/lxc_autoscale_ml/lxc_autoscale_api.yaml and the logs (--purge removes these too)\n"),
+    ("--uninstall", "removed lxc_autoscale_api\n"
+                    "kept {}/etc/lxc_autoscale_ml/lxc_autoscale_api.yaml "
+                    "and the logs (--purge removes these too)\n"),
     ("--purge", "removed lxc_autoscale_api\nremoved its configuration and logs\n")])
 @pytest.mark.parametrize("systemctl", ["", "false", "/nowhere/systemctl"])
 def test_an_uninstallation_over_nothing_works(tmp_path, option, says, systemctl):
@@ -8534,26 +8756,34 @@ def test_an_installation_without_what_it_needs_changes_nothing(tmp_path):
     source = newer_version(tmp_path)
     unit = source / "lxc_autoscale_api.service"
     unit.write_text(unit.read_text().replace("/usr/bin/python3 ", "/nowhere/python3 "))
-    done = subprocess.run([source / "install.sh"], capture_output=True, text=True, env={"PATH": str(tools)})
-    assert (done.returncode, done.stderr) == (1, "install.sh: nothing was changed; missing: Python-3.9-or-later-as-/nowhere/python3"
-                                                 f"{'' if os.getuid() == 0 else ' root-rights'} pct-(this-must-be-a-Proxmox-VE-host) systemctl\n")
-    assert install(tmp_path, "--what").stderr == "install.sh: unknown option '--what'; known: --tls, --uninstall, --purge\n"
+    done = subprocess.run([source / "install.sh"], capture_output=True, text=True,
+                          env={"PATH": str(tools)})
+    assert (done.returncode, done.stderr) == (
+        1, "install.sh: nothing was changed; missing: Python-3.9-or-later-as-/nowhere/python3"
+           f"{'' if os.getuid() == 0 else ' root-rights'} pct-(this-must-be-a-Proxmox-VE-host) "
+           "systemctl\n")
+    assert (install(tmp_path, "--what").stderr
+            == "install.sh: unknown option '--what'; known: --tls, --uninstall, --purge\n")
     assert not (tmp_path / "usr").exists()
 
 
 def test_the_shipped_logrotate_file_names_the_shipped_logs(tmp_path):
     install(tmp_path)
-    defaults = [default for key, (default, _) in module.SETTINGS["logging"].items() if key != "log_level"]
+    defaults = [default for key, (default, _) in module.SETTINGS["logging"].items()
+                if key != "log_level"]
     assert (tmp_path / LOGROTATE_PATH).read_text().splitlines()[0].split() == [*defaults, "{"]
 
 
-EXEC_START = ("/usr/bin/python3 -c \"import sys; del sys.argv[0]; sys.path[0] = '/usr/local/bin'; from lxc_autoscale_api import main; "
-              "sys.exit(main())\" /usr/local/bin/lxc_autoscale_api.py")
-# Every directive of the unit, with what makes sure that it cannot stand in a command's way. What is not here must
-# not be there: most of what systemd offers reaches pct, and through it storage tools and hook scripts.
+EXEC_START = ("/usr/bin/python3 -c \"import sys; del sys.argv[0]; sys.path[0] = '/usr/local/bin'; "
+              "from lxc_autoscale_api import main; sys.exit(main())\" "
+              "/usr/local/bin/lxc_autoscale_api.py")
+# Every directive of the unit, with what makes sure that it cannot stand in a command's way. What
+# is not here must not be there: most of what systemd offers reaches pct, and through it storage
+# tools and hook scripts.
 DIRECTIVES = {
     "Description": "a name",
-    "After": "pve-cluster.service network-online.target: when the daemon starts; not pve-guests.service, whose containers may take long",
+    "After": "pve-cluster.service network-online.target: when the daemon starts; "
+             "not pve-guests.service, whose containers may take long",
     "Wants": "network-online.target: the same",
     "StartLimitIntervalSec": "0: when the daemon starts again",
     "Type": "notify: how the daemon tells that it is there",
@@ -8563,7 +8793,8 @@ DIRECTIVES = {
     "RestartSec": "5: the same; five starts in ten seconds, systemd's own limit, are never reached",
     "RestartPreventExitStatus": "78: the same",
     "WatchdogSec": "60: ends the daemon alone, by KillMode",
-    "Environment": "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin: where commands are; root's own PATH",
+    "Environment": "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin: "
+                   "where commands are; root's own PATH",
     "KillMode": "process: lets commands go on when the daemon stops",
     "TimeoutStopSec": "45: ends the daemon alone, by KillMode",
     "LimitCORE": "0:infinity: the soft limit is the kernel's default, which root's shell has, too",
@@ -8585,24 +8816,31 @@ def test_the_unit_holds_nothing_that_could_stand_in_a_command_s_way():
 def test_the_unit_is_accepted_by_systemd(tmp_path):
     if not shutil.which("systemd-analyze"):
         pytest.skip("systemd-analyze is not installed")
-    (tmp_path / "lxc_autoscale_api.service").write_text((HERE / "lxc_autoscale_api.service").read_text().replace(
-        "ExecStart=/usr/bin/python3 ", "ExecStart=/bin/true "))
-    done = subprocess.run(["systemd-analyze", "verify", str(tmp_path / "lxc_autoscale_api.service")], capture_output=True, text=True)
+    (tmp_path / "lxc_autoscale_api.service").write_text(
+        (HERE / "lxc_autoscale_api.service").read_text().replace(
+            "ExecStart=/usr/bin/python3 ", "ExecStart=/bin/true "))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(tmp_path / "lxc_autoscale_api.service")],
+        capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_install_sh_is_accepted_by_shells_and_shellcheck():
     for command in (["sh", "-n"], ["bash", "-n"], ["shellcheck"]):
         if shutil.which(command[0]):
-            done = subprocess.run([*command, str(HERE / "install.sh")], capture_output=True, text=True)
+            done = subprocess.run([*command, str(HERE / "install.sh")],
+                                  capture_output=True, text=True)
             assert (done.returncode, done.stdout) == (0, "")
 
 
 # The README
 
 README = (HERE / "README.md").read_text()
-VARIES = [(r'"[0-9a-f]{16}"', '"ID"'), (r"with key [0-9a-f]{8}", "with key FINGERPRINT"), (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME"), (r"answered in [\d.]+ s", "answered in SECONDS"), (r'"cpu_usage": [\d.]+', '"cpu_usage": PERCENT'),
-          (r'"uptime": \d{1,4}(?=[,}])', '"uptime": SECONDS'), (r'"max": \d+', '"max": HOST')]
+VARIES = [
+    (r'"[0-9a-f]{16}"', '"ID"'), (r"with key [0-9a-f]{8}", "with key FINGERPRINT"),
+    (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME"), (r"answered in [\d.]+ s", "answered in SECONDS"),
+    (r'"cpu_usage": [\d.]+', '"cpu_usage": PERCENT'),
+    (r'"uptime": \d{1,4}(?=[,}])', '"uptime": SECONDS'), (r'"max": \d+', '"max": HOST')]
 
 
 def steadied(text):
@@ -8615,39 +8853,48 @@ def test_every_curl_of_the_readme_answers_as_printed(launch, host):
     host.path(106).unlink()
     host.add(106, "db-01", running=True, cores=4, memory=8192)
     host.add(107, "batch", cores=None)
-    api, block = launch(constants=host.as_node()), re.search(r"```console\n(\$ curl.*?)```", README, re.DOTALL)[1]
+    api, block = launch(constants=host.as_node()), re.search(
+        r"```console\n(\$ curl.*?)```", README, re.DOTALL)[1]
     examples = re.findall(r"^\$ (curl .*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
     paths = {re.search(r"127\.0\.0\.1:5000(/[a-z/.]+)", command)[1] for command, _ in examples}
     assert paths == {route.path for route in module.ROUTES}
     for command, answer in examples:
-        done = subprocess.run(["bash", "-c", command.replace("127.0.0.1:5000", f"127.0.0.1:{api.port}")], capture_output=True, text=True,
-                              env={**os.environ, "KEY": KEY})
+        done = subprocess.run(
+            ["bash", "-c", command.replace("127.0.0.1:5000", f"127.0.0.1:{api.port}")],
+            capture_output=True, text=True, env={**os.environ, "KEY": KEY})
         assert steadied(done.stdout) == steadied(answer), command
 
 
 def test_the_readme_lists_the_endpoints_and_settings_that_there_are():
     rows = re.findall(r"^\| (GET|POST|DELETE) \| `(\S+)` \| (.*?)\| (.*) \|$", README, re.MULTILINE)
-    assert [(method, path, re.findall(r"`(\w+)`", names), summary) for method, path, names, summary in rows] == [
-        (route.method, route.path, [parameter.name for parameter in route.parameters], route.summary) for route in module.ROUTES]
+    assert [(method, path, re.findall(r"`(\w+)`", names), summary)
+            for method, path, names, summary in rows] == [
+        (route.method, route.path, [parameter.name for parameter in route.parameters],
+         route.summary) for route in module.ROUTES]
     settings = re.findall(r"^\| `(\w+\.\w+)` \|", README, re.MULTILINE)
-    assert settings == [f"{section}.{key}" for section, keys in module.SETTINGS.items() for key in keys]
+    assert settings == [f"{section}.{key}"
+                        for section, keys in module.SETTINGS.items() for key in keys]
 
 
 def test_the_readme_has_each_parameter_s_rule():
     table = re.search(r"^\| Parameter \| Must be \|\n.*\n((?:\|.*\n)*)", README, re.MULTILINE)[1]
-    rules = {name: "must be " + rule for names, rule in re.findall(r"^\| (.*) \| (.*) \|$", table, re.MULTILINE)
+    rules = {name: "must be " + rule
+             for names, rule in re.findall(r"^\| (.*) \| (.*) \|$", table, re.MULTILINE)
              for name in re.findall(r"`(\w+)`", names)}
-    assert rules == {parameter.name: parameter.rule for route in module.ROUTES for parameter in route.parameters}
+    assert rules == {parameter.name: parameter.rule
+                     for route in module.ROUTES for parameter in route.parameters}
 
 
 def test_no_line_of_the_readme_s_prose_is_too_long():
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    assert [line for line in prose.splitlines() if len(line) > 100 and not line.startswith("|")] == []
+    assert [line for line in prose.splitlines()
+            if len(line) > 100 and not line.startswith("|")] == []
 
 
 def readme_block(language, start):
     """The one block of code in the README that begins so."""
-    block, = (block for block in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if block.startswith(start))
+    block, = (block for block in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+              if block.startswith(start))
     return block
 
 
@@ -8657,19 +8904,23 @@ def test_the_readme_s_shell_client_grows_a_disk_once(launch, host):
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         other = pool.submit(api.post, "/scale/cores", {"vm_id": 106, "cores": 3})
         wait_until(host.calls)
-        script = readme_block("sh", "api() {").replace("sleep 5", f"touch {host.root}/go; sleep 0.2")
+        script = readme_block("sh", "api() {").replace(
+            "sleep 5", f"touch {host.root}/go; sleep 0.2")
         done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True,
                               env={**os.environ, "KEY": KEY, "URL": f"http://127.0.0.1:{api.port}"})
         assert other.result().status == 200
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert answers[0] == error("Nothing was done: Too many changes wait; try again later", outcome="nothing_done")
-    assert answers[-1] == ok("Storage increased by 5 GB for VM 104") and host.conf(104)["rootfs"].endswith("size=13G")
+    assert answers[0] == error(
+        "Nothing was done: Too many changes wait; try again later", outcome="nothing_done")
+    assert (answers[-1] == ok("Storage increased by 5 GB for VM 104")
+            and host.conf(104)["rootfs"].endswith("size=13G"))
 
 
 def test_the_readme_s_python_client_waits_tries_again_and_gives_up(launch, host):
     api = launch(proxmox={"change_timeout_seconds": 1})
     names = {"URL": f"http://127.0.0.1:{api.port}", "KEY": KEY}
-    exec(readme_block("python", "import json, time").replace("time.sleep(5)", "open(GO, 'w').close()"), names)
+    exec(readme_block("python", "import json, time").replace(
+        "time.sleep(5)", "open(GO, 'w').close()"), names)
     names["GO"] = f"{host.root}/go"
     host.faults(set={"delay": True})
     assert names["change"]("POST", "/scale/cores", {"vm_id": 104, "cores": 5}) is True
@@ -8689,15 +8940,18 @@ def recipe(text, api, folder):
 
 
 def run_recipe(text, api, folder):
-    """Run a recipe's lines in the shells that there are on a Proxmox host -> what was printed, line by line."""
+    """Run a recipe's lines in the shells that there are on a Proxmox host
+    -> what was printed, line by line."""
     lines = recipe(readme_block("sh", "(umask 077"), api, folder) + recipe(text, api, folder)
-    done = subprocess.run(["sh", "-c", lines], capture_output=True, text=True, env={**os.environ, "KEY": KEY})
+    done = subprocess.run(["sh", "-c", lines], capture_output=True, text=True,
+                          env={**os.environ, "KEY": KEY})
     assert (done.returncode, done.stderr) == (0, "")
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def add_snapshots(host, vm_id, **sections):
-    """Write snapshots into a container's configuration, each taken a second after the one before."""
+    """Write snapshots into a container's configuration,
+    each taken a second after the one before."""
     text = "".join(f"\n[{name}]\n{comment}snaptime: {second}\n"
                    for second, (name, comment) in enumerate(sections.items(), 1700000000))
     host.path(vm_id).write_text(host.path(vm_id).read_text() + text)
@@ -8705,20 +8959,25 @@ def add_snapshots(host, vm_id, **sections):
 
 def unit(kind):
     """The README's template unit of a kind, service or timer."""
-    return readme_block("ini", {"service": "[Unit]\nDescription=Snapshot of", "timer": "[Unit]\nDescription=Nightly"}[kind])
+    return readme_block("ini", {"service": "[Unit]\nDescription=Snapshot of",
+                                "timer": "[Unit]\nDescription=Nightly"}[kind])
 
 
 def test_the_readme_s_nightly_snapshot_keeps_the_last_seven_of_its_own(api, host, tmp_path):
     own = {f"auto_{day}": "" for day in range(8)}
-    add_snapshots(host, 104, auto_broken="snapstate: prepare\n", by_hand='#{"name": "auto_x", "state": null}\n', **own, last="")
+    add_snapshots(host, 104, auto_broken="snapstate: prepare\n",
+                  by_hand='#{"name": "auto_x", "state": null}\n', **own, last="")
     assert run_recipe(readme_block("sh", "cat >/usr/local/sbin/lxc_snapshot"), api, tmp_path) == []
     assert stat.S_IMODE((tmp_path / "api_key.header").stat().st_mode) == 0o600
-    command = recipe(re.search("^ExecStart=(.*)$", unit("service"), re.MULTILINE)[1], api, tmp_path).replace("%i", "104")
-    done = subprocess.run(shlex.split(command), capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    command = recipe(re.search("^ExecStart=(.*)$", unit("service"), re.MULTILINE)[1],
+                     api, tmp_path).replace("%i", "104")
+    done = subprocess.run(shlex.split(command), capture_output=True, text=True,
+                          env={"PATH": os.environ["PATH"]})
     assert (done.returncode, done.stderr) == (0, "")
     taken = next(name for name in host.snapshots(104) if re.fullmatch(r"auto_\d{8}_\d{6}", name))
     assert [json.loads(line)["message"] for line in done.stdout.splitlines()] == [
-        f"Snapshot '{taken}' created for VM 104", "Snapshot 'auto_0' of VM 104 deleted", "Snapshot 'auto_1' of VM 104 deleted"]
+        f"Snapshot '{taken}' created for VM 104", "Snapshot 'auto_0' of VM 104 deleted",
+        "Snapshot 'auto_1' of VM 104 deleted"]
     assert host.snapshots(104) == ["auto_broken", "by_hand", *list(own)[2:], "last", taken]
 
 
@@ -8740,7 +8999,9 @@ def test_the_readme_s_units_are_accepted_by_systemd(tmp_path):
         (tmp_path / f"lxc_snapshot@.{kind}").write_text(text)
         (tmp_path / f"lxc_snapshot@104.{kind}").symlink_to(f"lxc_snapshot@.{kind}")
     for kind in ("service", "timer"):
-        done = subprocess.run(["systemd-analyze", "verify", str(tmp_path / f"lxc_snapshot@104.{kind}")], capture_output=True, text=True)
+        done = subprocess.run(
+            ["systemd-analyze", "verify", str(tmp_path / f"lxc_snapshot@104.{kind}")],
+            capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
     when = re.search("^OnCalendar=(.*)$", unit("timer"), re.MULTILINE)[1]
     done = subprocess.run(["systemd-analyze", "calendar", when], capture_output=True, text=True)
@@ -8749,18 +9010,21 @@ def test_the_readme_s_units_are_accepted_by_systemd(tmp_path):
 
 def test_the_readme_s_shell_scales_out_and_in(api, host, tmp_path):
     host.path(104).unlink()
-    host.add(104, "web-01", net0="name=eth0,bridge=vmbr0,gw=192.0.2.1,hwaddr=BC:24:11:00:00:04,ip=192.0.2.51/24,type=veth")
+    host.add(104, "web-01", net0="name=eth0,bridge=vmbr0,gw=192.0.2.1,hwaddr=BC:24:11:00:00:04,"
+                                 "ip=192.0.2.51/24,type=veth")
     define = readme_block("sh", "url=")
     assert run_recipe(define, api, tmp_path) == [
         ok("Cloned VM 104 to new VM 105 (web-02)", {"vm_id": 105, "started": True})]
     assert host.running(105) and "ip=192.0.2.52/24" in host.conf(105)["net0"]
     functions = define[:define.rindex("scale_out 105")]
-    assert run_recipe(functions + readme_block("sh", "scale_in"), api, tmp_path) == [ok("Shut down VM 105"), ok("Deleted VM 105")]
+    assert run_recipe(functions + readme_block("sh", "scale_in"), api, tmp_path) == [
+        ok("Shut down VM 105"), ok("Deleted VM 105")]
     assert not host.path(105).exists() and host.path(104).exists()
 
 
 def readme_yaml(start, api):
-    """A YAML recipe -> its value; `!secret` is how Home Assistant's files name what stands in another file."""
+    """A YAML recipe -> its value; `!secret` is how Home Assistant's files name
+    what stands in another file."""
     yaml = pytest.importorskip("yaml")
 
     class Loader(yaml.SafeLoader):
@@ -8773,13 +9037,15 @@ def rendered(value, **names):
     """A value of a recipe with the simple Jinja expressions in its texts filled in."""
     if isinstance(value, dict):
         return {key: rendered(each, **names) for key, each in value.items()}
-    return re.sub(r"\{\{ (.*?) \}\}", lambda found: str(names[found[1]]), value) if isinstance(value, str) else value
+    return (re.sub(r"\{\{ (.*?) \}\}", lambda found: str(names[found[1]]), value)
+            if isinstance(value, str) else value)
 
 
 def test_the_readme_s_home_assistant_commands_are_taken(api, host):
     commands = readme_yaml("rest_command:", api)["rest_command"]
     assert list(commands) == ["lxc_power", "lxc_cores"]
-    for name, data in (("lxc_cores", {"vm_id": 104, "cores": 3}), ("lxc_power", {"vm_id": 104, "action": "shutdown"})):
+    for name, data in (("lxc_cores", {"vm_id": 104, "cores": 3}),
+                       ("lxc_power", {"vm_id": 104, "action": "shutdown"})):
         command = rendered(commands[name], **data)
         path = command["url"].partition(f":{api.port}")[2]
         headers = {**command["headers"], "Content-Type": command["content_type"]}
@@ -8797,7 +9063,8 @@ def test_the_readme_s_ansible_tasks_are_answered_with_the_codes_that_they_expect
     for task in play["tasks"] * 2:
         uri = rendered({**defaults, **task["ansible.builtin.uri"]}, **names)
         assert uri["body_format"] == "json" and uri["timeout"] > 3600       # a long change's time
-        reply = api.request(uri["method"], uri["url"].partition(f":{api.port}")[2], uri["body"], uri["headers"], key=None)
+        reply = api.request(uri["method"], uri["url"].partition(f":{api.port}")[2],
+                            uri["body"], uri["headers"], key=None)
         assert reply.status in uri.get("status_code", [200]), (task["name"], reply)
         codes.append(reply.status)
     assert codes == [404, 200, 200] + [200, 200, 200]
@@ -8805,12 +9072,15 @@ def test_the_readme_s_ansible_tasks_are_answered_with_the_codes_that_they_expect
 
 
 def test_the_demo_starts_prints_its_key_and_stops(tmp_path):
-    demo = subprocess.Popen([sys.executable, HERE / "test_api.py", "--demo", str(free_port())], stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
+    demo = subprocess.Popen(
+        [sys.executable, HERE / "test_api.py", "--demo", str(free_port())],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
     try:
         lines = [demo.stdout.readline() for _ in range(20)]
         key = next(line for line in lines if line.startswith("KEY="))[4:].strip()
         command = next(line for line in lines if "resource/vm/config" in line)
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "KEY": key})
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True,
+                              env={**os.environ, "KEY": key})
         assert json.loads(done.stdout)["data"]["hostname"] == "web-01"
     finally:
         demo.send_signal(signal.SIGINT)
@@ -8821,9 +9091,11 @@ def test_the_demo_starts_prints_its_key_and_stops(tmp_path):
 def test_the_readme_s_prometheus_rules_are_accepted(tmp_path):
     if not shutil.which("promtool"):
         pytest.skip("promtool is not installed")
-    rules, = (block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if block.startswith("groups:"))
+    rules, = (block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+              if block.startswith("groups:"))
     (tmp_path / "rules.yml").write_text(rules)
-    done = subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yml"], capture_output=True, text=True)
+    done = subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yml"],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -8834,21 +9106,29 @@ def panels():
 
 def readme_queries():
     """Each query of the README: those that answer questions, the panels' and the alerts'."""
-    questions = [line for line in readme_block("promql", "#").splitlines() if not line.startswith("#")]
+    questions = [line for line in readme_block("promql", "#").splitlines()
+                 if not line.startswith("#")]
     alerts = re.findall(r"^ +expr: (.*)$", readme_block("yaml", "groups:"), re.MULTILINE)
-    return questions + [target["expr"] for panel in panels() for target in panel["targets"]] + alerts
+    return questions + [
+        target["expr"] for panel in panels() for target in panel["targets"]] + alerts
 
 
 def test_the_readme_s_queries_ask_for_metrics_that_there_are():
-    names = {name for query in readme_queries() for name in re.findall(r"\blxc_autoscale_\w+", re.sub('"[^"]*"', "", query))}
-    kept = {re.sub("_(bucket|sum|count)$", "", name) if name not in module.FAMILIES else name for name in names}
+    names = {name for query in readme_queries()
+             for name in re.findall(r"\blxc_autoscale_\w+", re.sub('"[^"]*"', "", query))}
+    kept = {re.sub("_(bucket|sum|count)$", "", name) if name not in module.FAMILIES else name
+            for name in names}
     assert kept and kept - set(module.FAMILIES) == set()
 
 
 def test_the_readme_s_queries_are_accepted_by_promtool(tmp_path):
     if not shutil.which("promtool"):
         pytest.skip("promtool is not installed")
-    rules = [{"record": f"query_{number}", "expr": query} for number, query in enumerate(readme_queries())]
-    (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "readme", "rules": rules}]}))
-    done = subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yml"], capture_output=True, text=True)
-    assert done.returncode == 0 and f"{len(rules)} rules found" in done.stdout, done.stdout + done.stderr
+    rules = [{"record": f"query_{number}", "expr": query}
+             for number, query in enumerate(readme_queries())]
+    (tmp_path / "rules.yml").write_text(
+        json.dumps({"groups": [{"name": "readme", "rules": rules}]}))
+    done = subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yml"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and f"{len(rules)} rules found" in done.stdout, (
+        done.stdout + done.stderr)
