@@ -301,7 +301,7 @@ health() {
     with_credential "$PYTHON" - "$DESTDIR$MODULE" "$DESTDIR$CONFIG" "$TLS_CERTIFICATE" "$TLS_CA" <<'END'
 import runpy, sys, urllib.error, urllib.request
 daemon = runpy.run_path(sys.argv[1])
-config = daemon["read_config"](sys.argv[2])
+config = daemon["read_settings"](sys.argv[2])
 server = config.server
 host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
 scheme = "https" if config.tls else "http"
@@ -333,7 +333,7 @@ wait_until_healthy() {
 # While the service runs, its credential is where systemd put it.
 say_key() {
     say "  KEY=\$(cd $DESTDIR${MODULE%/*} && CREDENTIALS_DIRECTORY=$DESTDIR/run/credentials/$NAME.service" \
-        "$PYTHON -Bc 'import $NAME as api; print(*api.read_config(\"$DESTDIR$CONFIG\").keys[:1])')"
+        "$PYTHON -Bc 'import $NAME as api; print(*api.read_settings(\"$DESTDIR$CONFIG\").keys[:1])')"
 }
 
 start_service() {

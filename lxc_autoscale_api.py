@@ -1,18 +1,37 @@
 #!/usr/bin/env python3
 """A REST API to scale, snapshot, clone and watch the LXC containers of a Proxmox VE host.
 
-How a request travels:
+How a request travels; the file tells it from the bottom of this drawing upwards, so that
+whoever has read to a name knows all that it uses:
 
     socket -> Server      a bounded number of connections, a thread each
            -> Handler     bytes, perhaps through Tls, to a strictly framed Request, in time
            -> Api         rate limit, key, row of ROUTES, parameters to values
-           -> Changes     a change only: its containers' turn, a thread of its own, a Change
+           -> Changes     a change only: its containers' locks, a thread of its own, a Change
            -> a handler   a few lines an endpoint: a Change's steps, or what is asked of Proxmox
            -> Proxmox     the host: files under /etc/pve and /sys/fs/cgroup, pct, pvesh
            -> Commands    the one place that starts a process, here or by ssh on another node
 
 and back as an Answer, in one write. An error anywhere is a Problem, and becomes an
-Answer in Api.answer.
+Answer in Api.answer. The parts, in their order:
+
+    values, logs              what travels, and the lines that tell of it
+    settings, parameters      what the administrator and a client may write
+    what Proxmox writes       configurations, states, members; what pct fails with
+    reading                   files under /etc/pve and /proc, and cgroups
+    waiting                   semaphore, locks, threads, one answer for many, reads that may hang
+    limits and metrics        who asks too often, and what Prometheus gets
+    processes, the host       Commands, and Proxmox over them and the files
+    changing                  Change: its steps, and what it leaves; Changes: in order
+    endpoints, schemas        a function each, the table of ROUTES, OpenAPI
+    Api, TLS, HTTP            from bytes to a row of the table and back
+    the daemon                signals, reload, watchdog, main
+
+Five words have one meaning each. A *container* is named by its id, `vm_id`, wherever in the
+cluster it lives. A *node* is a host of the cluster; where a Node is expected, None stands for
+this one. A *command* is a process that is run on a node, such as `pct set 104 --cores 4`, and
+takes one *slot* of the few that this node has. A *change* is what one request wants to be
+changed; its steps are the commands that it has begun.
 
 Nothing but Python's standard library (3.9 or later) is used. Facts about Proxmox VE
 are from its sources: pve-container (PVE::CLI::pct, PVE::LXC::Config), pve-guest-common
@@ -81,14 +100,14 @@ REQUEST_SECONDS = 10        # for a whole request to arrive, and for an answer t
 IDLE_SECONDS = 30           # between two requests on one connection
 YIELD_SECONDS = 1           # after which a connection without a request gives up its place
 LINGER_SECONDS = 1          # for a refused client to take its answer
-TURN_SECONDS = 60           # waiting for another change to the same container
-SLOT_SECONDS = 30           # waiting for one of the places to run a command
+LOCK_SECONDS = 60           # waiting for another change to the same container
+SLOT_SECONDS = 30           # waiting for a slot to run a command
 FILE_SECONDS = 5            # for a file under /etc/pve to be read
 KILL_SECONDS = 1            # for a command to end that was killed
 WORKER_SECONDS = 5          # that an idle thread waits for work
 PROBE_SECONDS = 10          # a health probe's result is kept
 REACH_SECONDS = 4           # for another node to answer over SSH
-NEWS_SECONDS = 60           # what nodes broadcast every 10 s is believed
+BROADCAST_SECONDS = 60      # what nodes broadcast every 10 s is believed
 LOOK_SECONDS = 0.5          # between two looks at who has left
 COMPLAINT_SECONDS = 60      # between two lines about an address that holds too many connections
 LOG_SECONDS = 0.5           # for a main or error log line to be written before its caller goes on
@@ -113,7 +132,7 @@ class Answer:
         self.body = (body if isinstance(body, str) else json.dumps(body) + "\n").encode()
 
     def with_headers(self, headers):
-        """The same answer with further headers; the body is shared, for it may be large."""
+        """Return the same answer with further headers; the body is shared, for it may be large."""
         other = copy(self)
         other.headers = {**self.headers, **headers}
         return other
@@ -137,7 +156,7 @@ class Problem(Exception):
                 [*filter(None, [self.fields.get("details")]), *texts])
 
     def answer(self, changing=False):
-        """-> the Answer; to a request that would have changed something, it says what was done.
+        """Return the Answer; to a request for a change it says what was done.
 
         Nothing was, unless a Change has said so: it alone begins what changes something.
         """
@@ -153,7 +172,7 @@ class Problem(Exception):
 class NotBegun(Problem):
     """A command that was not begun.
 
-    It is a 503, for its program, its node or a place for it is missing now.
+    It is a 503, for its program, its node or a slot for it is missing now.
     """
 
 
@@ -161,18 +180,18 @@ class Lost(Problem):
     """A command on another node whose end nobody knows, for the connection broke."""
 
 
-def busy(error, seconds, kind=Problem):
-    """503: it cannot be done now, and the client may try again after so many seconds."""
+def unavailable(error, seconds, kind=Problem):
+    """Make a Problem 503: the client may try again after so many seconds."""
     return kind(503, error, {"Retry-After": str(seconds)})
 
 
 def too_many(node):
     where = f"node '{node.name}'" if node else "this host"
-    return busy(f"Too many commands run on {where}; try again later", SLOT_SECONDS)
+    return unavailable(f"Too many commands run on {where}; try again later", SLOT_SECONDS)
 
 
 def lost(node, argv, begun, details):
-    """ssh ended without a word of a command's end -> the Problem.
+    """Make the Problem for an ssh that ended without a word of its command's end.
 
     A change that had `begun` may run there still.
     """
@@ -181,21 +200,21 @@ def lost(node, argv, begun, details):
                             f"{' '.join(argv[:3])}, which goes on if the node does. "
                             "Ask for the container's state before trying again")
     else:
-        problem = busy(f"Node '{node.name}' cannot run commands over SSH; "
-                       "to see why, on this host: "
-                       f"pvesh get /nodes/{node.name}/version", SLOT_SECONDS, NotBegun)
+        problem = unavailable(f"Node '{node.name}' cannot run commands over SSH; "
+                              "to see why, on this host: "
+                              f"pvesh get /nodes/{node.name}/version", SLOT_SECONDS, NotBegun)
     if details:
         problem.add_details(details[-MAX_DETAILS:])
     return problem
 
 
 def stopping():
-    return busy("The daemon is stopping", SLOT_SECONDS)
+    return unavailable("The daemon is stopping", SLOT_SECONDS)
 
 
 def hanging():
-    return busy("Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster",
-                SLOT_SECONDS)
+    return unavailable("Proxmox's files (/etc/pve) do not answer; "
+                       "see: systemctl status pve-cluster", SLOT_SECONDS)
 
 
 def internal_error(error):
@@ -203,8 +222,8 @@ def internal_error(error):
         500, f"Internal error ({type(error).__name__}); the daemon's error log says more")
 
 
-class Gone(Exception):
-    """The client has left, or was shown the door."""
+class ClientLeft(Exception):
+    """The client has left, or its connection was closed to make room for others."""
 
 
 class Client:
@@ -225,17 +244,17 @@ class Client:
 
     @property
     def who(self):
-        """Whom the log names for a change."""
+        """The name that the log has for who asked for a change."""
         return f"{self.address} with key {self.key}" if self.key else self.address
 
     def wait(self, *futures, seconds=None):
         """Wait until one of some Futures is done, for so many seconds if given.
 
-        It raises Gone if the client leaves before that.
+        It raises ClientLeft if the client leaves before that.
         """
         wait([*futures, self.left], seconds, FIRST_COMPLETED)
         if self.left.done() and not any(future.done() for future in futures):
-            raise Gone
+            raise ClientLeft
 
     def leave(self):
         if not self.left.done():
@@ -252,24 +271,24 @@ class Request(namedtuple("Request", "method path query headers length read_body 
 
 @lru_cache(maxsize=64)
 def utc(second):
-    """A whole epoch second -> ISO 8601 in UTC."""
+    """Write a whole epoch second as ISO 8601 in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
 
 
 @lru_cache(maxsize=2)
 def http_date(second):
-    """A whole epoch second -> the form of the Date header."""
+    """Write a whole epoch second as the Date header has it."""
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
 
 
 def number(value, digits=19):
-    """The text of a whole number, of at most so many digits -> int, else None."""
+    """Return the int that a text of at most so many digits is, or None."""
     known = value and len(value) <= digits and value.isascii() and value.isdigit()
     return int(value) if known else None
 
 
 def decimal(value):
-    """The text of a number, such as "4" or "1.5" -> int or float, else None."""
+    """Return the number that a text is, such as "4" (int) or "1.5" (float), or None."""
     if not value or not re.fullmatch(r"[0-9]{1,19}(?:\.[0-9]{1,19})?", value):
         return None
     return float(value) if "." in value else int(value)
@@ -283,7 +302,7 @@ def is_number(value):
 
 
 def in_unit(value, unit):
-    """Bytes -> a number of MIB or GIB with at most two decimals; None stays None."""
+    """Express bytes in MIB or GIB, with at most two decimals; None stays None."""
     if value is None:
         return None
     number = round(value / unit, 2)
@@ -350,7 +369,8 @@ class LogFile(logging.Handler):
         # The thread of another path may hang, and ends by itself.
         with self.changed:
             self.path, self.hangs = path, False
-            self.thread = threading.Thread(target=self.run, args=(path,), name="log", daemon=True)
+            self.thread = threading.Thread(
+                target=self.write_lines, args=(path,), name="log", daemon=True)
             self.thread.start()
             self.changed.notify_all()
 
@@ -358,7 +378,7 @@ class LogFile(logging.Handler):
         self.add(self.format(record), LOG_SECONDS)
 
     def add(self, line, patience=0):
-        """Leave a line to be written; with patience it is waited for, so that it is there first."""
+        """Add a line; with patience, wait so many seconds until it is written."""
         if not self.path:
             return
         line = f"{utc(int(time.time()))} {line}"
@@ -381,7 +401,7 @@ class LogFile(logging.Handler):
             self.changed.notify_all()
             self.changed.wait_for(lambda: self.written >= self.added, seconds)
 
-    def run(self, path):
+    def write_lines(self, path):
         """Write lines to the file at a path until another one is wanted."""
         file = SimpleNamespace(path=path, fd=None, torn=False)
         self.write(file, [])                # a file that cannot be opened is said at once
@@ -408,7 +428,7 @@ class LogFile(logging.Handler):
             os.close(file.fd)
 
     def write(self, file, lines):
-        """Write lines -> how many of them were lost; that this cannot be done is said once."""
+        """Write lines, and return how many were lost; that this cannot be done is said once."""
         data = "".join(self.safe(line) + "\n" for line in lines).encode("utf-8", "replace")
         data, done = b"\n" * file.torn + data, 0
         try:
@@ -427,7 +447,7 @@ class LogFile(logging.Handler):
         return len(lines) - whole
 
     def safe(self, line):
-        """A line in which nothing forges a line or a terminal escape, and no key appears."""
+        """Return a line in which nothing forges a line or an escape, and no key appears."""
         for key in self.keys:
             line = line.replace(key, "[API key]")
         return UNSAFE.sub(lambda bad: ascii(bad[0])[1:-1], line)
@@ -437,7 +457,7 @@ main_log, error_log, access_log = LogFile(), LogFile(), LogFile(gather=0.05)
 
 
 def point_logs(settings, keys):
-    """Let the logs go to the files of the settings, in place of those where they went."""
+    """Let the logs go to the files that the settings name, from now on."""
     main_log.point(settings.log_file, keys, settings.log_level)
     error_log.point(settings.error_log, keys, "WARNING")
     access_log.point(settings.access_log, keys)
@@ -498,7 +518,7 @@ def yaml_escape(escape, line):
 
 
 def yaml_scalar(text, at, line, token):
-    """The scalar that begins at a place in `text` -> (value, where it ends)."""
+    """Read the scalar that begins at a place in `text`; return (value, where it ends)."""
     match = token.match(text, at)
     if not match:
         raise ConfigError(line, "not taken: anchors, tags, mappings in braces, nested lists, "
@@ -525,7 +545,7 @@ def yaml_scalar(text, at, line, token):
 
 
 def yaml_list(text, line):
-    """The scalars in brackets at the start of `text` -> (their values, where they end)."""
+    """Read the list in brackets at the start of `text`; return (its values, where it ends)."""
     values, at = [], YAML_GAP.match(text, 1).end()
     while not text.startswith("]", at):
         value, at = yaml_scalar(text, at, line, YAML_ITEM)
@@ -539,7 +559,7 @@ def yaml_list(text, line):
 
 
 def yaml_value(text, line, flow_list=True):
-    """What stands behind 'key:' or '-' -> a scalar, or a list of scalars in brackets."""
+    """Read what stands behind 'key:' or '-': a scalar, or a list of scalars in brackets."""
     if text.startswith("#") or not text:
         return None
     if text[0] == "[" and flow_list:
@@ -554,7 +574,7 @@ def yaml_value(text, line, flow_list=True):
 
 
 def yaml_key(content, line):
-    """'key: rest' -> (key, 'rest')."""
+    """Split 'key: rest' into (key, 'rest')."""
     match = re.match(
         r"""([A-Za-z_][\w.-]*|"[^"\\]{1,99}"|'[^']{1,99}') *:(?= |$)""", content, re.ASCII)
     if not match:
@@ -567,7 +587,7 @@ def yaml_key(content, line):
 
 
 def load_yaml(text):
-    """A YAML document -> (its value, {path: line}), path being a tuple of keys.
+    """Read a YAML document; return (its value, {path: line}), a path being a tuple of keys.
 
     Taken: nested mappings, block and flow lists of scalars, plain and quoted scalars on
     one line, comments. What is taken is read as YAML 1.1 (PyYAML's safe_load) reads it;
@@ -629,7 +649,7 @@ def load_yaml(text):
     return document.get(None), where
 
 
-def whole(low, high):
+def integer(low, high):
     def check(value):
         if type(value) is not int or not low <= value <= high:
             raise ValueError(f"must be an integer between {low} and {high}")
@@ -638,7 +658,7 @@ def whole(low, high):
 
 
 def cluster_mode(value):
-    """Whether to look beyond this node; YAML reads a bare `off` as false."""
+    """Tell whether to look beyond this node; YAML reads a bare `off` as false."""
     if value is not False and value not in ("auto", "off"):
         raise ValueError("must be auto or off")
     return value == "auto"
@@ -650,14 +670,14 @@ def boolean(value):
     return value
 
 
-def text(value):
+def string(value):
     if not isinstance(value, str):
         raise ValueError("must be text (put it in quotes)")
     return value
 
 
 def absolute_path(value):
-    if not text(value).startswith("/") or "\0" in value:
+    if not string(value).startswith("/") or "\0" in value:
         raise ValueError("must be an absolute path")
     return value
 
@@ -668,7 +688,7 @@ def path_or_none(value):
 
 def address(value):
     try:
-        return str(ipaddress.ip_address(text(value)))
+        return str(ipaddress.ip_address(string(value)))
     except ValueError:
         raise ValueError('must be an IP address, such as "0.0.0.0", "127.0.0.1" or "::"') from None
 
@@ -681,15 +701,15 @@ def listed(value):
 
 def networks(value):
     try:
-        return tuple(ipaddress.ip_network(text(each), strict=False) for each in listed(value))
+        return tuple(ipaddress.ip_network(string(each), strict=False) for each in listed(value))
     except ValueError:
         raise ValueError("must be a list of IP addresses or networks, "
                          'such as ["127.0.0.1", "::1"]') from None
 
 
 def api_key(value):
-    """A key; it never becomes part of a message."""
-    if text(value) == SAMPLE_KEY:
+    """Check a key, which never becomes part of a message."""
+    if string(value) == SAMPLE_KEY:
         raise ValueError("is still the sample value; set a key of your own, "
                          "such as from: openssl rand -hex 32")
     if value and not re.fullmatch(r"[!-~]{16,}", value):
@@ -715,7 +735,7 @@ def container_ids(value):
 
 
 def log_level(value):
-    if text(value).upper() not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
+    if string(value).upper() not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
         raise ValueError("must be DEBUG, INFO, WARNING, ERROR or CRITICAL")
     return value.upper()
 
@@ -723,11 +743,11 @@ def log_level(value):
 SETTINGS = {                                # section -> key -> (default, check)
     "server": {
         "host": ("0.0.0.0", address),
-        "port": (5000, whole(1, 65535)),
+        "port": (5000, integer(1, 65535)),
         "tls_certificate": ("", path_or_none),
         "tls_key": ("", path_or_none),
         "trusted_proxies": (["127.0.0.1", "::1"], networks),
-        "max_connections": (256, whole(1, 10000)),
+        "max_connections": (256, integer(1, 10000)),
     },
     "authentication": {
         "enabled": (True, boolean),
@@ -738,8 +758,8 @@ SETTINGS = {                                # section -> key -> (default, check)
     },
     "rate_limiting": {
         "enabled": (True, boolean),
-        "max_requests_per_minute": (120, whole(1, 100000)),
-        "time_window_seconds": (60, whole(1, 86400)),
+        "max_requests_per_minute": (120, integer(1, 100000)),
+        "time_window_seconds": (60, integer(1, 86400)),
     },
     "logging": {
         "log_level": ("INFO", log_level),
@@ -750,23 +770,23 @@ SETTINGS = {                                # section -> key -> (default, check)
     "containers": {
         "protected": ([], container_ids),
         "allowed": ([], container_ids),
-        "max_cores": (128, whole(1, 128)),
-        "max_memory_mb": (1048576, whole(64, 1048576)),
+        "max_cores": (128, integer(1, 128)),
+        "max_memory_mb": (1048576, integer(64, 1048576)),
     },
     "proxmox": {
         "pve_dir": ("/etc/pve", absolute_path),
         "cgroup_dir": ("/sys/fs/cgroup", absolute_path),
         "cluster": ("auto", cluster_mode),
-        "max_commands": (0, whole(0, 1000)),
-        "read_timeout_seconds": (15, whole(1, 86400)),
-        "change_timeout_seconds": (60, whole(1, 86400)),
-        "long_change_timeout_seconds": (3600, whole(1, 86400)),
+        "max_commands": (0, integer(0, 1000)),
+        "read_timeout_seconds": (15, integer(1, 86400)),
+        "change_timeout_seconds": (60, integer(1, 86400)),
+        "long_change_timeout_seconds": (3600, integer(1, 86400)),
     },
 }
 
 
 def unknown_keys(given, known, where, path):
-    """The ConfigErrors for the keys of a mapping that are not among the known ones."""
+    """Return ConfigErrors for the keys of a mapping that are not among the known ones."""
     listed = ", ".join(known)
     return [ConfigError(where[path + (key,)],
                         f"unknown key '{'.'.join(path + (key,))}'; known here: {listed}")
@@ -774,7 +794,7 @@ def unknown_keys(given, known, where, path):
 
 
 def read_section(section, given, where):
-    """What a file has under a section -> (its values, None for a wrong one; its ConfigErrors)."""
+    """Check a file's section; return (its values, None for a wrong one; its ConfigErrors)."""
     settings, values = SETTINGS[section], SimpleNamespace()
     given = {} if given is None else given
     if not isinstance(given, dict):
@@ -791,7 +811,7 @@ def read_section(section, given, where):
 
 
 def keys_in_force(login, credential, where):
-    """The `authentication` section -> (the valid API keys, those that may only read).
+    """Return (the valid API keys, those that may only read) of the `authentication` section.
 
     What is wrong with them raises ConfigError. Of a section in which something is wrong already
     (None) nothing more is said.
@@ -816,8 +836,8 @@ def keys_in_force(login, credential, where):
     return keys, readers
 
 
-def load_config(document, credential=None):
-    """A configuration's text -> a namespace of sections, or ConfigError with all that is wrong.
+def load_settings(document, credential=None):
+    """Turn a file's text into a namespace of sections; ConfigError tells all that is wrong.
 
     Beside the settings it has `keys`, the API keys that are in force, `read_only_keys`, those
     that may only read, and `where`, {(section, key): line}; `credential` is the key that counts
@@ -951,7 +971,7 @@ class Size:
 
 
 def is_interface_address(text):
-    """Whether a text is `dhcp`, or an address with its prefix length."""
+    """Tell whether a text is `dhcp`, or an address with its prefix length."""
     if text == "dhcp":
         return True
     try:
@@ -998,7 +1018,7 @@ ANY_VM_ID = Integer("vm_id", 100, 999999, also=("lxc_id", "container_id"), defau
 
 
 def parse_parameters(parameters, pairs):
-    """What a client sent, as (name, value) pairs -> {name: value} for all `parameters`, or Problem.
+    """Turn the (name, value) pairs that a client sent into {name: value} for all `parameters`.
 
     Each spelling of a name is taken, even several together if they say the same.
     """
@@ -1027,19 +1047,19 @@ def parse_parameters(parameters, pairs):
 
 
 def parse_query(query):
-    """A query string -> (name, value) pairs; ValueError for bad escapes, bad UTF-8, too many."""
+    """Split a query into (name, value) pairs; ValueError for bad escapes or UTF-8, or too many."""
     if re.search(r"%(?![0-9A-Fa-f]{2})", query):
         raise ValueError("a % that is not followed by two hexadecimal digits")
     return parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=MAX_QUERY)
 
 
 def bounded_int(digits):
-    """Digits -> int, or None beyond 64 bits: int() takes time in the square of their number."""
+    """Return the int of digits, or None beyond 64 bits: int() takes time in their square."""
     return int(digits) if len(digits) <= 20 else None
 
 
 def read_json(text, **options):
-    """A JSON text that others wrote -> its value; ValueError if it is none, or too deep."""
+    """Read a JSON text that others wrote; ValueError if it is none, or too deep."""
     try:
         return json.loads(text, parse_int=bounded_int, **options)
     except RecursionError:
@@ -1054,7 +1074,7 @@ class Pairs(list):
 
 
 def parse_object(body):
-    """A JSON object's bytes -> its (name, value) pairs, duplicates kept, or Problem.
+    """Read a JSON object's bytes as (name, value) pairs, duplicates kept, or Problem 400.
 
     A byte order mark before it is ignored, as RFC 8259 section 8.1 allows. (The codec
     utf-8-sig would do so as well, but is loaded from a file at its first use.)
@@ -1087,7 +1107,7 @@ CONF_KEY = re.compile(r"[a-z][a-z_]*\d*")
 
 
 def parse_config(document):
-    """The text of `pct config` or of /etc/pve/lxc/ID.conf -> Conf.
+    """Read the text of `pct config` or of /etc/pve/lxc/ID.conf as a Conf.
 
     Pending changes are applied, as `pct config` shows them; a snapshot's `#` lines are
     its description, %-encoded (PVE::LXC::Config, parse_pct_config).
@@ -1114,12 +1134,12 @@ def parse_config(document):
 
 
 def container_name(vm_id, values):
-    """As `pct list` shows it."""
+    """Return a container's name as `pct list` shows it."""
     return values.get("hostname") or f"CT{vm_id}"
 
 
 def allotted(values):
-    """A container's {key: text} -> its cores (None for no limit), memory and swap in MB.
+    """Return a container's cores (None for no limit), memory and swap in MB from its {key: text}.
 
     What is left out has the default by which `pct` reckons (PVE::LXC, vmstatus). What has a
     form that Proxmox does not write is None.
@@ -1130,7 +1150,7 @@ def allotted(values):
 
 
 def processors(values):
-    """How many processors a container may use: its cores, its cpulimit, or all of this host's.
+    """Return how many processors a container may use: cores, cpulimit, or all of this host's.
 
     0 is no limit; None stands for a form that Proxmox does not write.
     """
@@ -1142,7 +1162,7 @@ def processors(values):
 
 
 def marks(values):
-    """A container's {key: text}, or what `pct` tells of it -> (lock or None, template, tags).
+    """Return (lock or None, template, tags) from {key: text}, or from what `pct` tells.
 
     What is not there has Proxmox's default. Tags may be separated by what PVE::ParseUtils,
     split_list, takes.
@@ -1158,7 +1178,7 @@ STATUS_NUMBERS = frozenset((
 
 
 def parse_status(document):
-    """`pct status ID [--verbose]` -> {key: number, or None if it is none, or text}.
+    """Read `pct status ID [--verbose]` as {key: number, or None if it is none, or text}.
 
     A name, a lock or a tag is text though it looks like a number.
     """
@@ -1182,15 +1202,15 @@ class Cluster(namedtuple("Cluster", "name quorate nodes")):
 
 
 def incomprehensible(name):
-    """The 503 for a file that is half or garbled.
+    """Make the Problem 503 for a file that is half or garbled.
 
     That must not be taken for a host without cluster, quorum or guests.
     """
-    return busy(f"Proxmox's file {name} cannot be understood", SLOT_SECONDS)
+    return unavailable(f"Proxmox's file {name} cannot be understood", SLOT_SECONDS)
 
 
 def parse_members(document):
-    """/etc/pve/.members -> (this node's name or None, its Cluster or None).
+    """Read /etc/pve/.members as (this node's name or None, its Cluster or None).
 
     A single host has neither `cluster` nor `nodelist` there (pve-cluster,
     cfs_create_memberlist_msg).
@@ -1211,7 +1231,7 @@ def parse_members(document):
 
 @lru_cache(maxsize=1)
 def parse_vmlist(document):
-    """/etc/pve/.vmlist -> {id as text: {"node", "type": "lxc" or "qemu"}} of all nodes.
+    """Read /etc/pve/.vmlist as {id as text: {"node", "type": "lxc" or "qemu"}} of all nodes.
 
     It is empty if the file is not there.
     """
@@ -1223,8 +1243,8 @@ def parse_vmlist(document):
         raise incomprehensible(".vmlist") from None
 
 
-def parse_news(document):
-    """/etc/pve/.rrd -> {("vm" or "node", id or name): its fields, as texts}.
+def parse_broadcast(document):
+    """Read /etc/pve/.rrd as {("vm" or "node", id or name): its fields, as texts}.
 
     The file is what every node's pvestatd broadcasts.
 
@@ -1238,12 +1258,14 @@ def parse_news(document):
     return {(kind, name): fields.split(":") for kind, name, fields in rows}
 
 
-def heard(fields):
-    """What a container's node broadcast of it -> (status, uptime in seconds).
+def broadcast_state(fields):
+    """Return (status, uptime in seconds) from what a container's node broadcast of it.
 
     Both are None if that is missing or old.
     """
-    if not fields or len(fields) < 5 or abs(time.time() - (number(fields[4]) or 0)) > NEWS_SECONDS:
+    if not fields or len(fields) < 5:
+        return None, None
+    if abs(time.time() - (number(fields[4]) or 0)) > BROADCAST_SECONDS:
         return None, None
     return fields[2], number(fields[0])
 
@@ -1262,7 +1284,7 @@ def in_order(rows):
 
 
 def parse_snapshots(document):
-    """`pct listsnapshot ID` -> its snapshots, each a dict as in_order makes it, oldest first.
+    """Read `pct listsnapshot ID` as snapshots, dicts as in_order makes them, oldest first.
 
     The tree shows its levels by indentation, times in this host's zone, one line of each
     description, and no states (PVE::GuestHelpers, print_snapshot_tree).
@@ -1283,7 +1305,7 @@ def parse_snapshots(document):
 
 
 def snapshots_of(conf):
-    """A Conf -> the same list, with whole descriptions, exact times and states.
+    """Return the same list from a Conf, with whole descriptions, exact times and states.
 
     A snapshot has a state while it is taken or deleted, and for ever if that was broken off
     (PVE::AbstractConfig).
@@ -1298,7 +1320,7 @@ NET_DEV = re.compile(
 
 
 def parse_net_dev(document):
-    """/proc/net/dev -> {container's id: (bytes in, bytes out)}, seen from inside the container.
+    """Read /proc/net/dev as {container's id: (bytes in, bytes out)}, seen from inside it.
 
     The host's side of each of its interfaces is vethIDiN, and what that one sends comes in.
     """
@@ -1313,7 +1335,7 @@ PRESSURE = re.compile(r"some avg10=(\S{1,9}) avg60=\S{1,9} avg300=\S{1,9} total=
 
 
 def parse_pressure(text):
-    """A cgroup's cpu.pressure or the like -> (percent of the last 10 s, seconds), or Nones.
+    """Read cpu.pressure or the like as (percent of the last 10 s, seconds), or Nones.
 
     Something in the cgroup waited for so long. The kernel counts microseconds (its
     Documentation/accounting/psi.rst).
@@ -1323,7 +1345,7 @@ def parse_pressure(text):
 
 
 def option(value, name):
-    """An option in a property string -> its text or None.
+    """Return an option's text in a property string, or None.
 
     Such a string is `local-lvm:vm-104-disk-0,size=8G`.
     """
@@ -1332,7 +1354,7 @@ def option(value, name):
 
 
 def with_option(value, name, given):
-    """A property string with one option set, or left out if `given` is None.
+    """Return a property string with one option set, or left out if `given` is None.
 
     All others stay as they are.
     """
@@ -1341,7 +1363,7 @@ def with_option(value, name, given):
 
 
 def plain_ip(text):
-    """An address in the one form in which it can be compared."""
+    """Write an address in the one form in which it can be compared."""
     try:
         return str(ipaddress.ip_address(text))
     except ValueError:
@@ -1349,7 +1371,7 @@ def plain_ip(text):
 
 
 def static_addresses(values):
-    """A container's configuration -> [(bridge, VLAN tag, address)] of its network interfaces.
+    """Return [(bridge, VLAN tag, address)] of a container's network interfaces.
 
     The addresses are without prefix lengths.
     """
@@ -1361,7 +1383,7 @@ def static_addresses(values):
 
 
 def size_in_bytes(value):
-    """A volume size as Proxmox writes it (bytes, or with K, M, G, T) -> bytes, or None."""
+    """Return the bytes of a size as Proxmox writes it (bytes, or with K, M, G, T), or None."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([KMGT]?)", value or "", re.ASCII)
     return match and float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")
 
@@ -1377,7 +1399,7 @@ def mount_point(disk, value):
 
 
 def mount_points(values):
-    """A container's {key: text} -> its mount points mp0 to mp255, by number.
+    """Return the mount points mp0 to mp255 of a container's {key: text}, by number.
 
     Their first option may go without its name `volume` (PVE::LXC::Config, mp_desc). A folder
     or device of the host, whose path begins with /, has no size.
@@ -1387,13 +1409,13 @@ def mount_points(values):
 
 
 def find_number(pattern, text):
-    """The first group of a pattern in a text, as an integer, or None."""
+    """Return the first group of a pattern in a text, as an integer, or None."""
     match = text and re.search(pattern, text, re.MULTILINE)
     return number(match[1]) if match else None
 
 
 def only_number(text):
-    """The number that is all of a cgroup's file, or None.
+    """Return the number that is all of a cgroup's file, or None.
 
     A number counts with its line's end only, for half a number is none. A pattern would take
     most of the time of a scrape.
@@ -1402,7 +1424,7 @@ def only_number(text):
 
 
 def row_number(key, text):
-    """The number in the row `key N` of a cgroup's file, or None, by the same rules."""
+    """Return the number in the row `key N` of a cgroup's file, or None, by the same rules."""
     value, end, _ = f"\n{text}".partition(f"\n{key} ")[2].partition("\n")
     return number(value) if end else None
 
@@ -1412,7 +1434,7 @@ IO_BYTES = [re.compile(rf" {key}=(\S*)") for key in ("rbytes", "wbytes")]
 
 
 def parse_io(text):
-    """A cgroup's io.stat -> (bytes read, bytes written) over all devices, or Nones.
+    """Read a cgroup's io.stat as (bytes read, bytes written) over all devices, or Nones.
 
     The file is empty until the first I/O, on ZFS often for ever; a device may have a name only.
     """
@@ -1423,7 +1445,7 @@ def parse_io(text):
 
 
 def is_init(status):
-    """Whether /proc/PID/status is that of a process 1 in a namespace right below ours."""
+    """Tell whether /proc/PID/status is that of a process 1 in a namespace right below ours."""
     return find_number(r"^NSpid:\t\d+\t(\d+)$", status) == 1
 
 
@@ -1480,7 +1502,7 @@ FAILURES = {
         r"(?:unable to|failed to|can't|clos|rename).*[-:] "
         r"(?:No space left on device|Disk quota exceeded)$",
         r"not enough free space \(\d+ < \d+\)"],
-    # Turns and locks
+    # Locks
     (503, "The storage is busy with another Proxmox command; try again"): [
         r"(?:cfs-lock|error during cfs-locked) 'storage-[^']*' (?:error|operation): got lock ",
         r"'storage-[^']*'-locked command timed out",
@@ -1629,20 +1651,20 @@ MAX_LOOK_LINES = 200        # and lines
 
 
 def own_words(command, code, lines):
-    """Where nothing is known of what a command said: its last line."""
+    """Return a command's last line, for one of which nothing is known."""
     if not lines:
         return f"{command} failed with exit status {code}"
     return f"{command} failed: {lines[-1][:MAX_DETAILS]}"
 
 
 def last_lines(output):
-    """The end of an output -> its lines, without the empty ones."""
+    """Return the lines at the end of an output, without the empty ones."""
     lines = map(str.strip, output[-MAX_LOOK:].split("\n"))
     return list(filter(None, lines))[-MAX_LOOK_LINES:]
 
 
 def unwrapped(text):
-    """A command's name and its line -> both, the line, and it without its first prefixes."""
+    """Yield `name: line`, then the line, then it without its first prefixes, one after another."""
     yield text
     text = text.partition(": ")[2]
     for _ in range(MAX_PREFIXES):
@@ -1654,7 +1676,7 @@ def unwrapped(text):
 
 
 def verdict(argv, stderr):
-    """The lines that pct printed on stderr -> (status, error), or None.
+    """Find what the lines that pct printed on stderr mean: (status, error), or None.
 
     The last one that is known counts. The lines above it are often warnings, so none of
     them may promise that nothing was done.
@@ -1670,7 +1692,7 @@ def verdict(argv, stderr):
 
 
 def reason(stdout):
-    """The lines of a task's output -> (status, error), or None; what failed first counts."""
+    """Find what a task's output means: (status, error), or None; what failed first counts."""
     for line in stdout:
         for pattern, status, told in REASON_RULES:
             if re.match(pattern, line):
@@ -1679,7 +1701,7 @@ def reason(stdout):
 
 
 def explain_refusal(stderr):
-    """`400 Parameter verification failed.`, and a `name: text` line each -> (status, a sentence).
+    """Turn `400 Parameter verification failed.` and its `name: text` lines into (400, a sentence).
 
     The sentence has our names. What a container did not take while it runs is refused in the
     same form, and is no fault of the request (PVE::LXC::Config, vmconfig_hotplug_pending).
@@ -1703,7 +1725,7 @@ def signal_name(number):
 
 
 def explain_failure(argv, result):
-    """A command that failed, and its Result -> the Problem to tell."""
+    """Make the Problem to tell of a command that failed, from its Result."""
     said = "\n".join(filter(None, (result.stdout.strip(), result.stderr.strip())))[-MAX_DETAILS:]
     command = " ".join(argv[:3])
     if result.exit < 0:
@@ -1733,7 +1755,7 @@ NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ESRCH, errno.ENODEV, errno.EOPNO
 
 
 def read_text(path):
-    """A small file's text, or None if it is not there; OSError if it is there and cannot be read.
+    """Return a small file's text, None if it is not there; OSError if it cannot be read.
 
     Far cheaper than open() where a thousand are read.
     """
@@ -1766,7 +1788,7 @@ def is_there(path):
 
 
 def names_in(folder):
-    """The names in a folder, none if it is not there; OSError if it cannot be read."""
+    """Return the names in a folder, none if it is not there; OSError if it cannot be read."""
     try:
         return os.listdir(folder)
     except OSError as error:
@@ -1776,7 +1798,7 @@ def names_in(folder):
 
 
 def used_bytes(path):
-    """Bytes in use on the file system at a path, or None."""
+    """Return how many bytes are in use on the file system at a path, or None."""
     try:
         found = os.statvfs(path)
     except OSError:
@@ -1785,7 +1807,7 @@ def used_bytes(path):
 
 
 def read_node():
-    """What `pvesh get /nodes/NODE/status` tells of this node, under its names, without a process.
+    """Return what `pvesh get /nodes/NODE/status` tells of this node, without a process.
 
     It reckons as PVE::API2::Nodes and PVE::ProcFSTools do. Memory is used as far as the kernel
     does not call it available, which is so since libpve-common-perl 8.3.1; before, pvesh
@@ -1810,16 +1832,216 @@ def read_node():
     }
 
 
+def process_uptime(pid):
+    """Return the seconds since a container's init, process `pid`, started, or None."""
+    stat = pid and read_text(f"/proc/{pid}/stat")
+    if not stat:
+        return None
+    started = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return max(0, int(float(read_text("/proc/uptime").split()[0]) - started))
+
+
+def read_traffic():
+    """Return {id: (bytes in, bytes out)} of the containers that run here and have an interface."""
+    return parse_net_dev(read_text("/proc/net/dev") or "")
+
+
+class ClusterFiles:
+    """What /etc/pve says, the same on every node: Proxmox's cluster file system (pmxcfs).
+
+    Any of these reads may hang, for it is a FUSE file system: who must not wait for ever asks
+    by Files.read. A `node` is the Node whose containers are meant, or None for this one.
+    """
+
+    def __init__(self, folder, clustered):
+        self.folder, self.clustered = folder, clustered
+        self.seen = set()                   # ids of containers that were found somewhere
+
+    def members(self):
+        """Return (this node's name or None, its Cluster or None)."""
+        own, cluster = parse_members(read_text(f"{self.folder}/.members"))
+        return own, cluster if self.clustered else None
+
+    def find(self, vm_id):
+        """Return the Node where a container lives, None for this one; Problem 404 if it is nowhere.
+
+        Its file here is looked for first: no id is on two nodes, and the list may be long.
+        """
+        if is_there(f"{self.folder}/lxc/{vm_id}.conf"):
+            self.seen.add(vm_id)
+            return None
+        self.check_mounted()
+        ids, (_, cluster) = parse_vmlist(read_text(f"{self.folder}/.vmlist")), self.members()
+        guest = ids.get(str(vm_id))
+        if guest and guest.get("type") != "lxc":
+            raise Problem(404, f"VM {vm_id} is a virtual machine, not a container")
+        if cluster and ids and not guest:
+            raise Problem(404, f"VM {vm_id} does not exist on any node of the cluster")
+        if guest:
+            self.seen.add(vm_id)
+        if not cluster or not guest:
+            return None
+        name = guest.get("node")
+        # Of a node that has left, files may stay.
+        node = cluster.nodes.get(name, Node(name, False, False, None))
+        return None if node.local else self.with_known_hosts(node)
+
+    def check_mounted(self):
+        """Raise Problem 503 where pve_dir is an empty folder.
+
+        Once mounted, pmxcfs always has the link lxc (pmxcfs.c).
+        """
+        if not os.path.lexists(f"{self.folder}/lxc") and is_there(self.folder):
+            raise unavailable(f"Proxmox's cluster file system is not mounted at {self.folder}; "
+                              "see: systemctl status pve-cluster", SLOT_SECONDS)
+
+    def with_known_hosts(self, node):
+        """Return a Node with the path of the file that has its SSH key, if there is one."""
+        path = f"{self.folder}/nodes/{node.name}/ssh_known_hosts"
+        return node._replace(known_hosts=path if is_there(path) else None)
+
+    def text(self, vm_id):
+        """Return the text of a container's configuration, on whichever node it lives, or None."""
+        return read_text(self.conf_path(vm_id, self.find(vm_id)))
+
+    def texts(self, vm_ids, node):
+        """Return {id: text of its configuration on a node, or None}.
+
+        It raises Problem 404 if the first is known to be none.
+        """
+        texts = {vm_id: read_text(self.conf_path(vm_id, node)) for vm_id in vm_ids}
+        if texts[vm_ids[0]] is None and is_there(self.conf_folder(node)):
+            name = node.name if node else self.members()[0] or socket.gethostname()
+            raise Problem(404, f"VM {vm_ids[0]} does not exist on node '{name}'")
+        return texts
+
+    def documents(self, node=None):
+        """Yield (id, text of its configuration) of all containers of a node, in the ids' order."""
+        folder = self.conf_folder(node)
+        ids = sorted(int(name[:-5]) for name in names_in(folder) if CONF_NAME.fullmatch(name))
+        documents = ((vm_id, read_text(f"{folder}/{vm_id}.conf")) for vm_id in ids)
+        return ((vm_id, document) for vm_id, document in documents
+                if document is not None)    # one may vanish
+
+    def confs(self, node=None):
+        """Return {id: Conf} of all containers of a node whose files are there."""
+        return {vm_id: parse_config(document) for vm_id, document in self.documents(node)}
+
+    def conf_path(self, vm_id, node=None):
+        return f"{self.conf_folder(node)}/{vm_id}.conf"
+
+    def conf_folder(self, node=None):
+        return f"{self.folder}/nodes/{node.name}/lxc" if node else f"{self.folder}/lxc"
+
+    def others(self):
+        """Return the other Nodes of the cluster, if there is one."""
+        _, cluster = self.members()
+        return [node for node in cluster.nodes.values() if not node.local] if cluster else []
+
+    def is_taken(self, vm_id):
+        """Tell whether a container or a virtual machine of any node is known to have an id."""
+        guests = parse_vmlist(read_text(f"{self.folder}/.vmlist"))
+        return str(vm_id) in guests or is_there(self.conf_path(vm_id))
+
+    def address_holders(self, but):
+        """Return {(bridge, VLAN tag, address): id} of the static addresses of all containers.
+
+        Templates are left out, and so is the container `but`.
+        """
+        return {address: vm_id
+                for node in [None, *self.others()]
+                for vm_id, conf in self.confs(node).items()
+                if vm_id != but and conf.current.get("template") != "1"
+                for address in static_addresses(conf.current)}
+
+    def broadcast(self):
+        """Return what each node last told the others of itself and its containers."""
+        return parse_broadcast(read_text(f"{self.folder}/.rrd"))
+
+    def forgotten_snapshots(self):
+        """Return commands that remove what an earlier daemon left, stopped during a clone."""
+        return [f"pct delsnapshot {vm_id} {name}" + (f" (on node '{node.name}')" if node else "")
+                for node in [None, *self.others()] for vm_id, conf in self.confs(node).items()
+                for name in conf.snapshots if name.startswith(TEMPORARY_SNAPSHOT)]
+
+
+class Cgroups:
+    """What the cgroups (version 2) of this host's containers say, and /proc of what runs there."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def are_there(self):
+        """Tell whether control groups are there in version 2.
+
+        Version 1 has a folder for each controller.
+        """
+        return is_there(self.folder) and not is_there(f"{self.folder}/memory")
+
+    def runs(self, vm_id):
+        """Tell whether a container runs: its cgroup is there while it does."""
+        return is_there(f"{self.folder}/lxc/{vm_id}")
+
+    def files(self, running):
+        """Return those of CGROUP_FILES that this kernel has, as the first of the `running` shows.
+
+        Siblings have the same ones: the kernel makes them for what their parent's
+        cgroup.subtree_control names (its Documentation/admin-guide/cgroup-v2.rst).
+        """
+        shown = (set(names_in(f"{self.folder}/lxc/{each}")) for each in running)
+        there = next((names for names in shown if "cpu.stat" in names), CGROUP_FILES)
+        return [name for name in CGROUP_FILES if name in there]
+
+    def usage(self, vm_id, names=CGROUP_FILES):
+        """Return what the cgroup (v2) of a running container says, in bytes and seconds, or None.
+
+        Of its files those with these names are read. `pressure` has for each of PRESSURES what
+        parse_pressure reads.
+        """
+        folder = f"{self.folder}/lxc/{vm_id}/"
+        text = {name: read_text(folder + name) for name in names}.get
+        cpu, memory, stat = text("cpu.stat"), text("memory.current"), text("memory.stat")
+        if cpu is None and memory is None:
+            return None
+        used, cached = only_number(memory), row_number("file", stat)
+        seconds = row_number("usage_usec", cpu)
+        came, went = parse_io(text("io.stat"))
+        return {
+            "cpu": seconds and seconds / 1e6,
+            # As pct counts it.
+            "memory": None if None in (used, cached) else max(0, used - cached),
+            "shared": row_number("shmem", stat), "swap": only_number(text("memory.swap.current")),
+            "disk_read": came, "disk_write": went,
+            "oom_kills": row_number("oom_kill", text("memory.events")),
+            "pids": only_number(text("pids.current")),
+            "pressure": {name: parse_pressure(text(name + ".pressure")) for name in PRESSURES},
+        }
+
+    def init_pid(self, vm_id):
+        """Return the process that is a running container's init, or None.
+
+        A systemd moves itself into init.scope. Any other init stays beside its children, of
+        which it is the one that is process 1 inside: the last number of NSpid in proc(5).
+        """
+        folder = f"{self.folder}/lxc/{vm_id}/ns"
+        systemd = find_number(r"^(\d+)", read_text(f"{folder}/init.scope/cgroup.procs"))
+        if systemd:
+            return systemd
+        pids = re.findall(r"^\d+$", read_text(f"{folder}/cgroup.procs") or "", re.MULTILINE)
+        inits = (int(pid) for pid in pids if is_init(read_text(f"/proc/{pid}/status")))
+        return next(inits, None)
+
+
 # Waiting
 
-class Gate:
-    """At most `width` holders at once; others wait in the order in which they came."""
+class Semaphore:
+    """A fair semaphore: at most `width` hold it at once; others wait in the order they came."""
 
     def __init__(self, width):
         self.free, self.queue, self.lock = width, deque(), threading.Lock()
 
-    def enter(self, seconds):
-        """-> whether a place was had within so many seconds."""
+    def acquire(self, seconds):
+        """Wait for a slot, and tell whether one came within so many seconds."""
         with self.lock:
             if self.free:
                 self.free -= 1
@@ -1834,7 +2056,7 @@ class Gate:
             self.queue.remove(ticket)
             return False
 
-    def leave(self):
+    def release(self):
         with self.lock:
             if self.queue:
                 self.queue.popleft().set()
@@ -1842,32 +2064,33 @@ class Gate:
                 self.free += 1
 
 
-class Turns:
-    """A line for each key, in order, that exists only while somebody stands in it."""
+class KeyedLocks:
+    """A lock for each key, fair, that exists only while somebody holds it or waits for it."""
 
     def __init__(self):
-        self.lock, self.lines = threading.Lock(), {}
+        self.guard, self.locks = threading.Lock(), {}
 
     @contextmanager
-    def turn(self, key, seconds, who):
+    def hold(self, key, seconds, who):
         """Hold a container's id as `who`; Problem 409 if that takes over so many seconds."""
-        with self.lock:
-            line = self.lines.setdefault(key, SimpleNamespace(gate=Gate(1), users=0, holder=None))
-            line.users += 1
+        with self.guard:
+            entry = self.locks.setdefault(
+                key, SimpleNamespace(semaphore=Semaphore(1), users=0, holder=None))
+            entry.users += 1
         try:
-            if not line.gate.enter(seconds):
+            if not entry.semaphore.acquire(seconds):
                 raise Problem(
-                    409, f"VM {key} is busy for over {TURN_SECONDS} s with: {line.holder}")
-            line.holder = who
+                    409, f"VM {key} is busy for over {LOCK_SECONDS} s with: {entry.holder}")
+            entry.holder = who
             try:
                 yield
             finally:
-                line.gate.leave()
+                entry.semaphore.release()
         finally:
-            with self.lock:
-                line.users -= 1
-                if not line.users:
-                    del self.lines[key]
+            with self.guard:
+                entry.users -= 1
+                if not entry.users:
+                    del self.locks[key]
 
 
 class Workers:
@@ -1876,8 +2099,8 @@ class Workers:
     def __init__(self):
         self.lock, self.idle = threading.Lock(), []     # a queue for each idle thread
 
-    def run(self, work, *arguments):
-        """Begin work(*arguments) in another thread -> the Future of its result."""
+    def submit(self, work, *arguments):
+        """Begin work(*arguments) in another thread, and return the Future of its result."""
         job = (Future(), work, arguments)
         with self.lock:
             inbox = self.idle.pop() if self.idle else None
@@ -1886,7 +2109,8 @@ class Workers:
             try:
                 threading.Thread(target=self.serve, args=(inbox,), daemon=True).start()
             except RuntimeError:
-                raise busy("The host has no thread left; try again later", SLOT_SECONDS) from None
+                raise unavailable(
+                    "The host has no thread left; try again later", SLOT_SECONDS) from None
         inbox.put(job)
         return job[0]
 
@@ -1916,7 +2140,7 @@ class Workers:
                 return
 
 
-class Flights:
+class SingleFlight:
     """One call for all who ask the same at the same time, each in a thread of its own.
 
     All who ask before a call begins share it, and who comes later waits for the next: one at
@@ -1927,7 +2151,7 @@ class Flights:
         self.workers, self.lock, self.flying, self.next = workers, threading.Lock(), set(), {}
 
     def join(self, question, call):
-        """-> the Future of call(), which answers a question.
+        """Return the Future of call(), which answers a question.
 
         It raises Problem 503 if too many are being answered.
         """
@@ -1936,13 +2160,13 @@ class Flights:
             if future:
                 return future
             if question not in self.flying and len(self.flying) >= MAX_FLIGHTS:
-                raise busy("Too many questions are being answered; try again later", 1)
+                raise unavailable("Too many questions are being answered; try again later", 1)
             future = self.next[question] = Future()
             if question in self.flying:
                 return future               # it begins when the one before has ended
             self.flying.add(question)
         try:
-            self.workers.run(self.fly, question, call)
+            self.workers.submit(self.fly, question, call)
         except Problem as problem:          # no thread is left
             with self.lock:
                 self.flying.discard(question)
@@ -1975,11 +2199,11 @@ class Files:
         self.workers, self.hung = workers, {}       # what is read, and the Future of it
 
     def read(self, function, *arguments):
-        """-> function(*arguments); Problem 503 if it hangs, or cannot read what is there."""
+        """Return function(*arguments); Problem 503 if it hangs, or cannot read what is there."""
         question = (function, *arguments)
         if question in self.hung or len(self.hung) >= MAX_HUNG:
             raise hanging()
-        future = self.workers.run(function, *arguments)
+        future = self.workers.submit(function, *arguments)
         if not wait([future], FILE_SECONDS).done:
             self.hung[question] = future
             future.add_done_callback(lambda _: self.hung.pop(question, None))
@@ -1987,14 +2211,14 @@ class Files:
         try:
             return future.result()
         except OSError as error:
-            raise busy(f"{error.filename or 'A file'} cannot be read: {error.strerror}",
-                       SLOT_SECONDS) from None
+            raise unavailable(f"{error.filename or 'A file'} cannot be read: {error.strerror}",
+                              SLOT_SECONDS) from None
 
 
 # Limits and metrics
 
 def networks_of(client):
-    """An address -> what it may be counted as, the narrowest first: its kind, and first bytes."""
+    """Return what an address may be counted as, the narrowest first: its kind, and first bytes."""
     if ":" in client:
         packed, lengths = socket.inet_pton(socket.AF_INET6, client), (8, 6, 4, 0)
     else:
@@ -2018,7 +2242,10 @@ class RateLimiter:
         self.clients = OrderedDict()        # times of counted requests, who counted last at the end
 
     def admit(self, client):
-        """-> (admitted, how many more would be, seconds until the oldest counted one leaves)."""
+        """Count a request; return (admitted, how many more would be, seconds).
+
+        The seconds are those until the oldest counted request leaves the window.
+        """
         with self.lock:
             now = self.clock()
             self.forget(now)
@@ -2041,7 +2268,7 @@ class RateLimiter:
             del self.clients[client]
 
     def counted_as(self, client):
-        """An address -> the narrowest of its networks that is known, or for which there is room."""
+        """Return the narrowest network of an address that is known, or for which there is room."""
         room = MAX_CLIENTS
         for network in networks_of(client):
             if network in self.clients or len(self.clients) < room:
@@ -2051,7 +2278,7 @@ class RateLimiter:
 
 
 def plain_address(text):
-    """An address without zone, an IPv4 one in IPv6 clothes as IPv4; ValueError if it is none."""
+    """Return an address without zone, an IPv4-mapped one as IPv4; ValueError if it is none."""
     found = ipaddress.ip_address(text.partition("%")[0])
     return getattr(found, "ipv4_mapped", None) or found
 
@@ -2060,13 +2287,13 @@ HOP = re.compile(r"\[([^\]]{1,100})\](?::[0-9]{1,5})?|([0-9.]{1,15}):[0-9]{1,5}|
 
 
 def hop_address(text):
-    """An address as proxies write it: Azure's gateways add the port, some put IPv6 in brackets."""
+    """Read an address as proxies write it: some add the port, some put IPv6 in brackets."""
     match = HOP.fullmatch(text.strip(" \t"))
     return plain_address(match[match.lastindex] if match else "")
 
 
 def client_of(headers, address, trusted):
-    """A request's headers and the other end's address -> (the client's address, local).
+    """Return (the client's address, local) from a request's headers and the other end's address.
 
     `local` says whether it is never limited.
 
@@ -2131,8 +2358,8 @@ FAMILIES = {
     "lxc_autoscale_api_command_duration_seconds": Family(
         "histogram", ("command",), "Time that commands took.", COMMAND_BUCKETS),
     "lxc_autoscale_api_commands_in_progress": Family(
-        "gauge", (), "Places for commands that are taken."),
-    "lxc_autoscale_api_commands_waiting": Family("gauge", (), "Commands that wait for a place."),
+        "gauge", (), "Slots for commands that are taken."),
+    "lxc_autoscale_api_commands_waiting": Family("gauge", (), "Commands that wait for a slot."),
     "lxc_autoscale_scaling_actions_total": Family(
         "counter", ("container_id", "resource", "action"), "Scaling actions done."),
     "lxc_autoscale_scaling_failures_total": Family(
@@ -2185,7 +2412,7 @@ def escape_label(text):
 
 @lru_cache(maxsize=16384)
 def braced(names, values):
-    """Labels in their braces, or nothing; kept, for most families of a container have the same."""
+    """Write labels in their braces; most families of a container have the same."""
     pairs = ",".join(f'{name}="{escape_label(text)}"' for name, text in zip(names, values))
     return "{" + pairs + "}" if pairs else ""
 
@@ -2202,7 +2429,7 @@ def histogram(name, family, labels, counts):
 
 
 def exposition(name, family, series):
-    """A family's series {labels: value} -> their lines.
+    """Write a family's series {labels: value} as lines.
 
     There are none of what is no number, for which a whole scrape is refused.
     """
@@ -2215,6 +2442,9 @@ def exposition(name, family, series):
 
 def platform_version():
     return ".".join(map(str, sys.version_info[:3]))
+
+
+FAILURE_LABELS = {400: "refused", 404: "not_found", 409: "conflict", 503: "unavailable"}
 
 
 class Metrics:
@@ -2231,6 +2461,19 @@ class Metrics:
             series = self.series[name]
             series[labels] = series.get(labels, 0) + 1
 
+    def count_scaling(self, change, known):
+        """Count the end of a Change that scales; `known` are ids that some container has had.
+
+        An id that no container has would make series without end.
+        """
+        scaling, problem = change.route.scaling, change.problem
+        if scaling and not problem:
+            self.add("lxc_autoscale_scaling_actions_total", str(change.vm_id), *scaling)
+        elif scaling:
+            container = str(change.vm_id) if change.vm_id in known else "unknown"
+            self.add("lxc_autoscale_scaling_failures_total", container, scaling[0],
+                     FAILURE_LABELS.get(problem.status, "failed"))
+
     def observe(self, name, value, *labels):
         """Count a value in its bucket.
 
@@ -2243,7 +2486,7 @@ class Metrics:
             counts[-1] += value
 
     def render(self, gauges):
-        """The exposition, with the families that were read just now.
+        """Write the exposition, with the families that were read just now.
 
         These are `gauges`: {name: {labels: value}}.
         """
@@ -2261,7 +2504,7 @@ class Metrics:
 
 
 def process_metrics():
-    """The process_* families, as Prometheus's own clients read them from /proc."""
+    """Read the process_* families from /proc, as Prometheus's own clients do."""
     # They begin with field 3 of proc(5).
     fields = read_text("/proc/self/stat").rpartition(")")[2].split()
     boot, tick = (
@@ -2308,8 +2551,8 @@ class Output:
         try:
             self.fd = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
-            raise busy(f"The host has no room for a command's output: {error.strerror}",
-                       SLOT_SECONDS, NotBegun) from None
+            raise unavailable(f"The host has no room for a command's output: {error.strerror}",
+                              SLOT_SECONDS, NotBegun) from None
         if bounded:                         # a write past the size fails with EPERM
             os.ftruncate(self.fd, MAX_OUTPUT)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
@@ -2321,7 +2564,7 @@ class Output:
         os.close(self.fd)
 
     def read(self):
-        """-> (the last MAX_OUTPUT bytes, whether that bound was reached)."""
+        """Return (the last MAX_OUTPUT bytes, whether that bound was reached)."""
         size = os.lseek(self.fd, 0, os.SEEK_CUR)
         return (os.pread(self.fd, min(size, MAX_OUTPUT), max(0, size - MAX_OUTPUT)),
                 size >= MAX_OUTPUT)
@@ -2340,7 +2583,7 @@ REMOTE = (
 
 
 def over_ssh(node, argv, seconds):
-    """An argument list to run on another Node -> one to run here.
+    """Turn an argument list for another Node into one to run here.
 
     It may run for at most so many seconds, if given. Proxmox's own tools reach each other
     this way, too (PVE::SSHInfo).
@@ -2358,7 +2601,7 @@ def over_ssh(node, argv, seconds):
 
 
 def parse_reply(printed):
-    """What REMOTE printed, as bytes -> (exit, stdout, stderr), or None if its end is missing."""
+    """Split what REMOTE printed into (exit, stdout, stderr); None if its end is missing."""
     end = re.search(rb"\n(\d{1,15}) (\d{1,15}) (\d{1,15})\n\Z", printed)
     if not end:
         return None
@@ -2368,7 +2611,7 @@ def parse_reply(printed):
 
 
 def ended(process, seconds):
-    """Wait for a process's end -> whether it came within so many seconds, if given."""
+    """Wait for a process's end, and tell whether it came within so many seconds, if given."""
     if not seconds:
         process.wait()
         return True
@@ -2395,7 +2638,7 @@ ROOT = {"HOME": "/root", "LOGNAME": "root", "SHELL": "/bin/bash", "USER": "root"
 
 
 def environment():
-    """The environment of every command: root's, and nothing else of the daemon's own.
+    """Return the environment of every command: root's, and nothing else of the daemon's own.
 
     What systemd tells its services (systemd.exec(5): the notification socket, the watchdog,
     where credentials are, …) is not for pct, storage tools and hook scripts. PATH says where
@@ -2414,98 +2657,100 @@ class Commands:
     bound, too. Each has a session of its own: what kills the daemon's group, or stops its
     unit, leaves it alone. Each has the umask of root's shell, whatever the daemon's own is:
     with 0077 a clone's folder is closed to its unprivileged container, which then never
-    starts. Long changes leave some of the places to others.
+    starts. Long changes leave some of the slots to others.
     """
 
     def __init__(self, width, read_seconds, workers, metrics):
         self.width, self.read_seconds, self.workers, self.metrics = (
             width, read_seconds, workers, metrics)
-        self.lock, self.ways, self.hung = threading.Lock(), {}, {}
+        self.lock, self.slots, self.hung = threading.Lock(), {}, {}
 
     def gauges(self):
-        ways = list(self.ways.values())
+        known = list(self.slots.values())
         return {"lxc_autoscale_api_commands_in_progress": {(): sum(
-                    way.width - way.gate.free for way in ways)},
+                    each.width - each.semaphore.free for each in known)},
                 "lxc_autoscale_api_commands_waiting": {(): sum(
-                    len(gate.queue) for way in ways for gate in (way.gate, way.long))}}
+                    len(semaphore.queue) for each in known
+                    for semaphore in (each.semaphore, each.long))}}
 
-    def way(self, node):
-        """What is known of a node.
+    def slots_of(self, node):
+        """Return what is known of a node.
 
-        That is its places, when it was last tried, and the Problem of that, if it had one.
+        That is its slots, when it was last tried, and the Problem of that, if it had one.
         """
         width = min(self.width, MAX_SESSIONS) if node else self.width
         with self.lock:
-            return self.ways.setdefault(node and node.name, SimpleNamespace(
-                width=width, gate=Gate(width), long=Gate(max(1, width - max(1, width // 4))),
+            return self.slots.setdefault(node and node.name, SimpleNamespace(
+                width=width, semaphore=Semaphore(width),
+                long=Semaphore(max(1, width - max(1, width // 4))),
                 lock=threading.Lock(), tried=-math.inf, problem=None))
 
     @contextmanager
-    def place(self, node, asked=None, long=False):
-        """A place to run commands on a node, which answers; Problem 503 if none is free in time."""
-        way = self.way(node)
-        self.reach(node, asked)
+    def slot(self, node, since=None, long=False):
+        """Hold a slot to run commands on a node, which answers; Problem 503 if none is free."""
+        known = self.slots_of(node)
+        self.check_reachable(node, since)
         deadline = time.monotonic() + SLOT_SECONDS
-        with ExitStack() as places:
-            for gate in (way.long, way.gate) if long else (way.gate,):
-                if not gate.enter(max(0, deadline - time.monotonic())):
+        with ExitStack() as slots:
+            for semaphore in (known.long, known.semaphore) if long else (known.semaphore,):
+                if not semaphore.acquire(max(0, deadline - time.monotonic())):
                     raise too_many(node)
-                places.callback(gate.leave)
-            yield places
+                slots.callback(semaphore.release)
+            yield slots
 
-    def reach(self, node, asked):
+    def check_reachable(self, node, since):
         """See that a node answers, and open the connection that its commands share.
 
         It raises Problem 503 if the node does not.
 
         So a change is not begun over a connection that is dead, and nobody waits for long for
-        a node that is. What was found since `asked` will do, by whomever, for a second; to a
-        read (None) so will, for a second, that the node did not answer.
+        a node that is. A result found after `since`, by any thread, is reused for one second.
+        A read (None) reuses for one second, too, that the node did not answer.
         """
         if not node:
             return
         if not (node.online and node.address):
-            raise busy(f"Node '{node.name}' is offline; to see why, on this host: pvecm status",
-                       SLOT_SECONDS)
-        way = self.way(node)
-        with way.lock:
+            raise unavailable(f"Node '{node.name}' is offline; "
+                              "to see why, on this host: pvecm status", SLOT_SECONDS)
+        known = self.slots_of(node)
+        with known.lock:
             now = time.monotonic()
-            if (way.tried < max(asked or now, now - 1)
-                    and not (way.problem and not asked and way.tried > now - 1)):
-                way.problem = None
+            if (known.tried < max(since or now, now - 1)
+                    and not (known.problem and not since and known.tried > now - 1)):
+                known.problem = None
                 try:
                     self.execute(node, ["true"], REACH_SECONDS)
                 except Problem as problem:
                     silent = lost(node, (), False, f"no answer within {REACH_SECONDS} s")
-                    way.problem = silent if problem.status == 504 else problem
-                way.tried = time.monotonic()
-            if way.problem:                 # a copy, for each has a caller who may add to it
+                    known.problem = silent if problem.status == 504 else problem
+                known.tried = time.monotonic()
+            if known.problem:               # a copy, for each has a caller who may add to it
                 raise Problem(
-                    503, way.problem.error, dict(way.problem.headers), **way.problem.fields)
+                    503, known.problem.error, dict(known.problem.headers), **known.problem.fields)
 
     def read(self, node, *argv):
-        """Run a command that changes nothing, in a place of its own -> its Result."""
-        with self.place(node) as places:
-            return self.look(node, argv, places)
+        """Run a command that changes nothing, in a slot of its own; return its Result."""
+        with self.slot(node) as slots:
+            return self.look(node, argv, slots)
 
-    def look(self, node, argv, places=None):
-        """The same, in a place that is held already.
+    def look(self, node, argv, slots=None):
+        """Do the same in a slot that is held already.
 
         Past its time it is killed with its whole group.
         """
-        return self.execute(node, [str(each) for each in argv], self.read_seconds, places)
+        return self.execute(node, [str(each) for each in argv], self.read_seconds, slots)
 
     def change(self, node, argv):
-        """Run a command that changes something -> its Result; it is waited for and never killed.
+        """Run a command that changes something, and never kill it; return its Result.
 
         NotBegun if it was not begun, Lost if nobody knows its end.
         """
         return self.execute(node, argv, None)
 
-    def execute(self, node, argv, seconds, places=None):
-        """Run a command now -> its Result, or Problem.
+    def execute(self, node, argv, seconds, slots=None):
+        """Run a command now; return its Result, or raise Problem.
 
-        `places` are kept while it cannot be ended.
+        `slots` are kept while it cannot be ended.
         """
         if seconds and (node, *argv) in self.hung:
             raise self.still_hung(node, argv)
@@ -2514,7 +2759,7 @@ class Commands:
             started = time.monotonic()
             process = self.start(node, argv, label, seconds, stdout.fd, stderr.fd)
             in_time = ended(process, seconds)
-            gone = in_time or self.kill(process, (node, *argv), places)
+            gone = in_time or self.kill(process, (node, *argv), slots)
             took = time.monotonic() - started
             (out, out_full), (err, err_full) = stdout.read(), stderr.read()
             full = bool(seconds) and (out_full or err_full)
@@ -2535,20 +2780,20 @@ class Commands:
             begun = not seconds and code not in (1, 2)      # REMOTE ends so if it cannot begin
             raise lost(node, argv, begun, err.decode("utf-8", "replace").strip())
         if node and code == 127:            # as the shell there says it
-            raise busy(f"{argv[0]} is not installed on node '{node.name}', or not on its PATH",
-                       60, NotBegun)
+            raise unavailable(f"{argv[0]} is not installed on node '{node.name}', "
+                              "or not on its PATH", 60, NotBegun)
         return Result(code, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"), full)
 
-    def kill(self, process, question, places):
-        """Kill a command's whole group -> whether it has ended.
+    def kill(self, process, question, slots):
+        """Kill a command's whole group, and tell whether it has ended.
 
-        A process that hangs in the kernel does not end. It is left alone, its places stay
+        A process that hangs in the kernel does not end. It is left alone, its slots stay
         taken until it is gone, and the same is not asked again before.
         """
         os.killpg(process.pid, signal.SIGKILL)
         if ended(process, KILL_SECONDS):
             return True
-        kept = places.pop_all() if places else ExitStack()
+        kept = slots.pop_all() if slots else ExitStack()
         self.hung[question] = process.pid
         kept.callback(self.hung.pop, question, None)
 
@@ -2556,7 +2801,7 @@ class Commands:
             with kept:
                 process.wait()
         try:
-            self.workers.run(bury)
+            self.workers.submit(bury)
         except Problem:                     # no thread is left to wait for its end
             kept.close()
         return False
@@ -2580,11 +2825,11 @@ class Commands:
             missing = isinstance(error, FileNotFoundError)
             what = ("is not installed, or not on the daemon's PATH" if missing
                     else f"cannot be started: {error.strerror}")
-            raise busy(f"{argv[0]} {what}", 60, NotBegun) from None
+            raise unavailable(f"{argv[0]} {what}", 60, NotBegun) from None
 
 
 def failed(argv, result):
-    """A command that failed, and its Result -> the Problem, which is logged."""
+    """Log a command that failed, and return its Problem."""
     problem = explain_failure([*map(str, argv)], result)
     log.warning("failed: %s: exit %d: %s",
                 shlex.join(map(str, argv)), result.exit, problem.fields["details"])
@@ -2592,7 +2837,7 @@ def failed(argv, result):
 
 
 def checked(argv, result):
-    """A command's Result, or the Problem that it failed with."""
+    """Return a command's Result, or raise the Problem that it failed with."""
     if result.exit == 0 and not result.overflow:
         return result
     raise failed(argv, result)
@@ -2600,8 +2845,8 @@ def checked(argv, result):
 
 # The host
 
-def busy_meter(clock):
-    """Begin to measure -> a function that tells how busy so many processors were since.
+def cpu_meter(clock):
+    """Begin to measure, and return a function that tells how busy so many processors were since.
 
     It tells that in percent, or None.
 
@@ -2628,7 +2873,7 @@ def listed_container(vm_id, node, name, status, cores, memory, uptime, onboot, m
 
 
 def described_by(vm_id, document):
-    """A container's configuration -> (its labels, whether it is a template, its samples).
+    """Return (its labels, whether it is a template, its samples) from a container's configuration.
 
     That is what it says in /metrics.
     """
@@ -2652,9 +2897,8 @@ class Proxmox:
 
     def __init__(self, commands, files, pve_dir, cgroup_dir, clustered):
         self.commands, self.files = commands, files
-        self.pve_dir, self.cgroup_dir, self.clustered = pve_dir, cgroup_dir, clustered
+        self.pve, self.cgroups = ClusterFiles(pve_dir, clustered), Cgroups(cgroup_dir)
         self.probed = (-math.inf, False, "")
-        self.seen = set()                   # ids of containers that were found somewhere
         self.described = {}                 # by id, what the last scrape read in the configurations
 
     def ask(self, node, *argv):
@@ -2669,56 +2913,15 @@ class Proxmox:
     # Where things are
 
     def members(self):
-        """-> (this node's name or None, its Cluster or None)."""
-        return self.files.read(self.read_members)
-
-    def read_members(self):
-        own, cluster = parse_members(read_text(f"{self.pve_dir}/.members"))
-        return own, cluster if self.clustered else None
+        """Return (this node's name or None, its Cluster or None)."""
+        return self.files.read(self.pve.members)
 
     def locate(self, vm_id):
-        """The Node where a container lives, None for this one.
-
-        It raises Problem 404 for what is known to be none.
-        """
-        return self.files.read(self.find, vm_id)
-
-    def find(self, vm_id):
-        """Its file here is looked for first: no id is on two nodes, and the list may be long."""
-        if is_there(f"{self.pve_dir}/lxc/{vm_id}.conf"):
-            self.seen.add(vm_id)
-            return None
-        self.see_that_it_is_mounted()
-        ids, (_, cluster) = parse_vmlist(read_text(f"{self.pve_dir}/.vmlist")), self.read_members()
-        guest = ids.get(str(vm_id))
-        if guest and guest.get("type") != "lxc":
-            raise Problem(404, f"VM {vm_id} is a virtual machine, not a container")
-        if cluster and ids and not guest:
-            raise Problem(404, f"VM {vm_id} does not exist on any node of the cluster")
-        if guest:
-            self.seen.add(vm_id)
-        if not cluster or not guest:
-            return None
-        name = guest.get("node")
-        # Of a node that has left, files may stay.
-        node = cluster.nodes.get(name, Node(name, False, False, None))
-        return None if node.local else self.with_known_hosts(node)
-
-    def see_that_it_is_mounted(self):
-        """Problem 503 where pve_dir is an empty folder.
-
-        Once mounted, pmxcfs always has the link lxc (pmxcfs.c).
-        """
-        if not os.path.lexists(f"{self.pve_dir}/lxc") and is_there(self.pve_dir):
-            raise busy(f"Proxmox's cluster file system is not mounted at {self.pve_dir}; "
-                       "see: systemctl status pve-cluster", SLOT_SECONDS)
-
-    def with_known_hosts(self, node):
-        path = f"{self.pve_dir}/nodes/{node.name}/ssh_known_hosts"
-        return node._replace(known_hosts=path if is_there(path) else None)
+        """Return the Node where a container lives, None for this one, or Problem 404."""
+        return self.files.read(self.pve.find, vm_id)
 
     def where(self, vm_id, run):
-        """run(node) on the node where a container lives.
+        """Return run(node) for the node where a container lives.
 
         It is run once more if the container has moved meanwhile.
         """
@@ -2731,112 +2934,60 @@ class Proxmox:
                 raise
         return run(now)
 
-    def ready(self, vm_id, asked):
-        """The Node where a container can be changed, seen since `asked`.
+    def changeable(self, vm_id, since):
+        """Return the Node where a container can be changed, as found after `since`.
 
         It raises Problem 503 without quorum or sign of life.
         """
         node, (_, cluster) = self.locate(vm_id), self.members()
         if cluster and not cluster.quorate:
-            raise busy("The Proxmox cluster has no quorum, so nothing can be changed; "
-                       "see: pvecm status", 30)
-        self.commands.reach(node, asked)
+            raise unavailable("The Proxmox cluster has no quorum, so nothing can be changed; "
+                              "see: pvecm status", 30)
+        self.commands.check_reachable(node, since)
         return node
 
     # Reads
 
     def conf(self, vm_id):
-        """A container's Conf: from its file, else from `pct config`.
+        """Return a container's Conf: from its file, else from `pct config`.
 
         The file is what `pct config` reads.
         """
         return self.file_conf(vm_id) or self.fresh_conf(vm_id)
 
     def file_conf(self, vm_id):
-        """From its file here, on whichever node it lives, or None."""
-        document = self.files.read(self.read_conf, vm_id)
+        """Return a container's Conf from its file here, on whichever node it lives, or None."""
+        document = self.files.read(self.pve.text, vm_id)
         return None if document is None else parse_config(document)
-
-    def read_conf(self, vm_id):
-        return read_text(self.conf_path(vm_id, self.find(vm_id)))
 
     def fresh_conf(self, vm_id):
         return self.where(vm_id, lambda node: self.conf_at(node, vm_id))
 
     def conf_at(self, node, vm_id):
-        """A container's Conf as a node has it itself.
+        """Return a container's Conf as a node has it itself.
 
         A change made there is seen here some milliseconds later.
         """
-        return parse_config(self.text_at(node, self.conf_path(vm_id))
+        return parse_config(self.text_at(node, self.pve.conf_path(vm_id))
                             or self.ask(node, "pct", "config", vm_id))
 
-    def conf_path(self, vm_id, node=None):
-        return f"{self.conf_folder(node)}/{vm_id}.conf"
-
-    def conf_folder(self, node=None):
-        return f"{self.pve_dir}/nodes/{node.name}/lxc" if node else f"{self.pve_dir}/lxc"
-
     def text_at(self, node, path):
-        """A small file's text on any node, or None if it cannot be read."""
+        """Return a small file's text on any node, or None if it cannot be read."""
         if not node:
             return self.files.read(read_text, path)
         result = self.commands.read(node, "cat", path)
         return result.stdout if result.exit == 0 else None
 
-    def confs(self, node=None):
-        """{id: Conf} of all containers of a node whose files are there."""
-        return {vm_id: parse_config(document) for vm_id, document in self.documents(node)}
-
-    def documents(self, node=None):
-        """(id, text of its configuration) of the same, by id."""
-        folder = self.conf_folder(node)
-        ids = sorted(int(name[:-5]) for name in names_in(folder) if CONF_NAME.fullmatch(name))
-        documents = ((vm_id, read_text(f"{folder}/{vm_id}.conf")) for vm_id in ids)
-        return ((vm_id, document) for vm_id, document in documents
-                if document is not None)    # one may vanish
-
-    def read_texts(self, vm_ids, node):
-        """{id: text of its configuration on a node, or None}.
-
-        It raises Problem 404 if the first is known to be none.
-        """
-        texts = {vm_id: read_text(self.conf_path(vm_id, node)) for vm_id in vm_ids}
-        if texts[vm_ids[0]] is None and is_there(self.conf_folder(node)):
-            name = node.name if node else self.read_members()[0] or socket.gethostname()
-            raise Problem(404, f"VM {vm_ids[0]} does not exist on node '{name}'")
-        return texts
-
     def is_taken(self, vm_id):
-        """Whether a container or a virtual machine of any node is known to have an id."""
-        def read():
-            guests = parse_vmlist(read_text(f"{self.pve_dir}/.vmlist"))
-            return str(vm_id) in guests or is_there(self.conf_path(vm_id))
-        return self.files.read(read)
+        """Tell whether a container or a virtual machine of any node is known to have an id."""
+        return self.files.read(self.pve.is_taken, vm_id)
 
     def address_holders(self, but):
-        """{(bridge, VLAN tag, address): id} of the static addresses of all containers.
-
-        Templates are left out, and so is the container `but`.
-        """
-        def read():
-            return {address: vm_id
-                    for node in [None, *self.others()]
-                    for vm_id, conf in self.confs(node).items()
-                    if vm_id != but and conf.current.get("template") != "1"
-                    for address in static_addresses(conf.current)}
-        return self.files.read(read)
-
-    def others(self):
-        """The other Nodes of the cluster, if there is one."""
-        _, cluster = self.read_members()
-        return [node for node in cluster.nodes.values() if not node.local] if cluster else []
-
-    def news(self):
-        return parse_news(read_text(f"{self.pve_dir}/.rrd"))
+        """Return {(bridge, VLAN tag, address): id} of all containers but one; see ClusterFiles."""
+        return self.files.read(self.pve.address_holders, but)
 
     def config(self, vm_id, max_cores, max_memory):
-        """What is allotted, and what a scaling call makes sense with.
+        """Return what is allotted, and the values that a scaling call may have.
 
         The latter is the bounds, or what the host has.
         """
@@ -2857,11 +3008,11 @@ class Proxmox:
         }
 
     def capacity(self, node):
-        """(processors, memory in MB) of a node, each infinite where nobody tells."""
+        """Return (processors, memory in MB) of a node, each infinite where nobody tells."""
         if not node:
             return (os.cpu_count() or math.inf,
                     os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB)
-        fields = self.files.read(self.news).get(("node", node.name), [])
+        fields = self.files.read(self.pve.broadcast).get(("node", node.name), [])
         cpus, memory = (number(field) for field in (fields + [""] * 8)[4:8:3])
         return cpus or math.inf, memory // MIB if memory else math.inf
 
@@ -2869,8 +3020,8 @@ class Proxmox:
         return self.where(vm_id, lambda node: self.status_at(node, vm_id))
 
     def status_at(self, node, vm_id):
-        """From the container's file and cgroup, else from `pct status`."""
-        busy = busy_meter(lambda: self.cpu_clock(node, vm_id))
+        """Return a container's state, from its file and cgroup, else from `pct status`."""
+        cpu_usage = cpu_meter(lambda: self.cpu_clock(node, vm_id))
         values = None if node else self.files.read(self.read_status, vm_id)
         values = values or parse_status(self.ask(node, "pct", "status", vm_id, "--verbose"))
         if not node and values.get("pid") and "disk" not in values:
@@ -2882,7 +3033,7 @@ class Proxmox:
             "vm_id": vm_id, "lxc_id": vm_id, "node": node.name if node else self.node_name(),
             "name": get("name"), "status": get("status"),
             "lock": lock, "template": template, "tags": tags,
-            "cpu": get("cpus"), "cpu_usage": 0 if stopped else busy(get("cpus")),
+            "cpu": get("cpus"), "cpu_usage": 0 if stopped else cpu_usage(get("cpus")),
             "memory": in_unit(get("maxmem"), MIB), "memory_used": in_unit(get("mem"), MIB),
             "memory_shared": 0 if stopped else in_unit(get("shared"), MIB),     # pct does not tell
             "swap": in_unit(get("maxswap"), MIB), "swap_used": in_unit(get("swap"), MIB),
@@ -2895,16 +3046,16 @@ class Proxmox:
         }
 
     def read_status(self, vm_id):
-        """The keys of `pct status --verbose`, and `shared`, without a process.
+        """Return the keys of `pct status --verbose`, and `shared`, without a process.
 
         None where the files are not there.
         """
-        document = read_text(self.conf_path(vm_id))
-        up = self.up(vm_id)
-        usage = self.usage(vm_id) if up else None
-        if document is None or not self.has_cgroups() or (up and usage is None):
+        document = read_text(self.pve.conf_path(vm_id))
+        up = self.cgroups.runs(vm_id)
+        usage = self.cgroups.usage(vm_id) if up else None
+        if document is None or not self.cgroups.are_there() or (up and usage is None):
             return None
-        values, pid = parse_config(document).current, self.init_pid(vm_id)
+        values, pid = parse_config(document).current, self.cgroups.init_pid(vm_id)
         _, memory, swap = allotted(values)
         size = size_in_gb(option(values.get("rootfs"), "size"))
         found = {
@@ -2916,19 +3067,15 @@ class Proxmox:
         if not up:
             return {**found, **dict.fromkeys(
                 ("mem", "swap", "uptime", "netin", "netout", "diskread", "diskwrite"), 0)}
-        netin, netout = self.traffic().get(vm_id, (None, None))
+        netin, netout = read_traffic().get(vm_id, (None, None))
         return {**found, "mem": usage["memory"], "shared": usage["shared"], "swap": usage["swap"],
-                "pid": pid, "uptime": self.uptime(pid),
+                "pid": pid, "uptime": process_uptime(pid),
                 **{f"pressure{name}some": usage["pressure"][name][0] for name in PRESSURES},
                 "netin": netin, "netout": netout,
                 "diskread": usage["disk_read"], "diskwrite": usage["disk_write"]}
 
-    def traffic(self):
-        """{id: (bytes in, bytes out)} of the containers that run here and have an interface."""
-        return parse_net_dev(read_text("/proc/net/dev") or "")
-
     def disk_used(self, pid):
-        """Bytes in use on a container's root disk, seen through its init.
+        """Return how many bytes are in use on a container's root disk, seen through its init.
 
         It is None if that disk does not answer.
         """
@@ -2937,85 +3084,17 @@ class Proxmox:
         except Problem:
             return None
 
-    def has_cgroups(self):
-        """Whether control groups are there in version 2.
-
-        Version 1 has a folder for each controller.
-        """
-        return is_there(self.cgroup_dir) and not is_there(f"{self.cgroup_dir}/memory")
-
     def cpu_clock(self, node, vm_id):
-        """(processor time used, time) so far, in seconds, or None.
+        """Return (processor time used, time) so far, in seconds, or None.
 
         They are from the container's cgroup (v2).
         """
-        stat = self.text_at(node, f"{self.cgroup_dir}/lxc/{vm_id}/cpu.stat")
+        stat = self.text_at(node, f"{self.cgroups.folder}/lxc/{vm_id}/cpu.stat")
         used = row_number("usage_usec", stat)
         return None if used is None else (used / 1e6, time.monotonic())
 
-    def cgroup_files(self, running):
-        """Those of CGROUP_FILES that this kernel has, as the first of the `running` shows.
-
-        Siblings have the same ones: the kernel makes them for what their parent's
-        cgroup.subtree_control names (its Documentation/admin-guide/cgroup-v2.rst).
-        """
-        shown = (set(names_in(f"{self.cgroup_dir}/lxc/{each}")) for each in running)
-        there = next((names for names in shown if "cpu.stat" in names), CGROUP_FILES)
-        return [name for name in CGROUP_FILES if name in there]
-
-    def usage(self, vm_id, names=CGROUP_FILES):
-        """What the cgroup (v2) of a running container says, in bytes and seconds, or None.
-
-        Of its files those with these names are read. `pressure` has for each of PRESSURES what
-        parse_pressure reads.
-        """
-        folder = f"{self.cgroup_dir}/lxc/{vm_id}/"
-        text = {name: read_text(folder + name) for name in names}.get
-        cpu, memory, stat = text("cpu.stat"), text("memory.current"), text("memory.stat")
-        if cpu is None and memory is None:
-            return None
-        used, cached = only_number(memory), row_number("file", stat)
-        seconds = row_number("usage_usec", cpu)
-        came, went = parse_io(text("io.stat"))
-        return {
-            "cpu": seconds and seconds / 1e6,
-            # As pct counts it.
-            "memory": None if None in (used, cached) else max(0, used - cached),
-            "shared": row_number("shmem", stat), "swap": only_number(text("memory.swap.current")),
-            "disk_read": came, "disk_write": went,
-            "oom_kills": row_number("oom_kill", text("memory.events")),
-            "pids": only_number(text("pids.current")),
-            "pressure": {name: parse_pressure(text(name + ".pressure")) for name in PRESSURES},
-        }
-
-    def init_pid(self, vm_id):
-        """The process that is a running container's init, or None.
-
-        A systemd moves itself into init.scope. Any other init stays beside its children, of
-        which it is the one that is process 1 inside: the last number of NSpid in proc(5).
-        """
-        folder = f"{self.cgroup_dir}/lxc/{vm_id}/ns"
-        systemd = find_number(r"^(\d+)", read_text(f"{folder}/init.scope/cgroup.procs"))
-        if systemd:
-            return systemd
-        pids = re.findall(r"^\d+$", read_text(f"{folder}/cgroup.procs") or "", re.MULTILINE)
-        inits = (int(pid) for pid in pids if is_init(read_text(f"/proc/{pid}/status")))
-        return next(inits, None)
-
-    def uptime(self, pid):
-        """Seconds since a container's init, process `pid`, started; None if nobody knows."""
-        stat = pid and read_text(f"/proc/{pid}/stat")
-        if not stat:
-            return None
-        started = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return max(0, int(float(read_text("/proc/uptime").split()[0]) - started))
-
-    def up(self, vm_id):
-        """Whether a container runs: its cgroup is there while it does."""
-        return is_there(f"{self.cgroup_dir}/lxc/{vm_id}")
-
     def list(self):
-        """All containers, from their files and states, else, of this node, from pvesh."""
+        """Return all containers, from their files and states, else, of this node, from pvesh."""
         own = self.node_name()
         rows, complete = self.files.read(self.read_list, own)
         found = []
@@ -3029,40 +3108,43 @@ class Proxmox:
         return sorted(found + rows, key=lambda row: row["vm_id"])
 
     def read_list(self, own):
-        """-> (the containers whose files are there, whether this node's are among them)."""
-        nodes, found = self.others(), []
-        news = self.news() if nodes else {}
-        self.see_that_it_is_mounted()
-        complete = is_there(self.conf_folder()) and self.has_cgroups()
+        """Return (the containers whose files are there, whether this node's are among them)."""
+        nodes, found = self.pve.others(), []
+        broadcast = self.pve.broadcast() if nodes else {}
+        self.pve.check_mounted()
+        complete = is_there(self.pve.conf_folder()) and self.cgroups.are_there()
         if complete:
             nodes.append(None)
         for node in nodes:
-            for vm_id, (_, values, _) in self.confs(node).items():
-                status, uptime = self.state(node, vm_id, news)
+            for vm_id, (_, values, _) in self.pve.confs(node).items():
+                status, uptime = self.state(node, vm_id, broadcast)
                 cores, memory, _ = allotted(values)
                 found.append(listed_container(
                     vm_id, node.name if node else own, container_name(vm_id, values), status,
                     cores, memory, uptime, values.get("onboot") == "1", marks(values)))
         return found, complete
 
-    def state(self, node, vm_id, news):
-        """(status, uptime in seconds) of a container, or Nones.
+    def state(self, node, vm_id, broadcast):
+        """Return (status, uptime in seconds) of a container, or Nones.
 
-        Here they are from its cgroup, elsewhere from its node's news.
+        Here they are from its cgroup, elsewhere from its node's broadcast.
         """
         if node:
-            return heard(news.get(("vm", str(vm_id)))) if node.online else (None, None)
-        return ("running", self.uptime(self.init_pid(vm_id))) if self.up(vm_id) else ("stopped", 0)
+            fields = broadcast.get(("vm", str(vm_id))) if node.online else None
+            return broadcast_state(fields)
+        if not self.cgroups.runs(vm_id):
+            return "stopped", 0
+        return "running", process_uptime(self.cgroups.init_pid(vm_id))
 
     def gauges(self):
-        """The container families at this moment, without a process.
+        """Return the container families at this moment, without a process.
 
         Of what files do not say, they hold nothing.
         """
         return self.files.read(self.read_gauges)
 
     def read_gauges(self):
-        """What the last scrape knew of a configuration is used again if its text is the same.
+        """Read them; what the last scrape knew of a configuration is reused if that is the same.
 
         Its inode and times would not tell: pmxcfs counts whole seconds (cfs-plug-memdb.c).
         """
@@ -3072,17 +3154,17 @@ class Proxmox:
                   for name in PRESSURES]
         network = [families[f"{CONTAINER}network_{way}_bytes_total"]
                    for way in ("receive", "transmit")]
-        self.see_that_it_is_mounted()
-        has_cgroups, traffic, described = self.has_cgroups(), self.traffic(), {}
-        running = set(names_in(f"{self.cgroup_dir}/lxc"))
-        names = self.cgroup_files(running)
-        for vm_id, document in self.documents():
+        self.pve.check_mounted()
+        has_cgroups, traffic, described = self.cgroups.are_there(), read_traffic(), {}
+        running = set(names_in(f"{self.cgroups.folder}/lxc"))
+        names = self.cgroups.files(running)
+        for vm_id, document in self.pve.documents():
             known = self.described.get(vm_id)
             if not known or known[0] != document:
                 known = document, *described_by(vm_id, document)
             described[vm_id] = known
             _, one, template, samples = known
-            usage = self.usage(vm_id, names) if one[0] in running else None
+            usage = self.cgroups.usage(vm_id, names) if one[0] in running else None
             if has_cgroups and not template:
                 families[CONTAINER + "up"][one] = int(usage is not None)
             for name, labels, value in samples:
@@ -3104,7 +3186,7 @@ class Proxmox:
             self.where(vm_id, lambda node: self.ask(node, "pct", "listsnapshot", vm_id)))
 
     def node_status(self, name):
-        """Of this node from /proc, of any other from its pvesh.
+        """Return a node's load: of this node from /proc, of any other from its pvesh.
 
         That would itself count as load if it ran already.
         """
@@ -3114,9 +3196,10 @@ class Proxmox:
             raise Problem(
                 404, f"Node '{name}' does not exist; known here: {', '.join(sorted(known))}")
         node = known.get(name)
-        node = None if node is None or node.local else self.files.read(self.with_known_hosts, node)
+        node = (None if node is None or node.local
+                else self.files.read(self.pve.with_known_hosts, node))
         here = not node and (known or name == self.node_name())
-        cpu_usage = busy_meter(lambda: self.node_cpu_clock(node) if node or here else None)()
+        cpu_usage = cpu_meter(lambda: self.node_cpu_clock(node) if node or here else None)()
         data = self.files.read(read_node) if here else self.ask_json(node, f"/nodes/{name}/status")
         memory, swap, disk = (data.get(key) or {} for key in ("memory", "swap", "rootfs"))
         total, used = memory.get("total"), memory.get("used")
@@ -3136,7 +3219,7 @@ class Proxmox:
         }
 
     def node_cpu_clock(self, node):
-        """(busy, total) of all processors of a node since its start, in ticks, or None.
+        """Return (busy, total) of all processors of a node since its start, in ticks, or None.
 
         They are from /proc/stat.
         """
@@ -3146,11 +3229,11 @@ class Proxmox:
         return ticks and (sum(ticks) - ticks[3] - ticks[4], sum(ticks))
 
     def node_name(self):
-        """This node's, which is its host name without a domain."""
+        """Return this node's name, which is its host name without a domain."""
         return self.members()[0] or socket.gethostname().split(".")[0]
 
     def cluster_status(self):
-        """From .members, else, of a single host, from pvesh."""
+        """Return the cluster's nodes and quorum: from .members, or of a single host, from pvesh."""
         _, cluster = self.members()
         if cluster:
             return {"cluster": cluster.name, "quorate": cluster.quorate, "nodes": [
@@ -3169,7 +3252,7 @@ class Proxmox:
         }
 
     def health(self):
-        """(whether `pct` works, what it said), at most PROBE_SECONDS old.
+        """Return (whether `pct` works, what it said), at most PROBE_SECONDS old.
 
         Nobody asks this twice at once.
         """
@@ -3181,7 +3264,7 @@ class Proxmox:
         return time.monotonic() - self.probed[0] > PROBE_SECONDS
 
     def probe(self):
-        """Run `pct list`, which needs none of the places.
+        """Run `pct list`, which needs none of the slots.
 
         Long changes must not look like a fault.
         """
@@ -3193,23 +3276,10 @@ class Proxmox:
             ok, detail = False, problem.error
         return time.monotonic(), ok, detail
 
-    def forgotten_snapshots(self):
-        """Commands that remove what an earlier daemon left behind.
-
-        It was stopped in the middle of a clone.
-        """
-        def read():
-            return [f"pct delsnapshot {vm_id} {name}"
-                    + (f" (on node '{node.name}')" if node else "")
-                    for node in [None, *self.others()] for vm_id, conf in self.confs(node).items()
-                    for name in conf.snapshots if name.startswith(TEMPORARY_SNAPSHOT)]
-        return self.files.read(read)        # once, at the start
-
 
 # Changing
 
-LONG_LIMIT = "long_change_timeout_seconds"
-
+LONG_TIMEOUT = "long_change_timeout_seconds"            # of changes that may take hours
 CLIENT_LEFT = 499           # in log and metrics, as nginx has it: there was nobody to answer
 
 # The lock that a command sets, and what is done after `pct unlock`.
@@ -3256,10 +3326,10 @@ class Change:
             else f" {name}={value}"
             for name, value in values.items() if value is not None)
         self.title = f"{route.method} {route.path}{shown}"
-        self.long = route.limit == LONG_LIMIT
+        self.long = route.timeout == LONG_TIMEOUT
         self.requested, self.began, self.ended = time.time(), None, None
         self.started, self.future = Future(), Future()
-        self.node = self.places = self.before = self.ran = self.problem = None
+        self.node = self.slots = self.before = self.ran = self.problem = None
         # One that was killed may leave its task at work.
         self.steps, self.lost, self.killed = [], [], False
         self.warnings, self.data = [], {}   # of the answer, if all goes well
@@ -3272,7 +3342,7 @@ class Change:
     # For the handlers
 
     def pct(self, command, *arguments, vm_id=None):
-        """Run `pct COMMAND ID ARGUMENTS...` on the container's node -> its Result, or Problem."""
+        """Run `pct COMMAND ID ARGUMENTS...` there; return its Result, or raise Problem."""
         argv = ["pct", command, str(vm_id or self.vm_id), *map(str, arguments)]
         self.steps.append(argv)
         self.lost.append(argv)
@@ -3293,7 +3363,7 @@ class Change:
         return result
 
     def failed(self, argv, result):
-        """A step that failed -> its Problem; it was none if Proxmox refused it before it began.
+        """Make a failed step's Problem; it was no step if Proxmox refused it before it began.
 
         What is said in the middle of a work may have changed something, unless it was the
         first, and all is as it was.
@@ -3304,14 +3374,14 @@ class Change:
         if argv[1] == "resize" and CONFIG_UNWRITTEN.search(result.stderr):
             self.leave(
                 f"The volume of VM {self.vm_id} may have grown, though its configuration does not "
-                f"have the new size; to enter what it has{self.there()}: "
+                f"have the new size; to enter what it has{self.on_node()}: "
                 f"pct rescan --vmid {self.vm_id}")
         elif at_once or (passing and len(self.steps) == 1 and self.is_as_before()):
             self.steps.pop()
         return problem
 
     def verify(self, read):
-        """What a step has done, by read(); if that cannot be read, nobody knows."""
+        """Return read(), which tells what a step has done; if that fails, nobody knows."""
         try:
             return read()
         except Problem as problem:
@@ -3329,7 +3399,7 @@ class Change:
         return self.ran
 
     def conf(self, vm_id=None):
-        """The container's Conf as its node has it.
+        """Return the container's Conf as its node has it.
 
         What was changed there is seen here some milliseconds later.
         """
@@ -3339,7 +3409,7 @@ class Change:
 
     @contextmanager
     def temporary_snapshot(self):
-        """A snapshot that is removed at the end, unless something may still need it -> its name."""
+        """Take a snapshot, yield its name, and remove it unless something may still need it."""
         name = TEMPORARY_SNAPSHOT + os.urandom(4).hex()
         try:
             self.pct("snapshot", name)
@@ -3350,7 +3420,7 @@ class Change:
 
     def remove_temporary(self, name):
         what, how = (f"The temporary snapshot '{name}' of VM {self.vm_id}",
-                     f"remove it{self.there()} with: ")
+                     f"remove it{self.on_node()} with: ")
         command, why, locked = f"pct delsnapshot {self.vm_id} {name}", "", None
         if self.lost:
             return self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, "
@@ -3381,28 +3451,28 @@ class Change:
     # Looking
 
     def ask(self, *argv):
-        return checked(argv, self.host.commands.look(self.node, argv, self.places)).stdout
+        return checked(argv, self.host.commands.look(self.node, argv, self.slots)).stdout
 
     def state(self, vm_id=None):
-        """`running` or `stopped`, as pct says."""
+        """Return `running` or `stopped`, as pct says."""
         return parse_status(self.ask("pct", "status", vm_id or self.vm_id)).get("status")
 
     def texts(self, *vm_ids):
-        """The containers' configurations, as the node has them -> {id: text, or None}.
+        """Return {id: text, or None} of the containers' configurations, as the node has them.
 
         They are those of some or all of the containers that are changed.
         """
-        paths = {vm_id: self.host.conf_path(vm_id) for vm_id in vm_ids or self.containers}
+        paths = {vm_id: self.host.pve.conf_path(vm_id) for vm_id in vm_ids or self.containers}
         if not self.node:
             return self.host.files.read(
                 lambda: {vm_id: read_text(path) for vm_id, path in paths.items()})
-        results = {vm_id: self.host.commands.look(self.node, ["cat", path], self.places)
+        results = {vm_id: self.host.commands.look(self.node, ["cat", path], self.slots)
                    for vm_id, path in paths.items()}
         return {vm_id: result.stdout if result.exit == 0 else None
                 for vm_id, result in results.items()}
 
     def own_lock(self):
-        """The container's lock, if it is one that a step has set and left."""
+        """Return the container's lock, if it is one that a step has set and left."""
         own = [OWN_LOCKS[step[1]][0] for step in self.steps if step[1] in OWN_LOCKS]
         try:
             lock = self.conf().current.get("lock")
@@ -3411,7 +3481,7 @@ class Change:
         return lock if lock in own else None
 
     def is_as_before(self):
-        """Whether the containers are as they were before the first step.
+        """Tell whether the containers are as they were before the first step.
 
         This is known as far as their files and state tell.
         """
@@ -3421,28 +3491,28 @@ class Change:
         except Problem:
             return False
 
-    def there(self):
+    def on_node(self):
         return f" on node '{self.node.name}'" if self.node else ""
 
     # Its life
 
-    def begin(self, node, places):
+    def note_before(self, node, slots):
         """Look at the containers on the node where the steps will run.
 
         If there is none, this is Problem 404.
         """
-        self.node, self.places, self.steps, self.lost = node, places, [], []
-        self.before = self.host.files.read(self.host.read_texts, self.containers, node)
+        self.node, self.slots, self.steps, self.lost = node, slots, [], []
+        self.before = self.host.files.read(self.host.pve.texts, self.containers, node)
 
-    def run(self):
-        """Run the steps -> the Answer."""
+    def run_steps(self):
+        """Run the steps, and return the Answer."""
         message = self.route.handler(self, **self.values)
         warnings = list(dict.fromkeys(self.warnings + self.left))
         data = {**self.data, **({"warnings": warnings} if warnings else {})}
         return success(message, data or None)
 
     def conclude(self, problem):
-        """What a step failed with -> the Problem that the caller hears."""
+        """Turn what a step failed with into the Problem that the caller hears."""
         if not self.steps:
             problem.fields = {"outcome": NOTHING_DONE, **problem.fields}
             return problem
@@ -3464,7 +3534,7 @@ class Change:
         return concluded
 
     def remains(self):
-        """What the steps have left behind, as texts.
+        """Return what the steps have left behind, as texts.
 
         That is locks, a half-made container, who runs and who does not.
         """
@@ -3479,12 +3549,12 @@ class Change:
         found = [each for vm_id in self.containers for each in self.lock_left(vm_id, texts[vm_id])]
         start = "if no task of it runs, start it" if self.killed else "start it"
         for vm_id, state in states.items():
-            how = f"{start}{self.there()} with: pct start {vm_id}"
+            how = f"{start}{self.on_node()} with: pct start {vm_id}"
             if (vm_id == self.made and state != "running"
                     and self.values["ip"] and not self.addressed):
                 start = start.replace("start", "remove")        # it may have another's address
                 found.append(f"VM {vm_id} is {state}, without its address; "
-                             f"{start}{self.there()} with: pct destroy {vm_id}")
+                             f"{start}{self.on_node()} with: pct destroy {vm_id}")
             elif vm_id == self.made and state != "running":
                 found.append(f"VM {vm_id} is {state}; {how}, "
                              f"or remove it with: pct destroy {vm_id}")
@@ -3497,28 +3567,28 @@ class Change:
         return found
 
     def lock_left(self, vm_id, text):
-        """What to say of a lock that a container has now and had not before."""
+        """Return what to say of a lock that a container has now and had not before."""
         lock, had = (parse_config(each or "").current.get("lock")
                      for each in (text, self.before[vm_id]))
         if not lock or lock == had or vm_id in self.told:
             return []
         if vm_id != self.vm_id and lock == "create" and self.ran_any("clone"):
             return [f"VM {vm_id} is left half-made; if no task of it runs, "
-                    f"remove it{self.there()} with: "
+                    f"remove it{self.on_node()} with: "
                     f"pct unlock {vm_id} && pct destroy {vm_id}"]
         for step in self.steps:
             own, mend = OWN_LOCKS.get(step[1], (None, ""))
             if lock == own and vm_id == self.vm_id:
                 command = f"pct unlock {vm_id}" + mend.format(vm_id=vm_id, name="".join(step[3:4]))
                 return [f"VM {vm_id} is left with the lock '{lock}'; if no task of it runs, "
-                        f"mend it{self.there()} with: {command}"]
+                        f"mend it{self.on_node()} with: {command}"]
         return [f"VM {vm_id} is locked by Proxmox ({lock}), by another task"]
 
     def ran_any(self, command):
         return any(step[1] == command for step in self.steps)
 
     def row(self):
-        """What /operations tells of it."""
+        """Return what /operations tells of this change."""
         began, ended = self.began, self.ended       # once, for its thread sets them meanwhile
         problem = self.problem if ended else None   # set before `ended`, and so read after it
         moments = [when and utc(int(when)) for when in (self.requested, began, ended)]
@@ -3542,9 +3612,9 @@ class Changes:
     """
 
     def __init__(self, host, workers, count):
-        self.host, self.workers, self.count, self.turns = host, workers, count, Turns()
+        self.host, self.workers, self.count, self.locks = host, workers, count, KeyedLocks()
         self.lock, self.stopping, self.ending = threading.Lock(), False, Future()
-        self.asked, self.recent = set(), deque(maxlen=MAX_OPERATIONS)
+        self.pending, self.recent = set(), deque(maxlen=MAX_OPERATIONS)
 
     def take(self, change):
         """Let a change begin as soon as its containers are free.
@@ -3554,18 +3624,18 @@ class Changes:
         with self.lock:                     # either refuse_waiting sees it, or it has been called
             if self.stopping:
                 raise stopping()
-            if len(self.asked) >= MAX_OPERATIONS:
-                raise busy("Too many changes wait; try again later", SLOT_SECONDS)
-            self.asked.add(change)
+            if len(self.pending) >= MAX_OPERATIONS:
+                raise unavailable("Too many changes wait; try again later", SLOT_SECONDS)
+            self.pending.add(change)
         try:
-            self.workers.run(self.work, change)
+            self.workers.submit(self.work, change)
         except Problem:
-            self.asked.discard(change)
+            self.pending.discard(change)
             raise
         self.recent.appendleft(change)
 
     def answer(self, change, client, seconds):
-        """Wait for a change -> its Answer.
+        """Wait for a change, and return its Answer.
 
         If it takes longer than so many seconds once it has begun, this is Problem 504. If the
         client leaves before it has begun, it will not begin.
@@ -3575,7 +3645,7 @@ class Changes:
             # Whoever half-closes the connection now still hears its end.
             client.changing = True
             client.wait(change.future, self.ending, seconds=seconds)
-        except Gone:
+        except ClientLeft:
             self.cancel(change, Problem(CLIENT_LEFT, "The client left before this began"))
             raise
         if change.future.cancelled():
@@ -3592,7 +3662,7 @@ class Changes:
     def work(self, change):
         answer = None
         try:
-            answer = self.run(change)
+            answer = self.run_in_turn(change)
         except Problem as problem:
             change.problem = change.conclude(problem)
         except Exception as error:
@@ -3600,48 +3670,48 @@ class Changes:
             change.lost = change.steps[:]
             change.problem = change.conclude(internal_error(error))
         if change.future.cancelled():       # and ended by cancel()
-            self.asked.discard(change)
+            self.pending.discard(change)
             return
         if change.future.running() or change.future.set_running_or_notify_cancel():
-            self.end(change)                # before a daemon that stops may take it for ended
+            self.record_end(change)         # before a daemon that stops may take it for ended
             (change.future.set_exception(change.problem) if change.problem
              else change.future.set_result(answer))
             if not change.started.done():
                 change.started.set_result(None)
-        self.asked.discard(change)
+        self.pending.discard(change)
 
-    def run(self, change):
-        """Run a change in its containers' turn -> its Answer.
+    def run_in_turn(self, change):
+        """Run a change once it holds its containers' locks; return its Answer.
 
         If it was cancelled before it began, there is None.
         """
-        asked, who = time.monotonic(), f"{change.title}, since {utc(int(time.time()))}"
+        since, who = time.monotonic(), f"{change.title}, since {utc(int(time.time()))}"
         # Without this it would wait behind one that waits for a dead node.
-        self.host.ready(change.vm_id, asked)
+        self.host.changeable(change.vm_id, since)
         with ExitStack() as held:
             # All go in one order, so that no two wait for each other.
             for vm_id in sorted({*change.containers}):
-                held.enter_context(self.turns.turn(
-                    vm_id, asked + TURN_SECONDS - time.monotonic(), who))
-            node = self.host.ready(change.vm_id, asked)
+                held.enter_context(self.locks.hold(
+                    vm_id, since + LOCK_SECONDS - time.monotonic(), who))
+            node = self.host.changeable(change.vm_id, since)
             slot = held.enter_context(ExitStack())
-            places = slot.enter_context(self.host.commands.place(node, asked, change.long))
+            slots = slot.enter_context(self.host.commands.slot(node, since, change.long))
             if not change.future.set_running_or_notify_cancel():
                 return None
             change.began = time.time()
             change.started.set_result(None)
             try:
-                change.begin(node, places)
-                return change.run()
+                change.note_before(node, slots)
+                return change.run_steps()
             except Problem as problem:
                 moved = (self.host.locate(change.vm_id)
                          if problem.status == 404 and not change.steps else node)
                 if moved == node:
                     raise
             slot.close()                    # it has moved meanwhile, and is asked for once more
-            change.begin(moved, slot.enter_context(
-                self.host.commands.place(moved, asked, change.long)))
-            return change.run()
+            change.note_before(moved, slot.enter_context(
+                self.host.commands.slot(moved, since, change.long)))
+            return change.run_steps()
 
     def cancel(self, change, problem):
         """Let a change never begin, unless it has.
@@ -3652,10 +3722,10 @@ class Changes:
             first = not change.future.cancelled() and change.future.cancel()
         if first:
             change.problem = change.conclude(problem)
-            self.end(change)
+            self.record_end(change)
             change.started.set_result(None)
 
-    def end(self, change):
+    def record_end(self, change):
         """Log and count a change's end, before its caller and /operations tell of it."""
         ended, change.before, problem = time.time(), None, change.problem
         outcome = (f"{problem.status} {problem.error} ({problem.fields['outcome']})" if problem
@@ -3670,27 +3740,27 @@ class Changes:
         change.ended = ended
 
     def refuse_waiting(self):
-        """The daemon stops: what has not begun will not begin, and nothing new is taken."""
+        """Let nothing begin any more, and take nothing new, for the daemon stops."""
         with self.lock:
             self.stopping = True
-            waiting = list(self.asked)
+            waiting = list(self.pending)
         for change in waiting:
             self.cancel(change, stopping())
 
     def are_running(self):
-        """Whether changes run that were not left alone."""
+        """Tell whether changes run that were not left alone."""
         return not self.ending.done() and any(
-            change.future.running() for change in list(self.asked))
+            change.future.running() for change in list(self.pending))
 
     def leave_running(self):
-        """The daemon ends: tell who still waits that Proxmox goes on, and log what was left."""
-        for change in list(self.asked):
+        """Tell who still waits that Proxmox goes on, and log what is left, for the daemon ends."""
+        for change in list(self.pending):
             if change.future.running():
                 log.warning("left running: %s by %s", change.title, change.client)
         self.ending.set_result(None)
 
     def rows(self, id=None, vm_id=None):
-        """What is known of the changes, newest first.
+        """Return what is known of the changes, newest first.
 
         If asked for, that is of one of them, or of one container's.
         """
@@ -3734,7 +3804,7 @@ def set_memory(change, vm_id, memory):
 
 
 def growth(before, gigabytes, relative):
-    """How pct is told to grow a disk: by so much, or to a size.
+    """Say to pct how to grow a disk: by so much, or to a size.
 
     The first is said so that two callers at once both count.
 
@@ -3825,7 +3895,7 @@ def set_address(change, new_vm_id, ip):
 
 
 def addresses_twice(change, vm_id):
-    """-> [(static address of a container, the id of another that has it)]"""
+    """Return [(static address of a container, the id of another that has it)]."""
     holders = change.host.address_holders(but=vm_id)
     return [(address[2], holders[address])
             for address in static_addresses(change.conf(vm_id).current)
@@ -3846,7 +3916,7 @@ def start_clone(change, new_vm_id, start):
         if twice and start is None:
             change.leave(f"VM {new_vm_id} was not started, for its address would be on the network "
                          "twice; give it another (ip), "
-                         f"and start it{change.there()} with: pct start {new_vm_id}")
+                         f"and start it{change.on_node()} with: pct start {new_vm_id}")
             return
         change.pct("start", vm_id=new_vm_id)
     except Problem as problem:
@@ -4155,12 +4225,12 @@ CHANGED = success_with(called("Changed"), ("data",))
 
 
 class Route(namedtuple(
-        "Route", "method path handler parameters summary changes limit scaling key limited also "
+        "Route", "method path handler parameters summary changes timeout scaling key limited also "
                  "shared monitored answer",
         defaults=[(), "change_timeout_seconds", (), True, True, "", None, False, CHANGED])):
     """One endpoint.
 
-    `changes` names the parameters whose containers it changes, `limit` the setting of its
+    `changes` names the parameters whose containers it changes, `timeout` the setting of its
     time, `scaling` its metrics labels (resource, action); `key` and `limited` say whether
     a key is needed and the rate is limited, `also` is its other path, and shared(api), if given,
     tells whether an answer costs much now, so that all who ask at the same time share one.
@@ -4198,23 +4268,24 @@ ROUTES = (
           changes=("vm_id",), scaling=("storage", "increase")),
     Route("POST", "/snapshot/create", create_snapshot, (VM_ID, SNAPSHOT_NAME, DESCRIPTION),
           "Take a snapshot of a container.",
-          changes=("vm_id",), limit=LONG_LIMIT),
+          changes=("vm_id",), timeout=LONG_TIMEOUT),
     Route("GET", "/snapshot/list", list_snapshots, (VM_ID,),
           "List a container's snapshots, oldest first.",
           answer=success_with(list_of("Snapshot"))),
     Route("DELETE", "/snapshot/delete", delete_snapshot, (VM_ID, SNAPSHOT_NAME),
           "Delete a snapshot of a container.",
-          changes=("vm_id",), limit=LONG_LIMIT),
+          changes=("vm_id",), timeout=LONG_TIMEOUT),
     Route("POST", "/snapshot/rollback", roll_back, (VM_ID, SNAPSHOT_NAME),
           "Roll a container back to a snapshot.",
-          changes=("vm_id",), limit=LONG_LIMIT),
+          changes=("vm_id",), timeout=LONG_TIMEOUT),
     Route("POST", "/clone/create", create_clone,
           (VM_ID, NEW_VM_ID, NEW_VM_NAME, START, IP, STORAGE, FULL),
           "Clone a container, running or not.",
-          changes=("vm_id", "new_vm_id"), limit=LONG_LIMIT, answer=success_with(called("Cloned"))),
+          changes=("vm_id", "new_vm_id"), timeout=LONG_TIMEOUT,
+          answer=success_with(called("Cloned"))),
     Route("DELETE", "/clone/delete", delete_clone, (VM_ID,),
           "Destroy a container, running or not.",
-          changes=("vm_id",), limit=LONG_LIMIT),
+          changes=("vm_id",), timeout=LONG_TIMEOUT),
     Route("POST", "/power/start", start_container, (VM_ID,),
           "Start a container.",
           changes=("vm_id",)),
@@ -4249,7 +4320,7 @@ ROUTES = (
 PATHS = {path: route for route in ROUTES for path in (route.path, route.also) if path}
 CHANGING = ("POST", "DELETE")
 
-FAILURE_LABELS = {400: "refused", 404: "not_found", 409: "conflict", 503: "unavailable"}
+
 
 
 def allowed_methods(route):
@@ -4348,7 +4419,7 @@ def describe_route(path, route):
 
 
 def openapi():
-    """ROUTES -> the API's description."""
+    """Describe the API in OpenAPI, from ROUTES."""
     return {
         "openapi": "3.1.0",
         "info": {"title": "lxc_autoscale_api", "version": VERSION,
@@ -4370,7 +4441,7 @@ def openapi():
 # From a request to an answer
 
 def digest(key):
-    """A key's digest, by which keys are compared.
+    """Return a key's digest, by which keys are compared.
 
     So neither their length nor their bytes tell in time.
     """
@@ -4378,12 +4449,12 @@ def digest(key):
 
 
 def fingerprint(key_digest):
-    """What logs name a key by."""
+    """Return what logs name a key by."""
     return key_digest.hex()[:8]
 
 
 def prefers_async(request):
-    """Whether the client does not want to wait (RFC 7240)."""
+    """Tell whether the client does not want to wait (RFC 7240)."""
     preferences = request.headers.get("prefer", "").split(",")
     return "respond-async" in (each.partition(";")[0].strip().lower() for each in preferences)
 
@@ -4403,7 +4474,7 @@ def check_media_type(value):
 
 
 def read_object(request):
-    """The pairs of a request's JSON body, or Problem.
+    """Return the pairs of a request's JSON body, or raise Problem.
 
     The body is read only when it will be taken.
     """
@@ -4420,7 +4491,7 @@ def read_object(request):
 
 
 def loggable_path(path):
-    """A path for the log.
+    """Return a path as the log may have it.
 
     Of one that is no endpoint, that is only what cannot hold a key behind some mistyped '?'.
     """
@@ -4432,8 +4503,9 @@ class Api:
 
     def __init__(self, config, host, metrics, workers=None):
         self.host, self.metrics, self.workers, self.flights = (
-            host, metrics, workers, Flights(workers))
-        self.changes = Changes(host, workers, self.count_scaling)
+            host, metrics, workers, SingleFlight(workers))
+        self.changes = Changes(
+            host, workers, lambda change: metrics.count_scaling(change, host.pve.seen))
         self.limiter = self.bounds = None
         self.in_progress = lambda: 1            # the server says how many, once there is one
         self.configure(config)
@@ -4450,14 +4522,14 @@ class Api:
                       for key in config.keys + config.read_only_keys]
 
     def answer(self, request):
-        """-> the Answer, or None if the client has left before there was one."""
+        """Return the Answer to a Request, or None if the client has left before there was one."""
         started, headers = time.perf_counter(), {}
         route = PATHS.get(request.path)
         try:
             answer = self.dispatch(request, route, headers)
         except Problem as problem:
             answer = problem.answer(changing=request.method in CHANGING)
-        except Gone:
+        except ClientLeft:
             answer = None
         except Exception as error:
             log.exception("internal error in %s %s", request.method, loggable_path(request.path))
@@ -4476,7 +4548,7 @@ class Api:
     def dispatch(self, request, route, headers):
         # Where a key is needed, nobody guesses it without end.
         if not route or route.limited or self.needs_key(route):
-            self.limit(request, headers)
+            self.check_rate(request, headers)
         query = self.authenticate(request, route)
         if not route:
             raise Problem(404, "Unknown path; GET /routes lists the endpoints")
@@ -4505,7 +4577,7 @@ class Api:
         request.client.wait(answer)
         return answer.result()
 
-    def limit(self, request, headers):
+    def check_rate(self, request, headers):
         limiter, client = self.limiter, request.client
         if client.local or not limiter:
             return
@@ -4527,7 +4599,7 @@ class Api:
         return login.enabled and (not route or route.key)
 
     def authenticate(self, request, route):
-        """-> the query's pairs without the key; Problem 401 or 403.
+        """Check the key, and return the query's pairs without it; Problem 401 or 403.
 
         If the query cannot be read, the ValueError that says so stands in their place.
         """
@@ -4575,7 +4647,7 @@ class Api:
                                    f"(containers.{setting} in the daemon's configuration)")
 
     def change(self, request, route, values):
-        """Run a handler that changes containers, in their turn."""
+        """Run a handler that changes containers, once it holds their locks."""
         self.guard(route, values)
         change = Change(route, values, request.client.who, self.host)
         self.changes.take(change)
@@ -4585,18 +4657,10 @@ class Api:
                                 "operation": change.id},
                           {"Preference-Applied": "respond-async",
                            "Location": f"/operations?id={change.id}"})
-        seconds = getattr(self.config.proxmox, route.limit) + values.get("timeout", 0)
+        seconds = getattr(self.config.proxmox, route.timeout) + values.get("timeout", 0)
         return self.changes.answer(change, request.client, seconds)
 
-    def count_scaling(self, change):
-        vm_id, scaling, problem = change.vm_id, change.route.scaling, change.problem
-        if scaling and not problem:
-            self.metrics.add("lxc_autoscale_scaling_actions_total", str(vm_id), *scaling)
-        elif scaling:
-            # An id that no container has would make series without end.
-            container = str(vm_id) if vm_id in self.host.seen else "unknown"
-            self.metrics.add("lxc_autoscale_scaling_failures_total", container, scaling[0],
-                             FAILURE_LABELS.get(problem.status, "failed"))
+
 
 
 # TLS
@@ -4607,7 +4671,7 @@ VALIDITY = re.compile(                      # two times in DER (RFC 5280 section
 
 
 def end_of_certificate(pem):
-    """The first certificate in PEM -> until when it is valid, as YYYYMMDDHHMMSS in UTC, or None."""
+    """Return until when PEM's first certificate is valid, as YYYYMMDDHHMMSS in UTC, or None."""
     first = PEM_CERTIFICATE.search(pem)
     found = first and VALIDITY.search(ssl.PEM_cert_to_DER_cert(first[0]))
     if not found:
@@ -4617,12 +4681,12 @@ def end_of_certificate(pem):
 
 
 def no_passphrase():
-    """Called by OpenSSL, which would ask the terminal otherwise."""
+    """Refuse a passphrase to OpenSSL, which would ask the terminal otherwise."""
     raise ValueError
 
 
 def bad_file(config, setting, text):
-    """The ConfigError for a file that cannot be used.
+    """Make the ConfigError for a file that cannot be used.
 
     In an unmounted /etc/pve it may yet appear.
     """
@@ -4633,14 +4697,14 @@ def bad_file(config, setting, text):
 
 
 def unverified():
-    """The context of a client that need not know whom it talks to."""
+    """Return the context of a client that need not know whom it talks to."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
 
 
 def load_tls(config):
-    """Settings -> (SSLContext, when its certificate ends), or ConfigError.
+    """Load (SSLContext, when its certificate ends) as the settings say, or ConfigError.
 
     It waits for the files.
     """
@@ -4668,7 +4732,7 @@ def load_tls(config):
 
 
 def read_tls(config, files):
-    """Settings -> (the SSLContext of connections to come, when its certificate ends), or Nones.
+    """Return (SSLContext for connections to come, when its certificate ends), or Nones.
 
     Of the files that are named, one that cannot be used is a ConfigError. They may lie under
     /etc/pve, and nobody waits for that without end; if it hangs or is not mounted, as it may
@@ -4698,7 +4762,7 @@ class Tls:
         self.unsent, self.taken = b"", 0
 
     def recv(self, size):
-        """As a socket's, but None if what has come makes no whole record yet."""
+        """Receive as a socket does, but None if what has come makes no whole record yet."""
         data = self.decrypted(size)
         if data is not None:
             return data
@@ -4722,7 +4786,7 @@ class Tls:
                 self.sock.sendall(self.outgoing.read())
 
     def send(self, data):
-        """As a socket's; it takes nothing (0) until all of what it took before has gone out."""
+        """Send as a socket does; take nothing (0) until all that was taken before has gone out."""
         if self.plain:
             return self.sock.send(data)
         if not self.unsent:
@@ -4764,12 +4828,12 @@ COMMON_HEADERS = (f"Server: lxc_autoscale_api/{VERSION}\r\n"
 
 
 def timeval(seconds):
-    """Seconds -> the struct that SO_RCVTIMEO and SO_SNDTIMEO take."""
+    """Pack seconds as the struct that SO_RCVTIMEO and SO_SNDTIMEO take."""
     return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
 
 
 def parse_request_line(line):
-    """A request line's bytes -> (method, path, query, minor version), or Problem.
+    """Split a request line's bytes into (method, path, query, minor version), or Problem.
 
     The target may be a whole URL (RFC 9112 section 3.2.2); whatever host it names is this
     one. What is said in a later HTTP/1 is understood as HTTP/1.1 (RFC 9110 section 2.5).
@@ -4797,7 +4861,7 @@ def check_host(hosts, minor):
 
 
 def parse_head(block, minor):
-    """The header lines of a request -> {lower-case name: value}, or Problem.
+    """Read the header lines of a request as {lower-case name: value}, or Problem.
 
     Stricter than RFC 9112 allows where leniency lets two parsers see two requests: no
     bare CR or LF, no folding, no space before a colon. Repeated fields are joined, so
@@ -4833,7 +4897,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, config, api, handler):
         server = config.server
-        self.api, self.places, self.tls = api, server.max_connections, config.tls
+        self.api, self.max_connections, self.tls = api, server.max_connections, config.tls
         api.in_progress = lambda: sum(
             client.asking is not None for client in list(self.clients.values()))
         self.address_family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
@@ -4860,19 +4924,20 @@ class Server(ThreadingHTTPServer):
         address = client_address[0]
         address = str(plain_address(address)) if ":" in address else address
         with self.changed:
-            full = len(self.clients) >= self.places and client_address[:2] != self.own_address
+            full = (len(self.clients) >= self.max_connections
+                    and client_address[:2] != self.own_address)
             if full and not self.make_room(address):
                 return self.turn_away(request)
             self.clients[request] = Client(request, address)
         try:
-            self.api.workers.run(self.process_request_thread, request, client_address)
+            self.api.workers.submit(self.process_request_thread, request, client_address)
         except Problem:                     # no thread is left
             with self.changed:
                 del self.clients[request]
             self.turn_away(request)
 
     def make_room(self, address):
-        """Take a place from the address that holds most -> whether there is one.
+        """Close a connection of the address that holds most, and tell whether there is room now.
 
         It is for a client from `address`. If that is one of those which hold most, only a
         connection that has been there for some time already gives way, and none whose change
@@ -4891,12 +4956,12 @@ class Server(ThreadingHTTPServer):
         if held[newcomer] < most and time.monotonic() - self.complained > COMPLAINT_SECONDS:
             self.complained = time.monotonic()
             log.warning("%s holds %d of %d connections; one of them gives way to %s",
-                        least.address, most, self.places, address)
+                        least.address, most, self.max_connections, address)
         self.dismiss(least)
         return True
 
     def dismiss(self, client):
-        """Take a client's place; one that waits for an answer is not waited for any more."""
+        """Close a client's connection; the answer that it waits for is not waited for any more."""
         self.hang_up(client)
         self.clients.pop(client.sock, None)
         client.leave()
@@ -4934,7 +4999,7 @@ class Server(ThreadingHTTPServer):
                     self.sending.remove(client)
 
     def notice_departures(self):
-        """Give back the places of those who have left while their request waits."""
+        """Close the connections of those who have left while their request waits."""
         late = time.monotonic() - LOOK_SECONDS
         # `asking` is read once: its own thread sets it to None.
         waiting = {client.sock.fileno(): client for client in list(self.clients.values())
@@ -4962,7 +5027,7 @@ class Server(ThreadingHTTPServer):
         except OSError:
             pass
         self.refused.append((time.monotonic() + LINGER_SECONDS, request))
-        if len(self.refused) > self.places:
+        if len(self.refused) > self.max_connections:
             self.close_refused(math.inf)
 
     def service_actions(self):
@@ -4976,8 +5041,8 @@ class Server(ThreadingHTTPServer):
         while self.refused and self.refused[0][0] <= now:
             self.refused.popleft()[1].close()
 
-    def begin(self, client, address, local):
-        """A whole request has come from a client -> whether it may be answered.
+    def begin_request(self, client, address, local):
+        """Note that a whole request has come, and tell whether it may be answered.
 
         The client speaks for an address.
         """
@@ -4988,8 +5053,8 @@ class Server(ThreadingHTTPServer):
             client.waited_for, client.asking = None, time.monotonic()
             return True
 
-    def end(self, client):
-        """The answer has gone out."""
+    def end_request(self, client):
+        """Note that the answer has gone out."""
         with self.changed:
             client.waited_for, client.asking, client.changing = time.monotonic(), None, False
             if self.stopping:
@@ -5004,7 +5069,7 @@ class Server(ThreadingHTTPServer):
         log.exception("internal error in a connection from %s", client_address[0])
 
     def answers(self):
-        """Whether a request to ourselves is answered: what the watchdog is fed for."""
+        """Tell whether a request to ourselves is answered: what the watchdog is fed for."""
         host, port = self.server_address[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         try:
@@ -5037,7 +5102,7 @@ class Server(ThreadingHTTPServer):
         self.server_close()
 
     def wait_for_answers(self, seconds):
-        """Wait for so many seconds at most -> whether all was done.
+        """Wait for so many seconds at most, and tell whether all was done.
 
         That is: all requests in work were answered, and all changes ended. A change may go on
         though its client has left, and its steps must not end half-way.
@@ -5081,26 +5146,27 @@ class Handler(BaseHTTPRequestHandler):
             self.linger, self.client.address = True, self.peer
             self.server.api.count("other", "unknown", problem.status, 0)
             return self.respond(problem.answer(self.method in CHANGING), "-", "-", 0)
-        except (Gone, OSError):
+        except (ClientLeft, OSError):
             return None
         speaks_for = client_of(
             request.headers, self.peer, self.server.api.config.server.trusted_proxies)
-        if not self.server.begin(self.client, *speaks_for):
-            lost_place = busy("The daemon is stopping, or this connection has lost its place", 1)
+        if not self.server.begin_request(self.client, *speaks_for):
+            lost_place = unavailable(
+                "The daemon is stopping, or this connection has lost its place", 1)
             return self.respond(lost_place.answer(request.method in CHANGING),
                                 request.method, request.path, 0)
         started = time.perf_counter()
         answer = self.server.api.answer(request)
         if answer is None:
             self.note(request.method, request.path, CLIENT_LEFT, 0, started)
-            return self.server.end(self.client)
+            return self.server.end_request(self.client)
         # With 408 or 411, where its body ends is not known.
         self.close_connection = (
             self.server.stopping or self.wants_close(request) or not self.can_drain()
             or answer.status in (408, 411))
         self.client.waited_for = time.monotonic()       # to take the answer
         self.respond(answer, request.method, request.path, started)
-        self.server.end(self.client)
+        self.server.end_request(self.client)
         if not self.close_connection:
             self.drain()
         return None
@@ -5111,7 +5177,7 @@ class Handler(BaseHTTPRequestHandler):
         return "close" in options or (self.minor == 0 and "keep-alive" not in options)
 
     def read_request(self):
-        """The next well-framed Request; Problem, or Gone if the client left before it began one."""
+        """Read the next well-framed Request; Problem, or ClientLeft if none has begun."""
         self.method = None                  # not known yet
         self.await_request()
         too_long = Problem(414, f"The request line is longer than {MAX_LINE} bytes")
@@ -5126,7 +5192,7 @@ class Handler(BaseHTTPRequestHandler):
         return Request(self.method, path, query, headers, length, self.read_body, self.client)
 
     def read_until(self, marker, start, limit, problem):
-        """-> where `marker` begins in the buffer, from `start` on; `problem` if beyond `limit`.
+        """Return where `marker` begins in the buffer, from `start` on; `problem` if beyond `limit`.
 
         Only what came last is looked through: a head that comes in single bytes would cost
         the square of its length otherwise.
@@ -5145,7 +5211,7 @@ class Handler(BaseHTTPRequestHandler):
             self.receive()
 
     def receive(self):
-        """Add what comes to the buffer; Problem 408 at the deadline, Gone at the end."""
+        """Add what comes to the buffer; Problem 408 at the deadline, ClientLeft at the end."""
         late = Problem(408, f"The request did not arrive within {REQUEST_SECONDS} s")
         seconds = self.deadline - time.monotonic()
         if seconds < 0.001:
@@ -5157,11 +5223,11 @@ class Handler(BaseHTTPRequestHandler):
             raise late from None
 
     def take(self, data):
-        """Add what has come to the buffer: nothing yet (None), or Gone at the end (no bytes)."""
+        """Add what has come to the buffer, if anything (None); ClientLeft at the end (no bytes)."""
         if data:
             self.buffer += data
         elif data is not None:
-            raise Gone
+            raise ClientLeft
 
     def wait_at_most(self, seconds):
         """Let recv give up with BlockingIOError after so long."""
@@ -5170,7 +5236,7 @@ class Handler(BaseHTTPRequestHandler):
             self.patience = seconds
 
     def await_request(self):
-        """Wait for a request's first byte, which starts its time; Gone if none comes.
+        """Wait for a request's first byte, which starts its time; ClientLeft if none comes.
 
         Empty lines before it are dropped (RFC 9112 section 2.2), and start nothing.
         """
@@ -5191,14 +5257,14 @@ class Handler(BaseHTTPRequestHandler):
         self.fresh = False
 
     def await_bytes(self, seconds):
-        """Add what comes to the buffer; Gone if nothing does, for the client is idle, not slow."""
+        """Add what comes to the buffer; ClientLeft if nothing does, for it is idle."""
         if seconds < 0.001:
-            raise Gone
+            raise ClientLeft
         self.wait_at_most(seconds)
         try:
             self.take(self.channel.recv(65536))
         except BlockingIOError:
-            raise Gone from None
+            raise ClientLeft from None
 
     def read_body(self):
         before, self.client.waited_for = self.client.waited_for, time.monotonic()
@@ -5208,7 +5274,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             while len(self.buffer) < self.unread:
                 self.receive()
-        except (Gone, OSError):
+        except (ClientLeft, OSError):
             raise Problem(400, "The connection ended before the body did") from None
         finally:
             self.client.waited_for = before
@@ -5218,7 +5284,7 @@ class Handler(BaseHTTPRequestHandler):
         return body
 
     def can_drain(self):
-        """Whether the rest of this request's body may be read and dropped.
+        """Tell whether the rest of this request's body may be read and dropped.
 
         That is done to keep the connection.
         """
@@ -5297,7 +5363,7 @@ class Handler(BaseHTTPRequestHandler):
 # The daemon
 
 def read_credential():
-    """The key that systemd passes with LoadCredential=api_key:…, or None."""
+    """Return the key that systemd passes with LoadCredential=api_key:…, or None."""
     try:
         with open(os.path.join(os.environ["CREDENTIALS_DIRECTORY"], "api_key"),
                   encoding="utf-8") as file:
@@ -5306,15 +5372,15 @@ def read_credential():
         return None
 
 
-def read_config(path, files=None):
-    """A configuration file -> its settings; an error's text names file and line of each fault.
+def read_settings(path, files=None):
+    """Read a file's settings; the ConfigError names file and line of each fault.
 
     `files` reads what is named there and may hang.
     """
     try:
         with open(path, "rb") as file:
             raw = file.read()
-        config = load_config(raw.decode("utf-8"), read_credential())
+        config = load_settings(raw.decode("utf-8"), read_credential())
         config.tls, config.tls_ends = read_tls(config, files or Files(Workers()))
         return config
     except OSError as error:
@@ -5328,7 +5394,7 @@ def read_config(path, files=None):
 
 
 def build(config):
-    """Settings -> a Server that listens."""
+    """Make a Server that listens, from the settings."""
     metrics = Metrics()
     settings = config.proxmox
     workers = Workers()
@@ -5360,13 +5426,13 @@ class Signals:
             self.stop = number
 
     def next(self):
-        """Wait for a signal -> its number; many that came at once are one."""
+        """Wait for a signal, and return its number; many that came at once are one."""
         came = () if self.stop else self.reader.recv(4096)
         return self.stop or next((each for each in came if each != signal.SIGHUP), signal.SIGHUP)
 
 
 def list_keys(config):
-    """A line for each key.
+    """Yield a line for each key.
 
     It has the setting that the key stands in, its fingerprint, and whether it may only read.
     """
@@ -5397,14 +5463,14 @@ def notify(state):
 
 
 def watchdog_seconds():
-    """How often systemd wants to hear from us, with a margin, or None."""
+    """Return how often systemd wants to hear from us in seconds, with a margin, or None."""
     usec = os.environ.get("WATCHDOG_USEC", "")
     mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
     return int(usec) / 3e6 if mine and re.fullmatch(r"[1-9][0-9]{0,15}", usec) else None
 
 
 def fixed_settings(config):
-    """What a reload does not take over."""
+    """Return the settings that a reload does not take over."""
     return {**vars(config.server), "tls_certificate": None, "tls_key": None}, config.proxmox
 
 
@@ -5419,7 +5485,7 @@ def reload(server, path):
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
     old = server.api.config
     try:
-        config = read_config(path, server.api.host.files)
+        config = read_settings(path, server.api.host.files)
     except ConfigError as error:
         for told in error.text.split("\n"):
             complain(f"not reloaded, the old settings stay: {told}")
@@ -5437,7 +5503,7 @@ def reload(server, path):
 
 def warn_of_forgotten_snapshots(host):
     try:
-        for command in host.forgotten_snapshots():
+        for command in host.files.read(host.pve.forgotten_snapshots):
             log.warning("a temporary snapshot was left by an earlier stop; "
                         "once no clone runs, remove it with: %s", command)
     except Problem as problem:
@@ -5490,7 +5556,7 @@ def main():
     parser.add_argument("--version", action="version", version=f"lxc_autoscale_api {VERSION}")
     arguments = parser.parse_args()
     try:
-        config = read_config(arguments.config)
+        config = read_settings(arguments.config)
     except ConfigError as error:
         complain(error.text)
         return error.code

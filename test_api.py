@@ -1623,7 +1623,7 @@ def test_a_bad_configuration_stops_the_start_with_file_and_line(tmp_path, docume
     path = tmp_path / "api.yaml"
     path.write_bytes(document if isinstance(document, bytes) else document.encode())
     with pytest.raises(module.ConfigError) as refusal:
-        module.read_config(path)
+        module.read_settings(path)
     said = refusal.value.text
     assert said.startswith(f"{path}:{line}: ") and says in said
     assert "0123456789abcdef" not in said and "short-key" not in said
@@ -1710,7 +1710,7 @@ def test_a_certificate_or_key_that_cannot_be_used_stops_the_start_with_its_line(
     document = GOOD_KEY + "server:\n  tls_certificate: {}\n  tls_key: {}\n".format(*files.values())
     (tmp_path / "api.yaml").write_text(document)
     with pytest.raises(module.ConfigError) as refusal:
-        module.read_config(tmp_path / "api.yaml")
+        module.read_settings(tmp_path / "api.yaml")
     said = refusal.value.text
     assert said.startswith(f"{tmp_path}/api.yaml:{line}: " + says.format(
         certificate=files["tls_certificate"], key=files["tls_key"]))
@@ -2465,7 +2465,7 @@ def test_the_time_to_explain_a_failure_is_bounded(piece):
 @pytest.mark.parametrize("written, clustered", [
     ("auto", True), ('"auto"', True), ("off", False), ('"off"', False), ("false", False)])
 def test_a_cluster_is_looked_at_or_not(written, clustered):
-    assert module.load_config(
+    assert module.load_settings(
         GOOD_KEY + f"proxmox:\n  cluster: {written}\n").proxmox.cluster is clustered
 
 
@@ -2501,22 +2501,22 @@ def test_a_list_of_guests_that_is_garbled_is_503_and_one_that_is_not_there_is_em
     assert (refusal.value.status, refusal.value.error) == (
         503, "Proxmox's file .vmlist cannot be understood")
     assert (module.parse_vmlist(None) == {}
-            and module.parse_news(document) == module.parse_news(None) == {})
+            and module.parse_broadcast(document) == module.parse_broadcast(None) == {})
 
 
 def test_what_nodes_broadcast_is_read():
-    news = module.parse_news("pve2-node/pve-2:864000::1700000000:0.1:48:0.02:0:137438953472:1\n"
+    news = module.parse_broadcast("pve2-node/pve-2:864000::1700000000:0.1:48:0.02:0:137438953472:1\n"
                              "pve-node-9.0/pve3:1:c:2:3:4\n"
                              "pve2.3-vm/204:3600:web-2:running:0:1700000000:2\n"
                              "pve-vm-9.0/304:0:x:stopped:0:1700000000:2\n"
                              "pve2-storage/pve2/local:1:2:3\nnonsense\n")
     assert set(news) == {("node", "pve-2"), ("node", "pve3"), ("vm", "204"), ("vm", "304")}
     assert news["node", "pve-2"][4:8] == ["48", "0.02", "0", "137438953472"]
-    assert module.heard(news["vm", "204"]) == (None, None), "it is years old"
-    assert module.heard(["3600", "web-2", "running", "0", str(int(time.time()) - 10), "2"]) == (
+    assert module.broadcast_state(news["vm", "204"]) == (None, None), "it is years old"
+    assert module.broadcast_state(["3600", "web-2", "running", "0", str(int(time.time()) - 10), "2"]) == (
         "running", 3600)
-    assert (module.heard(None) == module.heard(["3600"])
-            == module.heard(["1", "x", "running", "0", "U"]) == (None, None))
+    assert (module.broadcast_state(None) == module.broadcast_state(["3600"])
+            == module.broadcast_state(["1", "x", "running", "0", "U"]) == (None, None))
 
 
 # Time in proportion to length
@@ -2568,7 +2568,7 @@ READERS = [
     ("members", module.parse_members, ["", '{"nodename": ', '{"nodename": "'],
      ['{"a":', "[", "11"], ["", "}"]),
     ("guests", module.parse_vmlist, ["", '{"ids": '], ['{"a":', "[", "11"], ["", "}"]),
-    ("broadcast", module.parse_news, ["", "pve2-node/", "pve-vm-9.0/1:", "pve"],
+    ("broadcast", module.parse_broadcast, ["", "pve2-node/", "pve-vm-9.0/1:", "pve"],
      ["pve-vm/", "pve2-node/x:1\n", "pve2-node/x\n", "pve1.-"], ["", "x"]),
     ("snapshots", module.parse_snapshots,
      ["", "`-> ", "`-> a ", "`-> a 2026-01-01 00:00:00 "],
@@ -2684,9 +2684,9 @@ def test_a_change_is_either_cancelled_or_begun():
     changes = module.Changes(None, None, lambda change: None)
     begun, refused_one = (change_of("/scale/cores", vm_id=104, cores=4) for _ in range(2))
     assert begun.future.set_running_or_notify_cancel()
-    changes.cancel(begun, module.busy("too late", 1))
+    changes.cancel(begun, module.unavailable("too late", 1))
     assert not begun.started.done() and begun.problem is None and begun.future.running()
-    changes.cancel(refused_one, module.busy("in time", 1))
+    changes.cancel(refused_one, module.unavailable("in time", 1))
     assert not refused_one.future.set_running_or_notify_cancel()
     assert refused_one.started.done() and refused_one.problem.error == "in time"
     assert {key: refused_one.row()[key]
@@ -2696,22 +2696,22 @@ def test_a_change_is_either_cancelled_or_begun():
 
 
 def test_a_gate_lets_in_as_many_as_it_is_wide_and_the_others_in_order():
-    gate, order = module.Gate(2), []
-    assert gate.enter(0) and gate.enter(0) and not gate.enter(0.001)
+    semaphore, order = module.Semaphore(2), []
+    assert semaphore.acquire(0) and semaphore.acquire(0) and not semaphore.acquire(0.001)
 
     def wait(number):
-        assert gate.enter(10)
+        assert semaphore.acquire(10)
         order.append(number)
-        gate.leave()
+        semaphore.release()
     threads = []
     for number in range(5):
         threads.append(threading.Thread(target=wait, args=(number,)))
         threads[-1].start()
-        wait_until(lambda: len(gate.queue) == number + 1)
-    gate.leave()
+        wait_until(lambda: len(semaphore.queue) == number + 1)
+    semaphore.release()
     for thread in threads:
         thread.join(10)
-    assert order == [0, 1, 2, 3, 4] and gate.free == 1 and not gate.queue
+    assert order == [0, 1, 2, 3, 4] and semaphore.free == 1 and not semaphore.queue
 
 
 def test_the_limiter_agrees_with_a_recount_of_all_requests():
@@ -3355,12 +3355,12 @@ def test_what_no_process_tells_is_not_guessed(host):
                            "cpu.stat": "usage_usec 1\n"}.items():
             (host.cgroup / f"lxc/{vm_id}/{name}").parent.mkdir(parents=True, exist_ok=True)
             (host.cgroup / f"lxc/{vm_id}/{name}").write_text(text)
-    assert (proxmox.init_pid(101), proxmox.init_pid(103), proxmox.init_pid(999)) == (
+    assert tuple(map(proxmox.cgroups.init_pid, (101, 103, 999))) == (
         os.getpid(), None, None)
     rows = {row["vm_id"]: (row["status"], row["uptime"]) for row in proxmox.list()}
     assert rows[103] == ("running", None) and rows[106] == ("stopped", 0)
     assert rows[101][0] == "running" and 0 <= rows[101][1] < 3600
-    assert proxmox.uptime(999999999) is None
+    assert module.process_uptime(999999999) is None
     assert proxmox.read_status(106)["uptime"] == 0
 
 
@@ -3512,7 +3512,7 @@ def test_a_scrape_opens_no_file_that_this_kernel_does_not_have(host, monkeypatch
     for vm_id in (104, 107, 108):           # as a cgroup is that goes while it is read
         for path in (host.cgroup / f"lxc/{vm_id}").iterdir():
             path.unlink() if path.is_file() else shutil.rmtree(path)
-    assert proxmox.cgroup_files(["104", "107"]) == list(module.CGROUP_FILES)
+    assert proxmox.cgroups.files(["104", "107"]) == list(module.CGROUP_FILES)
     assert set(proxmox.gauges()["lxc_autoscale_container_up"].values()) == {0}
 
 
@@ -3933,7 +3933,7 @@ def test_metrics_ask_for_a_key_if_they_are_told_to(launch, host):
 
 def test_time_does_not_tell_how_much_of_a_key_is_right():
     """All keys are compared, as digests of one length, whatever was sent."""
-    config = module.load_config(
+    config = module.load_settings(
         f'authentication:\n  api_key: "{KEY}"\n  read_only_keys: ["second-key-0123456789"]\n')
     api, compared = module.Api(config, None, module.Metrics()), []
     real, module.hmac.compare_digest = module.hmac.compare_digest, lambda a, b: (
@@ -4353,7 +4353,7 @@ def test_a_line_end_may_be_torn_apart_and_a_bare_one_is_refused_at_once(launch, 
 
 
 def test_the_shipped_deadlines_are_those_of_the_documentation():
-    assert (module.REQUEST_SECONDS, module.IDLE_SECONDS, module.TURN_SECONDS, module.SLOT_SECONDS,
+    assert (module.REQUEST_SECONDS, module.IDLE_SECONDS, module.LOCK_SECONDS, module.SLOT_SECONDS,
             module.PROBE_SECONDS, module.STOP_SECONDS) == (10, 30, 60, 30, 10, 30)
     assert (module.FILE_SECONDS, module.KILL_SECONDS, module.REACH_SECONDS,
             module.YIELD_SECONDS) == (5, 1, 4, 1)
@@ -4639,7 +4639,7 @@ def test_tls_1_2_and_1_3_are_spoken_and_nothing_older_nor_without_forward_secrec
 
 
 def test_renegotiation_and_compression_are_off(tmp_path):
-    config = module.load_config(
+    config = module.load_settings(
         GOOD_KEY
         + "server:\n  tls_certificate: {}\n  tls_key: {}\n".format(*tls_files(tmp_path).values()))
     off = ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
@@ -4723,7 +4723,7 @@ def test_a_handshake_is_part_of_the_first_request_s_time(launch):
 
 def test_what_the_network_takes_in_pieces_arrives_whole(tmp_path):
     """A send may take a part only; no byte of a record may be lost or sent twice."""
-    config = module.load_config(
+    config = module.load_settings(
         GOOD_KEY
         + "server:\n  tls_certificate: {}\n  tls_key: {}\n".format(*tls_files(tmp_path).values()))
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -5109,7 +5109,7 @@ def test_a_grandchild_that_holds_the_output_open_delays_nothing(asking, host):
 
 def test_a_change_that_takes_too_long_goes_on_reserved_and_logged(launch, host):
     host.faults(set={"delay": True})
-    api = launch(proxmox={"change_timeout_seconds": 1}, constants={"TURN_SECONDS": 0.3})
+    api = launch(proxmox={"change_timeout_seconds": 1}, constants={"LOCK_SECONDS": 0.3})
     reply = api.post("/scale/cores", {"vm_id": 104, "cores": 5})
     assert (reply.status, reply.body["error"]) == (504, (
         "POST /scale/cores vm_id=104 cores=5 did not finish in 1 s; it is still running in "
@@ -5442,7 +5442,7 @@ def test_the_folder_of_shared_connections_is_private_whatever_the_umask(monkeypa
     old = os.umask(0)
     try:
         with pytest.raises(module.Problem):
-            module.Commands(4, 15, str(tmp_path), module.Metrics()).reach(
+            module.Commands(4, 15, str(tmp_path), module.Metrics()).check_reachable(
                 module.Node("pve2", False, True, "192.0.2.2"), 0)
     finally:
         os.umask(old)
@@ -6139,7 +6139,7 @@ def test_who_share_what_was_found_of_a_node_do_not_share_its_problem(monkeypatch
         4, 15, module.Workers(), module.Metrics()), time.monotonic(), []
     for number in range(2):
         with pytest.raises(module.Problem) as found:
-            commands.reach(module.Node("pve2", False, True, "192.0.2.2"), asked)
+            commands.check_reachable(module.Node("pve2", False, True, "192.0.2.2"), asked)
         found.value.add_details(f"the clone {number} is left")
         problems.append(found.value.answer().body)
     assert [json.loads(body)["details"] for body in problems] == [
@@ -7157,7 +7157,7 @@ def test_a_stop_bears_a_waiting_change_whose_client_has_left(launch, host):
 def test_the_end_of_a_change_is_logged_and_counted_before_operations_tell_of_it():
     change, told = change_of("/scale/cores", vm_id=104, cores=4), []
     changes = module.Changes(None, None, lambda change: told.append(change.row()["ended"]))
-    changes.end(change)
+    changes.record_end(change)
     assert told == [None] and change.row()["ended"] is not None
 
 
@@ -7230,22 +7230,22 @@ def test_a_change_whose_body_comes_after_the_signal_is_not_begun(api, host):
 @pytest.mark.parametrize("moment", ["before", "in between"])
 def test_a_change_that_meets_the_stop_is_refused_whichever_comes_first(moment):
     class Workers:                      # whose thread gets to run only when the stop has passed
-        def run(self, work, *arguments):
+        def submit(self, work, *arguments):
             changes.refuse_waiting()
             work(*arguments)
     begun, counted = [], []
-    host = module.SimpleNamespace(ready=lambda *_: None, commands=module.SimpleNamespace(
-        place=lambda *_: contextlib.nullcontext()))
+    host = module.SimpleNamespace(changeable=lambda *_: None, commands=module.SimpleNamespace(
+        slot=lambda *_: contextlib.nullcontext()))
     changes = module.Changes(host, Workers(), counted.append)
     if moment == "before":
         changes.refuse_waiting()
     change = change_of("/scale/cores", vm_id=104, cores=4)
-    change.run = lambda: begun.append(1)
+    change.run_steps = lambda: begun.append(1)
     with pytest.raises(module.Problem) as stopped:
         changes.take(change)
         changes.answer(change, module.Client(None, "127.0.0.1"), 1)
     assert (stopped.value.status, stopped.value.error) == (503, "The daemon is stopping")
-    assert begun == [] and changes.asked == set()
+    assert begun == [] and changes.pending == set()
     assert [each.problem.error for each in counted] == (
         ["The daemon is stopping"] if moment == "in between" else [])
     assert len(changes.recent) == (moment == "in between")
@@ -8159,11 +8159,11 @@ def test_an_installation_is_repeatable_and_keeps_the_key(tmp_path):
     first = install(tmp_path)
     assert first.returncode == 0, first.stderr
     config = tmp_path / CONFIG_PATH
-    key = module.read_config(config).keys[0]
+    key = module.read_settings(config).keys[0]
     assert re.fullmatch("[0-9a-f]{64}", key) and stat.S_IMODE(config.stat().st_mode) == 0o600
     again = install(tmp_path)
     assert again.returncode == 0 and f"kept {config}" in again.stdout
-    assert module.read_config(config).keys == [key]
+    assert module.read_settings(config).keys == [key]
     assert (sorted(str(path.relative_to(tmp_path))
                    for path in tmp_path.rglob("*") if path.is_file())
             == sorted([MODULE_PATH, CONFIG_PATH, UNIT_PATH, LOGROTATE_PATH, *bytecode(tmp_path)])
@@ -8372,8 +8372,8 @@ def test_an_upgrade_whose_configuration_does_not_fit_changes_nothing(installed, 
     folder, install, port = installed
     assert install().returncode == 0
     done = install(newer_version(tmp_path, (
-        '        "port": (5000, whole(1, 65535)),\n',
-        '        "ports": (5000, whole(1, 65535)),\n')))
+        '        "port": (5000, integer(1, 65535)),\n',
+        '        "ports": (5000, integer(1, 65535)),\n')))
     assert (done.returncode == 1 and "nothing was changed; mend the configuration" in done.stderr
             and f"{folder / CONFIG_PATH}:3:" in done.stderr)
     assert (version_that_runs(port) == module.VERSION
