@@ -390,7 +390,8 @@ class LogFile(logging.Handler):
             self.backlog += len(line)
             self.added += 1
             number = self.added
-            self.changed.notify_all()
+            if len(self.lines) == 1:        # else it knows already, and each call would wake it
+                self.changed.notify_all()
             if patience and not self.hangs:
                 self.hangs = not self.changed.wait_for(lambda: self.written >= number, patience)
 
@@ -2101,7 +2102,12 @@ class Workers:
 
     def submit(self, work, *arguments):
         """Begin work(*arguments) in another thread, and return the Future of its result."""
-        job = (Future(), work, arguments)
+        future = Future()
+        self.start(work, *arguments, future=future)
+        return future
+
+    def start(self, work, *arguments, future=None):
+        """Begin work(*arguments) in another thread; `future` gets its result, if there is one."""
         with self.lock:
             inbox = self.idle.pop() if self.idle else None
         if inbox is None:
@@ -2111,8 +2117,7 @@ class Workers:
             except RuntimeError:
                 raise unavailable(
                     "The host has no thread left; try again later", SLOT_SECONDS) from None
-        inbox.put(job)
-        return job[0]
+        inbox.put((future, work, arguments))
 
     def serve(self, inbox):
         """Do one job after the other, until none has come for WORKER_SECONDS."""
@@ -2134,7 +2139,8 @@ class Workers:
                 staying = len(self.idle) < MAX_IDLE
                 if staying:
                     self.idle.append(inbox)
-            future.set_exception(error) if error else future.set_result(result)
+            if future:
+                future.set_exception(error) if error else future.set_result(result)
             del future, work, arguments, result, error  # or they would stay until the next job
             if not staying:
                 return
@@ -4909,7 +4915,15 @@ class Server(ThreadingHTTPServer):
         super().__init__((server.host, server.port), handler)
 
     def server_bind(self):
-        TCPServer.server_bind(self)         # HTTPServer's asks the DNS for this host's name
+        """Bind, with what every connection then inherits (Linux, net/core/sock.c, sk_clone).
+
+        HTTPServer's own method would ask the DNS for this host's name.
+        """
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self.socket.setsockopt(socket.SOL_SOCKET, option, timeval(REQUEST_SECONDS))
+        TCPServer.server_bind(self)
+        self.socket.setblocking(False)      # for a worker may have taken what there was to accept
 
     def get_request(self):
         try:
@@ -4921,20 +4935,45 @@ class Server(ThreadingHTTPServer):
             raise
 
     def process_request(self, request, client_address):
+        """Let a worker handle a connection that was accepted, if there is room for it."""
+        if not self.admit(request, client_address):
+            return
+        try:
+            self.api.workers.start(self.process_request_thread, request, client_address)
+        except Problem:                     # no thread is left
+            with self.changed:
+                del self.clients[request]
+            self.turn_away(request)
+
+    def process_request_thread(self, request, client_address):
+        """Handle a connection, and then each that waits to be accepted.
+
+        So there is nothing to hand over from one thread to another while many come.
+        """
+        while True:
+            super().process_request_thread(request, client_address)
+            try:
+                request, client_address = self.get_request()
+                while not self.admit(request, client_address):
+                    request, client_address = self.get_request()
+            except OSError:                 # none waits, or the daemon stops
+                return
+
+    def admit(self, request, client_address):
+        """Take in a connection, or turn it away; tell which."""
         address = client_address[0]
         address = str(plain_address(address)) if ":" in address else address
         with self.changed:
             full = (len(self.clients) >= self.max_connections
                     and client_address[:2] != self.own_address)
-            if full and not self.make_room(address):
-                return self.turn_away(request)
-            self.clients[request] = Client(request, address)
-        try:
-            self.api.workers.submit(self.process_request_thread, request, client_address)
-        except Problem:                     # no thread is left
-            with self.changed:
-                del self.clients[request]
+            room = not full or self.make_room(address)
+            if room:
+                client = self.clients[request] = Client(request, address)
+                if self.stopping:           # it came at the last moment
+                    self.hang_up(client)
+        if not room:
             self.turn_away(request)
+        return room
 
     def make_room(self, address):
         """Close a connection of the address that holds most, and tell whether there is room now.
@@ -5026,15 +5065,17 @@ class Server(ThreadingHTTPServer):
             request.shutdown(socket.SHUT_WR)
         except OSError:
             pass
-        self.refused.append((time.monotonic() + LINGER_SECONDS, request))
-        if len(self.refused) > self.max_connections:
-            self.close_refused(math.inf)
+        with self.changed:
+            self.refused.append((time.monotonic() + LINGER_SECONDS, request))
+            if len(self.refused) > self.max_connections:
+                self.close_refused(math.inf)
 
     def service_actions(self):
         now = time.monotonic()
         if now - self.looked > LOOK_SECONDS:
             self.looked = now
-            self.close_refused(now)
+            with self.changed:
+                self.close_refused(now)
             self.notice_departures()
 
     def close_refused(self, now):
@@ -5063,7 +5104,7 @@ class Server(ThreadingHTTPServer):
     def shutdown_request(self, request):
         with self.changed:
             self.clients.pop(request, None)
-        super().shutdown_request(request)
+        self.close_request(request)
 
     def handle_error(self, request, client_address):
         log.exception("internal error in a connection from %s", client_address[0])
@@ -5127,14 +5168,12 @@ class Handler(BaseHTTPRequestHandler):
     """
 
     def setup(self):
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(REQUEST_SECONDS))
         address = self.client_address[0]
         self.peer = str(plain_address(address)) if ":" in address else address
         self.client = self.server.clients.get(self.request) or Client(self.request, self.peer)
         self.channel = Tls(self.request, self.server.tls) if self.server.tls else self.request
         self.buffer, self.unread, self.continues, self.linger = bytearray(), 0, False, False
-        self.patience, self.fresh, self.minor, self.method = None, True, 1, None
+        self.patience, self.fresh, self.minor, self.method = REQUEST_SECONDS, True, 1, None
         self.deadline = time.monotonic() + REQUEST_SECONDS
 
     def handle_one_request(self):

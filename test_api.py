@@ -4396,6 +4396,47 @@ def test_a_request_that_trickles_is_cut_off_at_its_deadline(launch, tls):
     side_by_side((trickled, begun, error), (trickled, body, refused), (silent,), (idle,))
 
 
+def test_a_worker_takes_the_connections_that_wait_before_it_ends():
+    """Each has what the listening socket had: no delay in sending, and bounds to its waiting."""
+    handled = []
+
+    class Record:
+        def __init__(self, sock, address, server):
+            handled.append((
+                sock.getpeername() == address, server.clients[sock].address, sock.gettimeout(),
+                sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY),
+                sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16),
+                sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, 16),
+                threading.current_thread()))
+            sock.sendall(b"%d" % len(handled))
+    config = module.load_settings(
+        GOOD_KEY + f'server:\n  host: "127.0.0.1"\n  port: {free_port()}\n')
+    api = module.SimpleNamespace(metrics=module.Metrics())
+    server, more = module.Server(config, api, Record), []
+    try:
+        socks = [socket.create_connection(server.server_address, 10) for _ in range(3)]
+        first = server.get_request()
+        assert server.admit(*first)
+        server.process_request_thread(*first)
+        assert [read_all(sock) for sock in socks] == [b"1", b"2", b"3"]
+        bound = module.timeval(module.REQUEST_SECONDS)
+        assert handled == [
+            (True, "127.0.0.1", None, 1, bound, bound, threading.current_thread())] * 3
+        server.max_connections = 0                  # as if all were taken, by nobody else
+        server.make_room = lambda address: False
+        more += [socket.create_connection(server.server_address, 10) for _ in range(2)]
+        for _ in more:
+            server.process_request(*server.get_request())
+        with pytest.raises(BlockingIOError):
+            server.get_request()
+        assert [read_all(sock) for sock in more] == [module.TOO_MANY] * 2
+        assert len(handled) == 3 and server.clients == {}
+    finally:
+        server.server_close()
+        for sock in [*socks, *more]:
+            sock.close()
+
+
 def test_one_connection_too_many_is_told_so_at_once(launch, host):
     api = launch(server={"max_connections": 4}, constants={
         "YIELD_SECONDS": 60, "LINGER_SECONDS": 0.3, "WORKER_SECONDS": 0.1})
