@@ -3343,7 +3343,7 @@ class Change:
         self.notes, self.left = [], []
         self.addressed = False              # whether the clone has the address that it was to get
         # The clone's id, once it is whole, and containers whose lock is told in `left`.
-        self.made, self.told = None, set()
+        self.clone, self.told_locks = None, set()
 
     # For the handlers
 
@@ -3445,7 +3445,7 @@ class Change:
                                   f"{how}{command}")
             why, locked = f" ({problem.error})", self.own_lock()
         if locked:
-            self.told.add(self.vm_id)
+            self.told_locks.add(self.vm_id)
             how, command = (f"if no task of VM {self.vm_id} runs, {how}",
                             f"pct unlock {self.vm_id} && {command}")
         self.leave(f"{what} could not be removed{why}; {how}{command}")
@@ -3522,7 +3522,7 @@ class Change:
         if not self.steps:
             problem.fields = {"outcome": NOTHING_DONE, **problem.fields}
             return problem
-        notes = [f"VM {self.made} was cloned"] * bool(self.made) + self.notes
+        notes = [f"VM {self.clone} was cloned"] * bool(self.clone) + self.notes
         if self.lost:
             outcome, status = UNKNOWN, 504 if isinstance(problem, Lost) else 500
             # These three stop it first.
@@ -3545,8 +3545,8 @@ class Change:
         That is locks, a half-made container, who runs and who does not.
         """
         last = self.steps[-1][1]
-        asked = ([self.vm_id] * bool(self.ran or last in POWER and not self.made)
-                 + [self.made] * bool(self.made))
+        asked = ([self.vm_id] * bool(self.ran or last in POWER and not self.clone)
+                 + [self.clone] * bool(self.clone))
         try:
             texts = self.texts()
             states = {vm_id: self.state(vm_id) for vm_id in asked if texts[vm_id] is not None}
@@ -3556,17 +3556,17 @@ class Change:
         start = "if no task of it runs, start it" if self.killed else "start it"
         for vm_id, state in states.items():
             how = f"{start}{self.on_node()} with: pct start {vm_id}"
-            if (vm_id == self.made and state != "running"
+            if (vm_id == self.clone and state != "running"
                     and self.values["ip"] and not self.addressed):
                 start = start.replace("start", "remove")        # it may have another's address
                 found.append(f"VM {vm_id} is {state}, without its address; "
                              f"{start}{self.on_node()} with: pct destroy {vm_id}")
-            elif vm_id == self.made and state != "running":
+            elif vm_id == self.clone and state != "running":
                 found.append(f"VM {vm_id} is {state}; {how}, "
                              f"or remove it with: pct destroy {vm_id}")
             elif self.ran and state != "running" and last not in ("stop", "shutdown"):
                 found.append(f"VM {vm_id} ran before and is {state} now; {how}")
-            elif vm_id == self.made or (last in POWER and not self.made):
+            elif vm_id == self.clone or (last in POWER and not self.clone):
                 found.append(f"VM {vm_id} is {state} now")
         if self.killed and not found + self.left:
             found.append("Its task may still be at work: look again before trying again")
@@ -3576,7 +3576,7 @@ class Change:
         """Return what to say of a lock that a container has now and had not before."""
         lock, had = (parse_config(each or "").current.get("lock")
                      for each in (text, self.before[vm_id]))
-        if not lock or lock == had or vm_id in self.told:
+        if not lock or lock == had or vm_id in self.told_locks:
             return []
         if vm_id != self.vm_id and lock == "create" and self.ran_any("clone"):
             return [f"VM {vm_id} is left half-made; if no task of it runs, "
@@ -3875,9 +3875,9 @@ def roll_back(change, vm_id, snapshot_name):
     return f"Rolled back VM {vm_id} to snapshot '{snapshot_name}'"
 
 
-def made(change, new_vm_id):
+def note_clone(change, new_vm_id):
     """Note, for who hears of a later failure, that the clone is there."""
-    change.made = new_vm_id
+    change.clone = new_vm_id
     change.data.update(vm_id=new_vm_id, started=False)
 
 
@@ -3950,10 +3950,10 @@ def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full
     if change.ran:                          # pct clones a running container from a snapshot only
         with change.temporary_snapshot() as name:
             change.pct("clone", new_vm_id, *options, "--snapname", name)
-            made(change, new_vm_id)
+            note_clone(change, new_vm_id)
     else:
         change.pct("clone", new_vm_id, *options)
-        made(change, new_vm_id)
+        note_clone(change, new_vm_id)
     if ip:
         set_address(change, new_vm_id, ip)
     start_clone(change, new_vm_id, start)
@@ -4942,7 +4942,7 @@ class Server(ThreadingHTTPServer):
             self.api.workers.start(self.process_request_thread, request, client_address)
         except Problem:                     # no thread is left
             with self.changed:
-                del self.clients[request]
+                self.clients.pop(request, None)
             self.turn_away(request)
 
     def process_request_thread(self, request, client_address):
@@ -5104,7 +5104,7 @@ class Server(ThreadingHTTPServer):
     def shutdown_request(self, request):
         with self.changed:
             self.clients.pop(request, None)
-        self.close_request(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request, client_address):
         log.exception("internal error in a connection from %s", client_address[0])
@@ -5192,6 +5192,7 @@ class Handler(BaseHTTPRequestHandler):
         if not self.server.begin_request(self.client, *speaks_for):
             lost_place = unavailable(
                 "The daemon is stopping, or this connection has lost its place", 1)
+            self.linger = bool(self.unread)
             return self.respond(lost_place.answer(request.method in CHANGING),
                                 request.method, request.path, 0)
         started = time.perf_counter()
@@ -5201,7 +5202,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.server.end_request(self.client)
         # With 408 or 411, where its body ends is not known.
         self.close_connection = (
-            self.server.stopping or self.wants_close(request) or not self.can_drain()
+            not self.can_drain() or self.server.stopping or self.wants_close(request)
             or answer.status in (408, 411))
         self.client.waited_for = time.monotonic()       # to take the answer
         self.respond(answer, request.method, request.path, started)

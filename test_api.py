@@ -4396,6 +4396,18 @@ def test_a_request_that_trickles_is_cut_off_at_its_deadline(launch, tls):
     side_by_side((trickled, begun, error), (trickled, body, refused), (silent,), (idle,))
 
 
+@pytest.mark.parametrize("key, status", [(KEY, 404), ("wrong", 401)])
+def test_a_body_that_comes_after_its_refusal_does_not_reset_the_connection(launch, key, status):
+    with launch(constants={"LINGER_SECONDS": 10}).connect() as sock:
+        sock.sendall(framed("POST /nothing HTTP/1.1", "Host: x", f"X-API-Key: {key}",
+                            JSON_KIND, "Content-Length: 9", "Connection: close"))
+        answer = read_all(sock)
+        assert statuses(answer)[0] == [status]
+        for part in (b'{"a"', b': 1}\n'):
+            sock.sendall(part)
+            assert sock.recv(1) == b""              # closed, and neither reset nor lost
+
+
 def test_a_worker_takes_the_connections_that_wait_before_it_ends():
     """Each has what the listening socket had: no delay in sending, and bounds to its waiting."""
     handled = []
