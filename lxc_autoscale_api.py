@@ -1868,7 +1868,7 @@ class ClusterFiles:
 
         Its file here is looked for first: no id is on two nodes, and the list may be long.
         """
-        if is_there(f"{self.folder}/lxc/{vm_id}.conf"):
+        if is_there(self.conf_path(vm_id)):
             self.seen.add(vm_id)
             return None
         self.check_mounted()
@@ -1892,7 +1892,7 @@ class ClusterFiles:
 
         Once mounted, pmxcfs always has the link lxc (pmxcfs.c).
         """
-        if not os.path.lexists(f"{self.folder}/lxc") and is_there(self.folder):
+        if not os.path.lexists(self.conf_folder()) and is_there(self.folder):
             raise unavailable(f"Proxmox's cluster file system is not mounted at {self.folder}; "
                               "see: systemctl status pve-cluster", SLOT_SECONDS)
 
@@ -1928,6 +1928,12 @@ class ClusterFiles:
         """Return {id: Conf} of all containers of a node whose files are there."""
         return {vm_id: parse_config(document) for vm_id, document in self.documents(node)}
 
+    def all_confs(self):
+        """Yield (node, id, Conf) of all containers of all nodes whose files are there."""
+        for node in [None, *self.others()]:
+            for vm_id, conf in self.confs(node).items():
+                yield node, vm_id, conf
+
     def conf_path(self, vm_id, node=None):
         return f"{self.conf_folder(node)}/{vm_id}.conf"
 
@@ -1950,8 +1956,7 @@ class ClusterFiles:
         Templates are left out, and so is the container `but`.
         """
         return {address: vm_id
-                for node in [None, *self.others()]
-                for vm_id, conf in self.confs(node).items()
+                for _, vm_id, conf in self.all_confs()
                 if vm_id != but and conf.current.get("template") != "1"
                 for address in static_addresses(conf.current)}
 
@@ -1962,7 +1967,7 @@ class ClusterFiles:
     def forgotten_snapshots(self):
         """Return commands that remove what an earlier daemon left, stopped during a clone."""
         return [f"pct delsnapshot {vm_id} {name}" + (f" (on node '{node.name}')" if node else "")
-                for node in [None, *self.others()] for vm_id, conf in self.confs(node).items()
+                for node, vm_id, conf in self.all_confs()
                 for name in conf.snapshots if name.startswith(TEMPORARY_SNAPSHOT)]
 
 
@@ -1979,9 +1984,16 @@ class Cgroups:
         """
         return is_there(self.folder) and not is_there(f"{self.folder}/memory")
 
+    def path(self, vm_id):
+        return f"{self.folder}/lxc/{vm_id}"
+
+    def running(self):
+        """Return the names of the cgroups that are there, one for each id that runs."""
+        return set(names_in(f"{self.folder}/lxc"))
+
     def runs(self, vm_id):
         """Tell whether a container runs: its cgroup is there while it does."""
-        return is_there(f"{self.folder}/lxc/{vm_id}")
+        return is_there(self.path(vm_id))
 
     def files(self, running):
         """Return those of CGROUP_FILES that this kernel has, as the first of the `running` shows.
@@ -1989,7 +2001,7 @@ class Cgroups:
         Siblings have the same ones: the kernel makes them for what their parent's
         cgroup.subtree_control names (its Documentation/admin-guide/cgroup-v2.rst).
         """
-        shown = (set(names_in(f"{self.folder}/lxc/{each}")) for each in running)
+        shown = (set(names_in(self.path(each))) for each in running)
         there = next((names for names in shown if "cpu.stat" in names), CGROUP_FILES)
         return [name for name in CGROUP_FILES if name in there]
 
@@ -1999,7 +2011,7 @@ class Cgroups:
         Of its files those with these names are read. `pressure` has for each of PRESSURES what
         parse_pressure reads.
         """
-        folder = f"{self.folder}/lxc/{vm_id}/"
+        folder = self.path(vm_id) + "/"
         text = {name: read_text(folder + name) for name in names}.get
         cpu, memory, stat = text("cpu.stat"), text("memory.current"), text("memory.stat")
         if cpu is None and memory is None:
@@ -2024,7 +2036,7 @@ class Cgroups:
         A systemd moves itself into init.scope. Any other init stays beside its children, of
         which it is the one that is process 1 inside: the last number of NSpid in proc(5).
         """
-        folder = f"{self.folder}/lxc/{vm_id}/ns"
+        folder = self.path(vm_id) + "/ns"
         systemd = find_number(r"^(\d+)", read_text(f"{folder}/init.scope/cgroup.procs"))
         if systemd:
             return systemd
@@ -2172,7 +2184,7 @@ class SingleFlight:
                 return future               # it begins when the one before has ended
             self.flying.add(question)
         try:
-            self.workers.submit(self.fly, question, call)
+            self.workers.start(self.fly, question, call)
         except Problem as problem:          # no thread is left
             with self.lock:
                 self.flying.discard(question)
@@ -2287,6 +2299,12 @@ def plain_address(text):
     """Return an address without zone, an IPv4-mapped one as IPv4; ValueError if it is none."""
     found = ipaddress.ip_address(text.partition("%")[0])
     return getattr(found, "ipv4_mapped", None) or found
+
+
+def peer_address(client_address):
+    """Return the address in what accept(2) tells of a connection's other end."""
+    address = client_address[0]
+    return str(plain_address(address)) if ":" in address else address
 
 
 HOP = re.compile(r"\[([^\]]{1,100})\](?::[0-9]{1,5})?|([0-9.]{1,15}):[0-9]{1,5}|(.{1,100})")
@@ -2807,7 +2825,7 @@ class Commands:
             with kept:
                 process.wait()
         try:
-            self.workers.submit(bury)
+            self.workers.start(bury)
         except Problem:                     # no thread is left to wait for its end
             kept.close()
         return False
@@ -3095,7 +3113,7 @@ class Proxmox:
 
         They are from the container's cgroup (v2).
         """
-        stat = self.text_at(node, f"{self.cgroups.folder}/lxc/{vm_id}/cpu.stat")
+        stat = self.text_at(node, self.cgroups.path(vm_id) + "/cpu.stat")
         used = row_number("usage_usec", stat)
         return None if used is None else (used / 1e6, time.monotonic())
 
@@ -3162,7 +3180,7 @@ class Proxmox:
                    for way in ("receive", "transmit")]
         self.pve.check_mounted()
         has_cgroups, traffic, described = self.cgroups.are_there(), read_traffic(), {}
-        running = set(names_in(f"{self.cgroups.folder}/lxc"))
+        running = self.cgroups.running()
         names = self.cgroups.files(running)
         for vm_id, document in self.pve.documents():
             known = self.described.get(vm_id)
@@ -3634,7 +3652,7 @@ class Changes:
                 raise unavailable("Too many changes wait; try again later", SLOT_SECONDS)
             self.pending.add(change)
         try:
-            self.workers.submit(self.work, change)
+            self.workers.start(self.work, change)
         except Problem:
             self.pending.discard(change)
             raise
@@ -4950,19 +4968,19 @@ class Server(ThreadingHTTPServer):
 
         So there is nothing to hand over from one thread to another while many come.
         """
+        admitted = True
         while True:
-            super().process_request_thread(request, client_address)
+            if admitted:
+                super().process_request_thread(request, client_address)
             try:
                 request, client_address = self.get_request()
-                while not self.admit(request, client_address):
-                    request, client_address = self.get_request()
             except OSError:                 # none waits, or the daemon stops
                 return
+            admitted = self.admit(request, client_address)
 
     def admit(self, request, client_address):
         """Take in a connection, or turn it away; tell which."""
-        address = client_address[0]
-        address = str(plain_address(address)) if ":" in address else address
+        address = peer_address(client_address)
         with self.changed:
             full = (len(self.clients) >= self.max_connections
                     and client_address[:2] != self.own_address)
@@ -5168,8 +5186,7 @@ class Handler(BaseHTTPRequestHandler):
     """
 
     def setup(self):
-        address = self.client_address[0]
-        self.peer = str(plain_address(address)) if ":" in address else address
+        self.peer = peer_address(self.client_address)
         self.client = self.server.clients.get(self.request) or Client(self.request, self.peer)
         self.channel = Tls(self.request, self.server.tls) if self.server.tls else self.request
         self.buffer, self.unread, self.continues, self.linger = bytearray(), 0, False, False
@@ -5192,7 +5209,6 @@ class Handler(BaseHTTPRequestHandler):
         if not self.server.begin_request(self.client, *speaks_for):
             lost_place = unavailable(
                 "The daemon is stopping, or this connection has lost its place", 1)
-            self.linger = bool(self.unread)
             return self.respond(lost_place.answer(request.method in CHANGING),
                                 request.method, request.path, 0)
         started = time.perf_counter()
@@ -5202,7 +5218,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.server.end_request(self.client)
         # With 408 or 411, where its body ends is not known.
         self.close_connection = (
-            not self.can_drain() or self.server.stopping or self.wants_close(request)
+            self.server.stopping or self.wants_close(request) or not self.can_drain()
             or answer.status in (408, 411))
         self.client.waited_for = time.monotonic()       # to take the answer
         self.respond(answer, request.method, request.path, started)
@@ -5220,19 +5236,19 @@ class Handler(BaseHTTPRequestHandler):
         """Read the next well-framed Request; Problem, or ClientLeft if none has begun."""
         self.method = None                  # not known yet
         self.await_request()
-        too_long = Problem(414, f"The request line is longer than {MAX_LINE} bytes")
-        line_end = self.read_until(b"\r\n", 0, MAX_LINE, too_long)
+        line_end = self.read_until(b"\r\n", 0, MAX_LINE, 414, "The request line is")
         self.method, path, query, self.minor = parse_request_line(bytes(self.buffer[:line_end]))
-        too_long = Problem(431, f"The headers are longer than {MAX_HEAD} bytes")
-        end = self.read_until(b"\r\n\r\n", line_end, MAX_HEAD, too_long)
+        end = self.read_until(b"\r\n\r\n", line_end, MAX_HEAD, 431, "The headers are")
         headers = parse_head(bytes(self.buffer[line_end + 2:end]), self.minor)
         del self.buffer[:end + 4]
         length = int(headers["content-length"]) if "content-length" in headers else None
         self.unread, self.continues = length or 0, "expect" in headers and self.minor == 1
         return Request(self.method, path, query, headers, length, self.read_body, self.client)
 
-    def read_until(self, marker, start, limit, problem):
-        """Return where `marker` begins in the buffer, from `start` on; `problem` if beyond `limit`.
+    def read_until(self, marker, start, limit, status, what):
+        """Return where `marker` begins in the buffer, from `start` on.
+
+        It raises a Problem with this status if `what` is longer than `limit` bytes.
 
         Only what came last is looked through: a head that comes in single bytes would cost
         the square of its length otherwise.
@@ -5243,7 +5259,7 @@ class Handler(BaseHTTPRequestHandler):
             if 0 <= end <= limit:
                 return end
             if end > limit or len(self.buffer) > limit + len(marker):
-                raise problem
+                raise Problem(status, f"{what} longer than {limit} bytes")
             if BARE_LINE_END.search(self.buffer, max(start, seen - 1)):
                 raise Problem(400, "Bad line ending: a line ends in CR LF, "
                                    "and neither stands alone")
@@ -5252,22 +5268,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def receive(self):
         """Add what comes to the buffer; Problem 408 at the deadline, ClientLeft at the end."""
-        late = Problem(408, f"The request did not arrive within {REQUEST_SECONDS} s")
-        seconds = self.deadline - time.monotonic()
+        if not self.receive_within(self.deadline - time.monotonic()):
+            raise Problem(408, f"The request did not arrive within {REQUEST_SECONDS} s")
+
+    def receive_within(self, seconds):
+        """Add what comes to the buffer, and tell whether anything did; ClientLeft at the end."""
         if seconds < 0.001:
-            raise late
+            return False
         self.wait_at_most(seconds)
         try:
-            self.take(self.channel.recv(65536))
+            data = self.channel.recv(65536)
         except BlockingIOError:
-            raise late from None
-
-    def take(self, data):
-        """Add what has come to the buffer, if anything (None); ClientLeft at the end (no bytes)."""
-        if data:
-            self.buffer += data
-        elif data is not None:
+            return False
+        if data == b"":
             raise ClientLeft
+        self.buffer += data or b""          # of TLS, something came that makes no whole record yet
+        return True
 
     def wait_at_most(self, seconds):
         """Let recv give up with BlockingIOError after so long."""
@@ -5290,21 +5306,12 @@ class Handler(BaseHTTPRequestHandler):
                 raise Problem(400, "Too many empty lines before a request line")
             if self.buffer not in (b"", b"\r"):
                 break
-            self.await_bytes(patience)
+            if not self.receive_within(patience):
+                raise ClientLeft            # it is idle, and not slow
             patience = until - time.monotonic()
         if not self.fresh:
             self.deadline = time.monotonic() + REQUEST_SECONDS
         self.fresh = False
-
-    def await_bytes(self, seconds):
-        """Add what comes to the buffer; ClientLeft if nothing does, for it is idle."""
-        if seconds < 0.001:
-            raise ClientLeft
-        self.wait_at_most(seconds)
-        try:
-            self.take(self.channel.recv(65536))
-        except BlockingIOError:
-            raise ClientLeft from None
 
     def read_body(self):
         before, self.client.waited_for = self.client.waited_for, time.monotonic()
@@ -5328,7 +5335,6 @@ class Handler(BaseHTTPRequestHandler):
 
         That is done to keep the connection.
         """
-        self.linger = bool(self.unread)
         return self.unread <= MAX_BODY and not (self.unread and self.continues)
 
     def drain(self):
@@ -5390,7 +5396,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if self.channel is not self.request:
                 self.channel.end()
-            if not self.linger:
+            if not (self.linger or self.unread):
                 return
             self.request.shutdown(socket.SHUT_WR)
             self.wait_at_most(LINGER_SECONDS)

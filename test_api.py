@@ -873,6 +873,12 @@ def start_daemon(host, config, constants=None, inside=(), env=None, **popen):
                             env=env, **popen)
 
 
+def proxmox_of(host):
+    """The daemon's view of a simulated host's files, without its commands."""
+    return module.Proxmox(
+        None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
+
+
 TAKEN_PORTS = set()
 
 
@@ -3345,8 +3351,7 @@ def test_the_init_of_a_container_is_told_by_its_numbers(status, first):
 
 def test_what_no_process_tells_is_not_guessed(host):
     """The files of a busybox (103) and of a systemd (101), as a host had them."""
-    proxmox = module.Proxmox(
-        None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
+    proxmox = proxmox_of(host)
     for vm_id, files in ((101, {"init.scope/cgroup.procs": f"{os.getpid()}\n", "cgroup.procs": "",
                                 "system.slice/systemd-journald.service/cgroup.procs": "1\n"}),
                          (103, {"cgroup.procs": "999999998\n999999999\n"})):
@@ -3381,8 +3386,7 @@ ALL = os.cpu_count()
 def test_what_is_allotted_has_the_defaults_of_proxmox_or_is_null(
         host, values, cores, memory, swap, cpus):
     host.path(107).write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
-    proxmox = module.Proxmox(
-        None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
+    proxmox = proxmox_of(host)
     assert (module.allotted(values), module.processors(values)) == ((cores, memory, swap), cpus)
     row, = (row for row in proxmox.list() if row["vm_id"] == 107)
     assert (row["cores"], row["memory"], row["name"]) == (cores, memory, "CT107")
@@ -3399,8 +3403,7 @@ def test_what_is_allotted_has_the_defaults_of_proxmox_or_is_null(
 @pytest.mark.parametrize("name", ["1234", "00012", "1e5", "true", "null", "0x10", "1.50"])
 def test_a_name_that_looks_like_a_number_is_text(host, name):
     host.add(107, name)
-    proxmox = module.Proxmox(
-        None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
+    proxmox = proxmox_of(host)
     assert [row["name"] for row in proxmox.list() if row["vm_id"] == 107] == [name]
     assert proxmox.status(107)["name"] == proxmox.config(107, 128, 1048576)["hostname"] == name
     values = module.parse_status(
@@ -3486,8 +3489,7 @@ def test_what_the_kernel_does_not_measure_is_null_and_no_metric(api, host, monke
             raise OSError(errno.EOPNOTSUPP, "Operation not supported")
         return real(path, *rest)
     monkeypatch.setattr(module.os, "open", refuse)
-    proxmox = module.Proxmox(
-        None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
+    proxmox = proxmox_of(host)
     assert proxmox.status(104)["pressure"] is None
 
 
@@ -3496,8 +3498,7 @@ def test_a_scrape_opens_no_file_that_this_kernel_does_not_have(host, monkeypatch
         host.add(vm_id, running=True)
     for vm_id in (104, 107, 108):
         (host.cgroup / f"lxc/{vm_id}/io.pressure").unlink()
-    proxmox = module.Proxmox(
-        None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
+    proxmox = proxmox_of(host)
     real, opened = module.read_text, []
     monkeypatch.setattr(module, "read_text", lambda path: opened.append(path) or real(path))
     gauges = proxmox.gauges()
@@ -6154,8 +6155,7 @@ def test_files_follow_a_container_that_moves_while_they_are_read(host, monkeypat
     other = Host(host.root / "other", "pve2", host.shared)
     other.add(204, "far")
     host.write("pve/.members", MEMBERS)
-    proxmox, real = module.Proxmox(None, module.Files(module.Workers()), str(host.pve),
-                                   str(host.cgroup), True), module.read_text
+    proxmox, real = proxmox_of(host), module.read_text
 
     def move_first(path):
         if path.endswith("nodes/pve2/lxc/204.conf"):
@@ -6219,8 +6219,7 @@ def test_a_garbled_file_of_the_cluster_is_503_and_not_taken_for_a_single_host(
 def test_a_host_without_the_files_of_a_cluster_is_a_single_one(host):
     for name in (".members", ".vmlist"):
         (host.pve / name).unlink()
-    proxmox = module.Proxmox(None, module.Files(module.Workers()), str(host.pve),
-                             str(host.cgroup), True)
+    proxmox = proxmox_of(host)
     assert [proxmox.locate(vm_id) for vm_id in (104, 106, 105)] == [None] * 3
     assert ([row["vm_id"] for row in proxmox.list()] == [104, 106]
             and proxmox.members() == (None, None))
@@ -7283,7 +7282,7 @@ def test_a_change_whose_body_comes_after_the_signal_is_not_begun(api, host):
 @pytest.mark.parametrize("moment", ["before", "in between"])
 def test_a_change_that_meets_the_stop_is_refused_whichever_comes_first(moment):
     class Workers:                      # whose thread gets to run only when the stop has passed
-        def submit(self, work, *arguments):
+        def start(self, work, *arguments):
             changes.refuse_waiting()
             work(*arguments)
     begun, counted = [], []
@@ -7554,8 +7553,7 @@ def test_the_traffic_of_all_containers_is_read_once(host, monkeypatch):
         return net_dev if path == "/proc/net/dev" else real(path)
     monkeypatch.setattr(module, "read_text", note)
     host.add(107, running=True)
-    gauges = module.Proxmox(
-        None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True).gauges()
+    gauges = proxmox_of(host).gauges()
     assert gauges["lxc_autoscale_container_network_receive_bytes_total"] == {
         ("104",): 208, ("106",): 212}
     assert gauges["lxc_autoscale_container_network_transmit_bytes_total"] == {
@@ -7567,9 +7565,7 @@ def test_a_scrape_parses_what_has_changed_and_nothing_else(host, monkeypatch):
     parsed, real = [], module.parse_config
     monkeypatch.setattr(
         module, "parse_config", lambda document: parsed.append(document) or real(document))
-    proxmox, cores = module.Proxmox(
-        None, module.Files(module.Workers()), str(host.pve), str(host.cgroup),
-        True), "lxc_autoscale_container_cpu_cores"
+    proxmox, cores = proxmox_of(host), "lxc_autoscale_container_cpu_cores"
     assert (proxmox.gauges()[cores] == proxmox.gauges()[cores] == {("104",): 2, ("106",): 2}
             and len(parsed) == 2)
     before, stat = host.path(104).read_text(), host.path(104).stat()
@@ -7774,8 +7770,7 @@ def test_a_thousand_containers_are_scraped_and_listed_soon(api, host):
 
 
 def test_a_container_that_vanishes_during_a_scrape_is_left_out(api, host, monkeypatch):
-    proxmox = module.Proxmox(
-        None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
+    proxmox = proxmox_of(host)
     real = module.read_text
 
     def vanish(path):
