@@ -38,6 +38,7 @@ are from its sources: pve-container (PVE::CLI::pct, PVE::LXC::Config), pve-guest
 and pve-cluster, and from runs of the real pct.
 """
 import argparse
+import atexit
 import errno
 import fcntl
 import hashlib
@@ -5593,6 +5594,20 @@ def serve(server, signals, config_path):
         each.flush()
 
 
+def leave():
+    """End the process with status 0 now, once Python would begin to take itself apart.
+
+    Threads may still be anywhere, in OpenSSL too, and would use what is being freed: with 500
+    TLS handshakes just over, CPython 3.13 was once ended so by "double free or corruption".
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            pass
+    os._exit(0)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", metavar="PATH", default=CONFIG_PATH,
@@ -5619,6 +5634,7 @@ def main():
                  f"{error.strerror}")
         return 1
     serve(server, signals, arguments.config)
+    atexit.register(leave)
     return 0
 
 

@@ -4830,6 +4830,15 @@ def api_metrics(sock):
     return read_answer(sock).body
 
 
+def test_nothing_of_python_is_taken_apart_while_threads_may_use_it(launch, host):
+    """An atexit handler of an earlier start would run after the daemon's own, the last."""
+    taken_apart = host.root / "taken apart"
+    api = launch(constants={"EX_CONFIG": Code(
+        f"__import__('atexit').register(open, {str(taken_apart)!r}, 'w') and 78")})
+    assert api.get("/health/check").status == 200
+    assert api.stop() == 0 and "INFO stopped\n" in api.log() and not taken_apart.exists()
+
+
 def test_one_connection_too_many_is_closed_before_tls_begins(launch):
     api = launch(tls=True, server={"max_connections": 2}, constants={"YIELD_SECONDS": 60})
 
