@@ -877,99 +877,52 @@ def load_settings(document, credential=None):
 REQUIRED = object()                         # instead of a default
 
 
-class Integer:
-    """A whole number, as a JSON number or as a string of ASCII digits."""
+class Parameter(namedtuple("Parameter", "name kinds test rule schema default also")):
+    """What a client may send under a name, or under one of the names in `also`.
 
-    def __init__(self, name, low, high, also=(), default=REQUIRED):
-        self.name, self.also, self.low, self.high, self.default = name, also, low, high, default
-        self.rule = f"must be an integer between {low} and {high}"
-
-    def schema(self):
-        return {"type": "integer", "minimum": self.low, "maximum": self.high}
-
-    def parse(self, value):
-        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}", value):
-            value = int(value)
-        if type(value) is int and self.low <= value <= self.high:
-            return value
-        raise ValueError(self.rule)
-
-
-class Name:
-    """A text of ASCII letters, digits and a few marks that cannot be taken for an option."""
-    default = REQUIRED
-
-    def __init__(self, name, marks, longest, also=()):
-        self.name, self.also, self.marks, self.longest = name, also, marks, longest
-        self.pattern = re.compile(rf"(?!-)[A-Za-z0-9{re.escape(marks)}]{{1,{longest}}}")
-        self.rule = (f"must be 1 to {longest} letters, digits or {' '.join(marks)} (ASCII), "
-                     "and must not start with -")
-
-    def schema(self):
-        marks = self.marks.replace(".", "\\.").replace("-", "\\-")
-        first = marks.replace("\\-", "")
-        return {"type": "string", "pattern": f"^[A-Za-z0-9{first}][A-Za-z0-9{marks}]*$",
-                "minLength": 1, "maxLength": self.longest}
-
-    def parse(self, value):
-        if isinstance(value, str) and self.pattern.fullmatch(value):
-            return value
-        raise ValueError(self.rule)
-
-
-class Flag:
-    """An optional JSON boolean; None where it is not given."""
-    also, default = (), None
-    rule = "must be true or false (a JSON boolean)"
-
-    def __init__(self, name):
-        self.name = name
-
-    def schema(self):
-        return {"type": "boolean"}
-
-    def parse(self, value):
-        if isinstance(value, bool):
-            return value
-        raise ValueError(self.rule)
-
-
-class Text:
-    """An optional text of which check(text) says whether it is taken.
-
-    It is `default` where it is not given.
+    A value is taken if its type is one of `kinds` and test(value) agrees; `rule` says that in
+    words, and `schema` as JSON Schema. Where nothing is sent it is `default`, unless that is
+    REQUIRED.
     """
-    also = ()
-
-    def __init__(self, name, check, rule, default=None, **schema):
-        self.name, self.check, self.rule, self.default = name, check, rule, default
-        self.described = {"type": "string", **schema}
-
-    def schema(self):
-        return self.described
 
     def parse(self, value):
-        if isinstance(value, str) and self.check(value):
+        """Return the value, or ValueError; a number may come as a string of ASCII digits, too."""
+        if isinstance(value, str) and str not in self.kinds:
+            value = decimal(value)
+        if type(value) in self.kinds and self.test(value):
             return value
         raise ValueError(self.rule)
 
 
-class Size:
-    """An optional number of GB, as a JSON number or as a string of digits."""
-    also, default = (), None
-    rule = "must be a number of GB, as the container's configuration tells it"
+def number_parameter(name, low, high, default=REQUIRED, also=()):
+    return Parameter(
+        name, (int,), range(low, high + 1).__contains__,
+        f"must be an integer between {low} and {high}",
+        {"type": "integer", "minimum": low, "maximum": high}, default, also)
 
-    def __init__(self, name):
-        self.name = name
 
-    def schema(self):
-        return {"type": "number", "minimum": 0}
+def text_parameter(name, test, rule, default=None, also=(), **schema):
+    return Parameter(name, (str,), test, rule, {"type": "string", **schema}, default, also)
 
-    def parse(self, value):
-        found = decimal(value) if isinstance(value, str) else value
-        if type(found) in (int, float) and 0 <= found < 2 ** 53:
-            return found
-        raise ValueError(self.rule)
+
+def matches(pattern):
+    return re.compile(pattern).fullmatch
+
+
+def name_parameter(name, marks, longest, also=()):
+    """Take letters, digits and a few marks, in a form that no command takes for an option."""
+    unhyphenated, marked = marks.replace("-", ""), marks.replace("-", "\\-")
+    first, more = f"[A-Za-z0-9{unhyphenated}]", f"[A-Za-z0-9{marked}]"
+    return text_parameter(
+        name, matches(f"{first}{more}{{0,{longest - 1}}}"),
+        f"must be 1 to {longest} letters, digits or {' '.join(marks)} (ASCII), "
+        "and must not start with -",
+        REQUIRED, also, pattern=f"^{first}{more}*$", minLength=1, maxLength=longest)
+
+
+def flag_parameter(name):
+    return Parameter(name, (bool,), lambda _: True, "must be true or false (a JSON boolean)",
+                     {"type": "boolean"}, None, ())
 
 
 def is_interface_address(text):
@@ -988,35 +941,36 @@ def is_description(text):
         r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", text)
 
 
-def matches(pattern):
-    return re.compile(pattern).fullmatch
-
-
-VM_ID = Integer("vm_id", 100, 999999, also=("lxc_id", "container_id"))
-NEW_VM_ID = Integer("new_vm_id", 100, 999999, also=("new_lxc_id",))
-NEW_VM_NAME = Name("new_vm_name", "_.-", 63, also=("new_lxc_name", "hostname"))
-CORES = Integer("cores", 1, 128)
-MEMORY = Integer("memory", 64, 1048576)
-DISK_SIZE = Integer("disk_size", 1, 16384)  # ext4's default bound; more breaks the file system
-SNAPSHOT_NAME = Name("snapshot_name", "_-", 100)
-NODE_NAME = Name("node_name", "_-", 50)
-START, FULL = Flag("start"), Flag("full")
-STORAGE = Text("storage", matches(r"[A-Za-z][A-Za-z0-9._-]{1,99}"),
-               "must be a storage id: a letter, then letters, digits, - _ or . (ASCII), "
-               "2 to 100 characters",
-               pattern="^[A-Za-z][A-Za-z0-9._\\-]{1,99}$")
-IP = Text("ip", is_interface_address,
-          "must be dhcp, or an address with its prefix length, such as 192.0.2.5/24")
-DISK = Text("disk", matches(r"rootfs|mp(?:[0-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"),
-            "must be rootfs, or mp0 to mp255", "rootfs", pattern="^(rootfs|mp[0-9]{1,3})$")
-CURRENT_SIZE = Size("current_size")
-TIMEOUT = Integer("timeout", 1, 3600, default=60)
-DESCRIPTION = Text("description", is_description,
-                   "must be at most 1024 characters, without control characters but line ends",
-                   maxLength=1024)
-OPERATION = Text("id", matches(r"[0-9a-f]{16}"),
-                 "must be 16 hexadecimal digits", pattern="^[0-9a-f]{16}$")
-ANY_VM_ID = Integer("vm_id", 100, 999999, also=("lxc_id", "container_id"), default=None)
+VM_ID = number_parameter("vm_id", 100, 999999, also=("lxc_id", "container_id"))
+ANY_VM_ID = VM_ID._replace(default=None)
+NEW_VM_ID = number_parameter("new_vm_id", 100, 999999, also=("new_lxc_id",))
+NEW_VM_NAME = name_parameter("new_vm_name", "_.-", 63, also=("new_lxc_name", "hostname"))
+CORES = number_parameter("cores", 1, 128)
+MEMORY = number_parameter("memory", 64, 1048576)
+DISK_SIZE = number_parameter("disk_size", 1, 16384)     # ext4's default bound; more breaks it
+SNAPSHOT_NAME = name_parameter("snapshot_name", "_-", 100)
+NODE_NAME = name_parameter("node_name", "_-", 50)
+START, FULL = flag_parameter("start"), flag_parameter("full")
+STORAGE = text_parameter(
+    "storage", matches(r"[A-Za-z][A-Za-z0-9._-]{1,99}"),
+    "must be a storage id: a letter, then letters, digits, - _ or . (ASCII), 2 to 100 characters",
+    pattern="^[A-Za-z][A-Za-z0-9._\\-]{1,99}$")
+IP = text_parameter(
+    "ip", is_interface_address,
+    "must be dhcp, or an address with its prefix length, such as 192.0.2.5/24")
+DISK = text_parameter(
+    "disk", matches(r"rootfs|mp(?:[0-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"),
+    "must be rootfs, or mp0 to mp255", "rootfs", pattern="^(rootfs|mp[0-9]{1,3})$")
+CURRENT_SIZE = Parameter(
+    "current_size", (int, float), lambda size: 0 <= size < 2 ** 53,
+    "must be a number of GB, as the container's configuration tells it",
+    {"type": "number", "minimum": 0}, None, ())
+TIMEOUT = number_parameter("timeout", 1, 3600, default=60)
+DESCRIPTION = text_parameter(
+    "description", is_description,
+    "must be at most 1024 characters, without control characters but line ends", maxLength=1024)
+OPERATION = text_parameter(
+    "id", matches(r"[0-9a-f]{16}"), "must be 16 hexadecimal digits", pattern="^[0-9a-f]{16}$")
 
 
 def parse_parameters(parameters, pairs):
@@ -1055,15 +1009,15 @@ def parse_query(query):
     return parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=MAX_QUERY)
 
 
-def bounded_int(digits):
-    """Return the int of digits, or None beyond 64 bits: int() takes time in their square."""
-    return int(digits) if len(digits) <= 20 else None
+def read_json(document, **options):
+    """Read a JSON text that others wrote; ValueError if it is none, or too deep.
 
-
-def read_json(text, **options):
-    """Read a JSON text that others wrote; ValueError if it is none, or too deep."""
+    An integer beyond 64 bits is None, for int() takes time in the square of its digits.
+    """
     try:
-        return json.loads(text, parse_int=bounded_int, **options)
+        return json.loads(
+            document, parse_int=lambda digits: int(digits) if len(digits) <= 20 else None,
+            **options)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -3025,8 +2979,8 @@ class Proxmox:
             "cores": cores, "memory_mb": megabytes, "swap_mb": swap,
             "disk_gb": size, "hostname": values.get("hostname"),
             "limits": {
-                "cores": {"min": CORES.low, "max": min(max_cores, cpus)},
-                "memory_mb": {"min": MEMORY.low, "max": min(max_memory, memory)},
+                "cores": {"min": CORES.schema["minimum"], "max": min(max_cores, cpus)},
+                "memory_mb": {"min": MEMORY.schema["minimum"], "max": min(max_memory, memory)},
                 "disk_gb": {"min": size},
             },
             "mountpoints": mount_points(values),
@@ -4426,7 +4380,7 @@ def describe_route(path, route):
         described["parameters"] = [
             {"name": each.name, "in": "query", "required": each.default is REQUIRED,
              "description": describe_parameter(each),
-             "schema": each.schema()} for each in route.parameters]
+             "schema": each.schema} for each in route.parameters]
     else:
         accepted = {"application/json": {"schema": called("Accepted")}}
         described["responses"]["202"] = {
@@ -4438,7 +4392,7 @@ def describe_route(path, route):
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": {
             "type": "object", "additionalProperties": False,
             "required": [each.name for each in route.parameters if each.default is REQUIRED],
-            "properties": {each.name: {"description": describe_parameter(each), **each.schema()}
+            "properties": {each.name: {"description": describe_parameter(each), **each.schema}
                            for each in route.parameters}}}}}
     return described
 
@@ -4666,9 +4620,10 @@ class Api:
                 raise Problem(403, f"VM {values[name]} must not be changed: containers.allowed "
                                    "in the daemon's configuration does not name it")
         for parameter, setting in ((CORES, "max_cores"), (MEMORY, "max_memory_mb")):
-            if values.get(parameter.name, 0) > getattr(rules, setting):
+            low, high = parameter.schema["minimum"], getattr(rules, setting)
+            if values.get(parameter.name, 0) > high:
                 raise Problem(400, f"Invalid {parameter.name}: must be an integer "
-                                   f"between {parameter.low} and {getattr(rules, setting)} "
+                                   f"between {low} and {high} "
                                    f"(containers.{setting} in the daemon's configuration)")
 
     def change(self, request, route, values):

@@ -7887,7 +7887,7 @@ def test_the_description_has_every_route_parameter_and_code(steady):
     for value in SNAPSHOT_NAMES + ["-x", "a.b", "", "x" * 101]:
         matches = (bool(re.search(name["pattern"], value))
                    and name["minLength"] <= len(value) <= name["maxLength"])
-        assert matches == bool(module.SNAPSHOT_NAME.pattern.fullmatch(value))
+        assert matches == bool(module.SNAPSHOT_NAME.test(value))
     assert document["paths"]["/health/check"]["get"]["security"] == []
     headers = document["components"]["headers"]
     assert headers["Retry-After"] == {
