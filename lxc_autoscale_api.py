@@ -63,6 +63,7 @@ import time
 from bisect import bisect_left
 from collections import Counter, OrderedDict, deque, namedtuple
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import lru_cache
@@ -323,20 +324,14 @@ def complain(text):
         pass
 
 
-def same_file(fd, path):
-    """Tell whether a path still leads to an open file."""
-    try:
-        there, here = os.stat(path), os.fstat(fd)
-    except FileNotFoundError:
-        return False
-    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
-
-
 def open_again(file):
     """Open a log's file, if it is not open or was moved away."""
-    if file.fd is not None and same_file(file.fd, file.path):
-        return
     if file.fd is not None:
+        try:
+            if os.path.samestat(os.stat(file.path), os.fstat(file.fd)):
+                return
+        except FileNotFoundError:
+            pass
         os.close(file.fd)
     file.fd = None
     file.fd = os.open(
@@ -430,9 +425,15 @@ class LogFile(logging.Handler):
             os.close(file.fd)
 
     def write(self, file, lines):
-        """Write lines, and return how many were lost; that this cannot be done is said once."""
-        data = "".join(self.safe(line) + "\n" for line in lines).encode("utf-8", "replace")
-        data, done = b"\n" * file.torn + data, 0
+        """Write lines, and return how many were lost; that this cannot be done is said once.
+
+        Nothing in them forges a line or an escape, and no key appears.
+        """
+        lines = [UNSAFE.sub(lambda bad: ascii(bad[0])[1:-1], line) for line in lines]
+        text = "".join(line + "\n" for line in lines)
+        for key in self.keys:
+            text = text.replace(key, "[API key]")
+        data, done = b"\n" * file.torn + text.encode("utf-8", "replace"), 0
         try:
             open_again(file)
             while done < len(data):
@@ -447,12 +448,6 @@ class LogFile(logging.Handler):
         if done:
             file.torn = data[done - 1:done] != b"\n"
         return len(lines) - whole
-
-    def safe(self, line):
-        """Return a line in which nothing forges a line or an escape, and no key appears."""
-        for key in self.keys:
-            line = line.replace(key, "[API key]")
-        return UNSAFE.sub(lambda bad: ascii(bad[0])[1:-1], line)
 
 
 main_log, error_log, access_log = LogFile(), LogFile(), LogFile(gather=0.05)
@@ -2067,14 +2062,11 @@ class Workers:
     def __init__(self):
         self.lock, self.idle = threading.Lock(), []     # a queue for each idle thread
 
-    def submit(self, work, *arguments):
-        """Begin work(*arguments) in another thread, and return the Future of its result."""
-        future = Future()
-        self.start(work, *arguments, future=future)
-        return future
-
     def start(self, work, *arguments, future=None):
-        """Begin work(*arguments) in another thread; `future` gets its result, if there is one."""
+        """Begin work(*arguments) in another thread; `future` gets its result, if there is one.
+
+        It raises Problem 503 if no thread is left.
+        """
         with self.lock:
             inbox = self.idle.pop() if self.idle else None
         if inbox is None:
@@ -2176,16 +2168,18 @@ class Files:
         question = (function, *arguments)
         if question in self.hung or len(self.hung) >= MAX_HUNG:
             raise hanging()
-        future = self.workers.submit(function, *arguments)
-        if not wait([future], FILE_SECONDS).done:
+        future = Future()
+        self.workers.start(function, *arguments, future=future)
+        try:
+            error = future.exception(FILE_SECONDS)
+        except FutureTimeout:
             self.hung[question] = future
             future.add_done_callback(lambda _: self.hung.pop(question, None))
-            raise hanging()
-        try:
-            return future.result()
-        except OSError as error:
+            raise hanging() from None
+        if isinstance(error, OSError):
             raise unavailable(f"{error.filename or 'A file'} cannot be read: {error.strerror}",
-                              SLOT_SECONDS) from None
+                              SLOT_SECONDS)
+        return future.result()
 
 
 # Limits and metrics
@@ -2509,44 +2503,29 @@ class Result(namedtuple("Result", "exit stdout stderr overflow")):
     it printed more than MAX_OUTPUT.
     """
 
-    @property
-    def warnings(self):
-        """The lines on stderr, the last of them if they are many.
 
-        Of a command that succeeded they say nothing about what it did: storages, plugins and
-        old lines of a configuration have something to say at every call.
-        """
-        return [line.strip() for line in self.stderr[-MAX_DETAILS:].splitlines() if line.strip()]
-
-
-class Output:
-    """Memory that a command prints into.
+def new_output(bounded):
+    """Return a file in memory for a command to print into.
 
     A file and no pipe: `pct` takes a broken stdout for an interrupt and kills its worker,
     and a pipe's end may be held open by some grandchild for ever.
     """
+    try:
+        fd = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise unavailable(f"The host has no room for a command's output: {error.strerror}",
+                          SLOT_SECONDS, NotBegun) from None
+    if bounded:                             # a write past the size fails with EPERM
+        os.ftruncate(fd, MAX_OUTPUT)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+    return open(fd, "rb", buffering=0)
 
-    def __init__(self, bounded):
-        try:
-            self.fd = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        except OSError as error:
-            raise unavailable(f"The host has no room for a command's output: {error.strerror}",
-                              SLOT_SECONDS, NotBegun) from None
-        if bounded:                         # a write past the size fails with EPERM
-            os.ftruncate(self.fd, MAX_OUTPUT)
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        os.close(self.fd)
-
-    def read(self):
-        """Return (the last MAX_OUTPUT bytes, whether that bound was reached)."""
-        size = os.lseek(self.fd, 0, os.SEEK_CUR)
-        return (os.pread(self.fd, min(size, MAX_OUTPUT), max(0, size - MAX_OUTPUT)),
-                size >= MAX_OUTPUT)
+def read_output(file):
+    """Return (the last MAX_OUTPUT bytes of what was printed, whether that bound was reached)."""
+    size = file.tell()
+    return (os.pread(file.fileno(), min(size, MAX_OUTPUT), max(0, size - MAX_OUTPUT)),
+            size >= MAX_OUTPUT)
 
 
 # What a node runs for us. Its pct must print into files there, for pct takes a broken stdout for an
@@ -2642,33 +2621,21 @@ class Commands:
     def __init__(self, width, read_seconds, workers, metrics):
         self.width, self.read_seconds, self.workers, self.metrics = (
             width, read_seconds, workers, metrics)
-        self.lock, self.slots, self.hung = threading.Lock(), {}, {}
+        self.environment = environment()
+        self.lock, self.nodes, self.hung = threading.Lock(), {}, {}
 
     def gauges(self):
-        known = list(self.slots.values())
+        known = list(self.nodes.values())
         return {"lxc_autoscale_api_commands_in_progress": {(): sum(
                     each.width - each.semaphore.free for each in known)},
                 "lxc_autoscale_api_commands_waiting": {(): sum(
                     len(semaphore.queue) for each in known
                     for semaphore in (each.semaphore, each.long))}}
 
-    def slots_of(self, node):
-        """Return what is known of a node.
-
-        That is its slots, when it was last tried, and the Problem of that, if it had one.
-        """
-        width = min(self.width, MAX_SESSIONS) if node else self.width
-        with self.lock:
-            return self.slots.setdefault(node and node.name, SimpleNamespace(
-                width=width, semaphore=Semaphore(width),
-                long=Semaphore(max(1, width - max(1, width // 4))),
-                lock=threading.Lock(), tried=-math.inf, problem=None))
-
     @contextmanager
     def slot(self, node, since=None, long=False):
         """Hold a slot to run commands on a node, which answers; Problem 503 if none is free."""
-        known = self.slots_of(node)
-        self.check_reachable(node, since)
+        known = self.reachable(node, since)
         deadline = time.monotonic() + SLOT_SECONDS
         with ExitStack() as slots:
             for semaphore in (known.long, known.semaphore) if long else (known.semaphore,):
@@ -2677,28 +2644,33 @@ class Commands:
                 slots.callback(semaphore.release)
             yield slots
 
-    def check_reachable(self, node, since):
-        """See that a node answers, and open the connection that its commands share.
+    def reachable(self, node, since):
+        """Return what is known of a node that answers; Problem 503 if it does not.
 
-        It raises Problem 503 if the node does not.
-
-        So a change is not begun over a connection that is dead, and nobody waits for long for
-        a node that is. A result found after `since`, by any thread, is reused for one second.
-        A read (None) reuses for one second, too, that the node did not answer.
+        That is its slots, when it was last tried, and the Problem of that, if it had one. To try
+        it opens the connection that its commands share: so a change is not begun over one that
+        is dead, and nobody waits for long for a node that is. A result found after `since`, by
+        any thread, is reused for one second. A read (None) reuses for one second, too, that the
+        node did not answer.
         """
+        width = min(self.width, MAX_SESSIONS) if node else self.width
+        with self.lock:
+            known = self.nodes.setdefault(node and node.name, SimpleNamespace(
+                width=width, semaphore=Semaphore(width),
+                long=Semaphore(max(1, width - max(1, width // 4))),
+                lock=threading.Lock(), tried=-math.inf, problem=None))
         if not node:
-            return
+            return known
         if not (node.online and node.address):
             raise unavailable(f"Node '{node.name}' is offline; "
                               "to see why, on this host: pvecm status", SLOT_SECONDS)
-        known = self.slots_of(node)
         with known.lock:
             now = time.monotonic()
             if (known.tried < max(since or now, now - 1)
                     and not (known.problem and not since and known.tried > now - 1)):
                 known.problem = None
                 try:
-                    self.execute(node, ["true"], REACH_SECONDS)
+                    self.run(node, ["true"], REACH_SECONDS)
                 except Problem as problem:
                     silent = lost(node, (), False, f"no answer within {REACH_SECONDS} s")
                     known.problem = silent if problem.status == 504 else problem
@@ -2706,41 +2678,30 @@ class Commands:
             if known.problem:               # a copy, for each has a caller who may add to it
                 raise Problem(
                     503, known.problem.error, dict(known.problem.headers), **known.problem.fields)
+        return known
 
     def read(self, node, *argv):
         """Run a command that changes nothing, in a slot of its own; return its Result."""
         with self.slot(node) as slots:
-            return self.look(node, argv, slots)
+            return self.run(node, [*map(str, argv)], self.read_seconds, slots)
 
-    def look(self, node, argv, slots=None):
-        """Do the same in a slot that is held already.
+    def run(self, node, argv, seconds=None, slots=None):
+        """Run a command in a slot that is held already; return its Result, or raise Problem.
 
-        Past its time it is killed with its whole group.
-        """
-        return self.execute(node, [str(each) for each in argv], self.read_seconds, slots)
-
-    def change(self, node, argv):
-        """Run a command that changes something, and never kill it; return its Result.
-
-        NotBegun if it was not begun, Lost if nobody knows its end.
-        """
-        return self.execute(node, argv, None)
-
-    def execute(self, node, argv, seconds, slots=None):
-        """Run a command now; return its Result, or raise Problem.
-
-        `slots` are kept while it cannot be ended.
+        With `seconds` it changes nothing: past them it is killed with its whole group, and
+        `slots` are kept while it cannot be ended. Without, it may change something, and is never
+        killed: the Problem is NotBegun if it was not begun, and Lost if nobody knows its end.
         """
         if seconds and (node, *argv) in self.hung:
             raise self.still_hung(node, argv)
         label = " ".join(argv[:2] if argv[0] in ("pct", "pvesh") else argv[:1])
-        with Output(bounded=seconds) as stdout, Output(bounded=seconds) as stderr:
+        with new_output(bounded=seconds) as stdout, new_output(bounded=seconds) as stderr:
             started = time.monotonic()
-            process = self.start(node, argv, label, seconds, stdout.fd, stderr.fd)
+            process = self.start(node, argv, label, seconds, stdout, stderr)
             in_time = ended(process, seconds)
             gone = in_time or self.kill(process, (node, *argv), slots)
             took = time.monotonic() - started
-            (out, out_full), (err, err_full) = stdout.read(), stderr.read()
+            (out, out_full), (err, err_full) = read_output(stdout), read_output(stderr)
             full = bool(seconds) and (out_full or err_full)
             reply = parse_reply(out) if node and in_time and not full else None
             code, out, err = reply or (process.returncode, out, err)
@@ -2798,7 +2759,8 @@ class Commands:
             if node:
                 os.makedirs(RUN_DIR, 0o700, exist_ok=True)
             return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
-                                    start_new_session=True, cwd="/", umask=0o022, env=environment())
+                                    start_new_session=True, cwd="/", umask=0o022,
+                                    env=self.environment)
         except OSError as error:
             self.metrics.add("lxc_autoscale_api_commands_total", label, "not_started")
             missing = isinstance(error, FileNotFoundError)
@@ -2922,7 +2884,7 @@ class Proxmox:
         if cluster and not cluster.quorate:
             raise unavailable("The Proxmox cluster has no quorum, so nothing can be changed; "
                               "see: pvecm status", 30)
-        self.commands.check_reachable(node, since)
+        self.commands.reachable(node, since)
         return node
 
     # Reads
@@ -3249,7 +3211,7 @@ class Proxmox:
         """
         argv, started = ["pct", "list"], time.monotonic()
         try:
-            checked(argv, self.commands.execute(None, argv, self.commands.read_seconds))
+            checked(argv, self.commands.run(None, argv, self.commands.read_seconds))
             ok, detail = True, f"pct list answered in {time.monotonic() - started:.2f} s"
         except Problem as problem:
             ok, detail = False, problem.error
@@ -3326,7 +3288,7 @@ class Change:
         self.steps.append(argv)
         self.lost.append(argv)
         try:
-            result = self.host.commands.change(self.node, argv)
+            result = self.host.commands.run(self.node, argv)
         except NotBegun as problem:
             self.steps.pop()
             self.lost.pop()
@@ -3338,7 +3300,10 @@ class Change:
             self.node is not None and result.exit == 128 + signal.SIGKILL)
         if result.exit:
             raise self.failed(argv, result)
-        self.warnings += result.warnings
+        # They tell nothing of what it did: storages, plugins and old lines of a configuration
+        # have something to say at every call.
+        said = map(str.strip, result.stderr[-MAX_DETAILS:].splitlines())
+        self.warnings += filter(None, said)
         return result
 
     def failed(self, argv, result):
@@ -3430,7 +3395,12 @@ class Change:
     # Looking
 
     def ask(self, *argv):
-        return checked(argv, self.host.commands.look(self.node, argv, self.slots)).stdout
+        return checked(argv, self.look(*map(str, argv))).stdout
+
+    def look(self, *argv):
+        """Run a command that changes nothing there, in the change's own slot."""
+        commands = self.host.commands
+        return commands.run(self.node, argv, commands.read_seconds, self.slots)
 
     def state(self, vm_id=None):
         """Return `running` or `stopped`, as pct says."""
@@ -3445,8 +3415,7 @@ class Change:
         if not self.node:
             return self.host.files.read(
                 lambda: {vm_id: read_text(path) for vm_id, path in paths.items()})
-        results = {vm_id: self.host.commands.look(self.node, ["cat", path], self.slots)
-                   for vm_id, path in paths.items()}
+        results = {vm_id: self.look("cat", path) for vm_id, path in paths.items()}
         return {vm_id: result.stdout if result.exit == 0 else None
                 for vm_id, result in results.items()}
 

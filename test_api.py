@@ -2532,10 +2532,11 @@ def request_with(body=b"{}", **headers):
     return module.Request("POST", "/scale/cores", "", headers, len(body), lambda: body, None)
 
 
-def safe(line):
-    log = module.LogFile()
+def log_line(line):
+    log, file = module.LogFile(), module.SimpleNamespace(path=os.devnull, fd=None, torn=False)
     log.keys = [KEY, "x" * 15 + "y", "1" * 16]
-    return log.safe(line)
+    assert log.write(file, [line]) == 0
+    os.close(file.fd)
 
 
 def failed(text):
@@ -2565,7 +2566,7 @@ READERS = [
         {"x-forwarded-for": text}, "127.0.0.1", module.networks(["127.0.0.1", "10.0.0.0/8"])),
      ["", "["], ["10.0.0.1,", "::1,", "1.", "a:"], ["", "x", ",10.0.0.1"]),
     ("path in a log", module.loggable_path, ["", "/"], ["/a"], ["", "?"]),
-    ("line in a log", safe, ["", KEY[:-1]], [KEY, KEY[:-1]], [""]),
+    ("line in a log", log_line, ["", KEY[:-1]], [KEY, KEY[:-1]], [""]),
     ("settings", module.load_yaml, ["", "a: ", "a: x", "a: [", 'a: "', "a: 1:1"],
      ["a,", "'a',", '"a",', "a   ,", "- 'x'\n", "\\x41", "1_", "a:\n- b\n"], ["", "]"]),
     ("container", module.parse_config, ["", "a:", "a: x", "[", "delete: "],
@@ -3147,7 +3148,7 @@ def test_a_resize_succeeded_if_the_configured_size_rose_by_what_was_asked(
         module.PATHS["/scale/storage/increase"], {"vm_id": 104}, "127.0.0.1", None)
     monkeypatch.setattr(change, "conf", lambda: sizes.pop(0))
     commands = module.SimpleNamespace(
-        change=lambda node, argv: module.Result(0, "", NOISE[0], False))
+        run=lambda node, argv: module.Result(0, "", NOISE[0], False))
     change.host = module.SimpleNamespace(commands=commands)
     if status == 200:
         assert module.grow_storage(change, 104, 5, "rootfs", None) == (
@@ -5505,7 +5506,7 @@ def test_the_folder_of_shared_connections_is_private_whatever_the_umask(monkeypa
     old = os.umask(0)
     try:
         with pytest.raises(module.Problem):
-            module.Commands(4, 15, str(tmp_path), module.Metrics()).check_reachable(
+            module.Commands(4, 15, str(tmp_path), module.Metrics()).reachable(
                 module.Node("pve2", False, True, "192.0.2.2"), 0)
     finally:
         os.umask(old)
@@ -5939,7 +5940,7 @@ def test_a_node_without_room_for_a_commands_output_does_nothing_and_says_so(lab,
             assert (reply.status, reply.body["error"]) == (503, error_text)
             assert says in reply.body["details"]
         status, details = run_commands(lab, (          # if that comes after the node was found well
-            "try:\n    commands.execute(pve3, ['true'], None)\n"
+            "try:\n    commands.run(pve3, ['true'])\n"
             "except daemon.Problem as problem:\n"
             "    print(json.dumps([problem.status, problem.fields['details']]))"), None)
         assert status == 503 and says in details
@@ -6093,7 +6094,7 @@ def test_no_argument_becomes_two_on_another_node(lab):
         f"show = [{sys.executable!r}, '-IS', '-c', "
         "'import sys, json; print(json.dumps(sys.argv[1:]))', *argument]\n"
         "print(json.dumps([json.loads(commands.read(pve2, *show).stdout), "
-        "json.loads(commands.change(pve2, show).stdout)]))"), HOSTILE)
+        "json.loads(commands.run(pve2, show).stdout)]))"), HOSTILE)
     assert told == [HOSTILE, HOSTILE]
     for body in ({"vm_id": "204; id", "cores": 1}, {"vm_id": 204, "cores": "1 --memory 64"},
                  {"vm_id": 204, "cores": "$(id)"}):
@@ -6201,7 +6202,7 @@ def test_who_share_what_was_found_of_a_node_do_not_share_its_problem(monkeypatch
         4, 15, module.Workers(), module.Metrics()), time.monotonic(), []
     for number in range(2):
         with pytest.raises(module.Problem) as found:
-            commands.check_reachable(module.Node("pve2", False, True, "192.0.2.2"), asked)
+            commands.reachable(module.Node("pve2", False, True, "192.0.2.2"), asked)
         found.value.add_details(f"the clone {number} is left")
         problems.append(found.value.answer().body)
     assert [json.loads(body)["details"] for body in problems] == [
@@ -6303,12 +6304,13 @@ SOON = {        # deadlines that are short for what hangs, and for nothing that 
                       "self, change, client, "
                       "0.1 if daemon.os.path.exists('{0}/answers.soon') "
                       "else seconds))(daemon.Changes.answer)",
-    "Commands.look": "lambda self, node, argv, places=None: "
-                     "self.execute(node, [str(each) for each in argv], 0.5 if any("
-                     "daemon.os.path.exists('{0}/' + daemon.os.path.basename(str(each)) + '.soon') "
-                     "for each in argv[:2]) else 15, places)",
-    "wait": "(lambda real: lambda futures, seconds, *how: real(futures, 0.5 if not how and "
-            "daemon.os.path.exists('{0}/hidden.soon') else seconds, *how))(daemon.wait)",
+    "Commands.run": "(lambda real: lambda self, node, argv, seconds=None, slots=None: real("
+                    "self, node, argv, 0.5 if seconds and any("
+                    "daemon.os.path.exists('{0}/' + daemon.os.path.basename(each) + '.soon') "
+                    "for each in argv[:2]) else seconds, slots))(daemon.Commands.run)",
+    "Future": "(lambda real: type('Future', (real,), {{'exception': lambda self, seconds=None: "
+              "real.exception(self, 0.5 if daemon.os.path.exists('{0}/hidden.soon') "
+              "else seconds)}}))(daemon.Future)",
 }
 CALM = ("arch: amd64\ncores: 2\nhostname: web\nmemory: 2048\n"
         "mp0: local-lvm:vm-{0}-disk-1,mp=/data,size=4G\n"
