@@ -64,7 +64,7 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict, deque, namedtuple
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -1851,9 +1851,21 @@ class ClusterFiles:
         path = f"{self.folder}/nodes/{node.name}/ssh_known_hosts"
         return node._replace(known_hosts=path if is_there(path) else None)
 
+    def changeable(self, vm_id):
+        """Return the Node where a container can be changed, or Problem 404, or 503 without quorum."""
+        node, (_, cluster) = self.find(vm_id), self.members()
+        if cluster and not cluster.quorate:
+            raise unavailable("The Proxmox cluster has no quorum, so nothing can be changed; "
+                              "see: pvecm status", 30)
+        return node
+
     def text(self, vm_id):
-        """Return the text of a container's configuration, on whichever node it lives, or None."""
-        return read_text(self.conf_path(vm_id, self.find(vm_id)))
+        """Return (the Node where a container lives, the text of its configuration or None)."""
+        node = self.find(vm_id)
+        text = read_text(self.conf_path(vm_id, node))
+        if text is None and self.find(vm_id) != node:       # it has moved meanwhile
+            return self.text(vm_id)
+        return node, text
 
     def texts(self, vm_ids, node):
         """Return {id: text of its configuration on a node, or None}.
@@ -2851,66 +2863,19 @@ class Proxmox:
         except ValueError:
             raise Problem(500, f"pvesh get {path} printed no JSON") from None
 
-    # Where things are
-
-    def members(self):
-        """Return (this node's name or None, its Cluster or None)."""
-        return self.files.read(self.pve.members)
-
-    def locate(self, vm_id):
-        """Return the Node where a container lives, None for this one, or Problem 404."""
-        return self.files.read(self.pve.find, vm_id)
-
     def where(self, vm_id, run):
         """Return run(node) for the node where a container lives.
 
         It is run once more if the container has moved meanwhile.
         """
-        node = self.locate(vm_id)
+        node = self.files.read(self.pve.find, vm_id)
         try:
             return run(node)
         except Problem as problem:
-            now = self.locate(vm_id) if problem.status == 404 else node
+            now = self.files.read(self.pve.find, vm_id) if problem.status == 404 else node
             if now == node:
                 raise
         return run(now)
-
-    def changeable(self, vm_id, since):
-        """Return the Node where a container can be changed, as found after `since`.
-
-        It raises Problem 503 without quorum or sign of life.
-        """
-        node, (_, cluster) = self.locate(vm_id), self.members()
-        if cluster and not cluster.quorate:
-            raise unavailable("The Proxmox cluster has no quorum, so nothing can be changed; "
-                              "see: pvecm status", 30)
-        self.commands.reachable(node, since)
-        return node
-
-    # Reads
-
-    def conf(self, vm_id):
-        """Return a container's Conf: from its file, else from `pct config`.
-
-        The file is what `pct config` reads.
-        """
-        return self.file_conf(vm_id) or self.fresh_conf(vm_id)
-
-    def file_conf(self, vm_id):
-        """Return a container's Conf from its file here, on whichever node it lives, or None."""
-        document = self.files.read(self.pve.text, vm_id)
-        return None if document is None else parse_config(document)
-
-    def fresh_conf(self, vm_id):
-        return self.where(vm_id, lambda node: self.conf_at(node, vm_id))
-
-    def conf_at(self, node, vm_id):
-        """Return a container's Conf as a node has it itself.
-
-        A change made there is seen here some milliseconds later.
-        """
-        return parse_config(self.text_at(node, self.pve.conf_path(vm_id))
-                            or self.ask(node, "pct", "config", vm_id))
 
     def text_at(self, node, path):
         """Return a small file's text on any node, or None if it cannot be read."""
@@ -2919,23 +2884,18 @@ class Proxmox:
         result = self.commands.read(node, "cat", path)
         return result.stdout if result.exit == 0 else None
 
-    def is_taken(self, vm_id):
-        """Tell whether a container or a virtual machine of any node is known to have an id."""
-        return self.files.read(self.pve.is_taken, vm_id)
-
-    def address_holders(self, but):
-        """Return {(bridge, VLAN tag, address): id} of all containers but one; see ClusterFiles."""
-        return self.files.read(self.pve.address_holders, but)
-
     def config(self, vm_id, max_cores, max_memory):
         """Return what is allotted, and the values that a scaling call may have.
 
         The latter is the bounds, or what the host has.
         """
-        values = self.conf(vm_id).values
+        node, document = self.files.read(self.pve.text, vm_id)
+        if document is None:                # pct tells why
+            document = self.ask(node, "pct", "config", vm_id)
+        values = parse_config(document).values
         size = size_in_gb(option(values.get("rootfs"), "size"))
         cores, megabytes, swap = allotted(values)
-        cpus, memory = self.capacity(self.locate(vm_id))
+        cpus, memory = self.capacity(node)
         return {
             "vm_id": vm_id, "lxc_id": vm_id,
             "cores": cores, "memory_mb": megabytes, "swap_mb": swap,
@@ -3080,14 +3040,9 @@ class Proxmox:
     def gauges(self):
         """Return the container families at this moment, without a process.
 
-        Of what files do not say, they hold nothing.
-        """
-        return self.files.read(self.read_gauges)
-
-    def read_gauges(self):
-        """Read them; what the last scrape knew of a configuration is reused if that is the same.
-
-        Its inode and times would not tell: pmxcfs counts whole seconds (cfs-plug-memdb.c).
+        Of what files do not say, they hold nothing. What the last scrape knew of a configuration
+        is reused if that is the same; its inode and times would not tell, for pmxcfs counts
+        whole seconds (cfs-plug-memdb.c).
         """
         families = {name: {} for name in FAMILIES if name.startswith(CONTAINER)}
         used = [(families[CONTAINER + name], key) for name, key in CONTAINER_USAGE]
@@ -3120,9 +3075,9 @@ class Proxmox:
         return families
 
     def snapshots(self, vm_id):
-        conf = self.file_conf(vm_id)
-        if conf:
-            return snapshots_of(conf)
+        _, document = self.files.read(self.pve.text, vm_id)
+        if document is not None:
+            return snapshots_of(parse_config(document))
         return parse_snapshots(
             self.where(vm_id, lambda node: self.ask(node, "pct", "listsnapshot", vm_id)))
 
@@ -3131,7 +3086,7 @@ class Proxmox:
 
         That would itself count as load if it ran already.
         """
-        own, cluster = self.members()
+        own, cluster = self.files.read(self.pve.members)
         known = cluster.nodes if cluster else {own: None} if own else {}
         if known and name not in known:
             raise Problem(
@@ -3171,11 +3126,11 @@ class Proxmox:
 
     def node_name(self):
         """Return this node's name, which is its host name without a domain."""
-        return self.members()[0] or socket.gethostname().split(".")[0]
+        return self.files.read(self.pve.members)[0] or socket.gethostname().split(".")[0]
 
     def cluster_status(self):
         """Return the cluster's nodes and quorum: from .members, or of a single host, from pvesh."""
-        _, cluster = self.members()
+        _, cluster = self.files.read(self.pve.members)
         if cluster:
             return {"cluster": cluster.name, "quorate": cluster.quorate, "nodes": [
                 {"name": node.name, "online": node.online,
@@ -3444,16 +3399,10 @@ class Change:
 
     # Its life
 
-    def note_before(self, node, slots):
-        """Look at the containers on the node where the steps will run.
-
-        If there is none, this is Problem 404.
-        """
+    def run(self, node, slots):
+        """Run the steps on a node, and return the Answer; Problem 404 if the container is not there."""
         self.node, self.slots, self.steps, self.lost = node, slots, [], []
         self.before = self.host.files.read(self.host.pve.texts, self.containers, node)
-
-    def run_steps(self):
-        """Run the steps, and return the Answer."""
         message = self.route.handler(self, **self.values)
         warnings = list(dict.fromkeys(self.warnings + self.left))
         data = {**self.data, **({"warnings": warnings} if warnings else {})}
@@ -3634,32 +3583,31 @@ class Changes:
         If it was cancelled before it began, there is None.
         """
         since, who = time.monotonic(), f"{change.title}, since {utc(int(time.time()))}"
+        files, pve, commands = self.host.files, self.host.pve, self.host.commands
         # Without this it would wait behind one that waits for a dead node.
-        self.host.changeable(change.vm_id, since)
+        commands.reachable(files.read(pve.changeable, change.vm_id), since)
         with ExitStack() as held:
             # All go in one order, so that no two wait for each other.
             for vm_id in sorted({*change.containers}):
                 held.enter_context(self.locks.hold(
                     vm_id, since + LOCK_SECONDS - time.monotonic(), who))
-            node = self.host.changeable(change.vm_id, since)
+            node = files.read(pve.changeable, change.vm_id)
             slot = held.enter_context(ExitStack())
-            slots = slot.enter_context(self.host.commands.slot(node, since, change.long))
+            slots = slot.enter_context(commands.slot(node, since, change.long))
             if not change.future.set_running_or_notify_cancel():
                 return None
             change.began = time.time()
             change.started.set_result(None)
             try:
-                change.note_before(node, slots)
-                return change.run_steps()
+                return change.run(node, slots)
             except Problem as problem:
-                moved = (self.host.locate(change.vm_id)
+                moved = (files.read(pve.find, change.vm_id)
                          if problem.status == 404 and not change.steps else node)
                 if moved == node:
                     raise
             slot.close()                    # it has moved meanwhile, and is asked for once more
-            change.note_before(moved, slot.enter_context(
-                self.host.commands.slot(moved, since, change.long)))
-            return change.run_steps()
+            slots = slot.enter_context(commands.slot(moved, since, change.long))
+            return change.run(moved, slots)
 
     def cancel(self, change, problem):
         """Let a change never begin, unless it has.
@@ -3727,7 +3675,7 @@ def check_health(api):
 
 
 def show_metrics(api):
-    gauges = {**api.host.gauges(),
+    gauges = {**api.host.files.read(api.host.gauges),
               **api.host.commands.gauges(),
               **api.host.files.read(process_metrics),
               "lxc_autoscale_api_requests_in_progress": {(): api.in_progress()}}
@@ -3817,11 +3765,6 @@ def roll_back(change, vm_id, snapshot_name):
     return f"Rolled back VM {vm_id} to snapshot '{snapshot_name}'"
 
 
-def note_clone(change, new_vm_id):
-    """Note, for who hears of a later failure, that the clone is there."""
-    change.clone = new_vm_id
-    change.data.update(vm_id=new_vm_id, started=False)
-
 
 def set_address(change, new_vm_id, ip):
     """Change the address in the clone's net0, and nothing else.
@@ -3844,7 +3787,7 @@ def set_address(change, new_vm_id, ip):
 
 def addresses_twice(change, vm_id):
     """Return [(static address of a container, the id of another that has it)]."""
-    holders = change.host.address_holders(but=vm_id)
+    holders = change.host.files.read(change.host.pve.address_holders, vm_id)
     return [(address[2], holders[address])
             for address in static_addresses(change.conf(vm_id).current)
             if address in holders]
@@ -3878,7 +3821,7 @@ def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full
     """Clone, give the clone its address, and start it unless somebody has that address already."""
     if new_vm_id == vm_id:
         raise Problem(400, "Invalid new_vm_id: must differ from vm_id")
-    if change.host.is_taken(new_vm_id):
+    if change.host.files.read(change.host.pve.is_taken, new_vm_id):
         raise Problem(409, f"The id {new_vm_id} is taken")
     if ip and "net0" not in change.conf().current:
         raise Problem(409, f"VM {vm_id} has no net0, which could get an address")
@@ -3889,13 +3832,11 @@ def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full
     if change.runs() and full is False:
         raise Problem(409, f"VM {vm_id} runs, and a linked clone would need its temporary snapshot "
                            "for good; stop it first, or leave out full")
-    if change.ran:                          # pct clones a running container from a snapshot only
-        with change.temporary_snapshot() as name:
-            change.pct("clone", new_vm_id, *options, "--snapname", name)
-            note_clone(change, new_vm_id)
-    else:
-        change.pct("clone", new_vm_id, *options)
-        note_clone(change, new_vm_id)
+    # pct clones a running container from a snapshot only.
+    with change.temporary_snapshot() if change.ran else nullcontext() as name:
+        change.pct("clone", new_vm_id, *options, *(("--snapname", name) if name else ()))
+        change.clone = new_vm_id
+        change.data.update(vm_id=new_vm_id, started=False)
     if ip:
         set_address(change, new_vm_id, ip)
     start_clone(change, new_vm_id, start)

@@ -6173,9 +6173,9 @@ def test_files_follow_a_container_that_moves_while_they_are_read(host, monkeypat
             host.list(204)
         return real(path)
     monkeypatch.setattr(module, "read_text", move_first)
-    assert (proxmox.locate(204).address == "192.0.2.2"
-            and proxmox.conf(204).values["hostname"] == "far")
-    assert proxmox.locate(204) is None
+    assert (proxmox.pve.find(204).address == "192.0.2.2"
+            and proxmox.config(204, 128, 1048576)["hostname"] == "far")
+    assert proxmox.pve.find(204) is None
 
 
 @pytest.mark.parametrize("node, says", [
@@ -6230,9 +6230,9 @@ def test_a_host_without_the_files_of_a_cluster_is_a_single_one(host):
     for name in (".members", ".vmlist"):
         (host.pve / name).unlink()
     proxmox = proxmox_of(host)
-    assert [proxmox.locate(vm_id) for vm_id in (104, 106, 105)] == [None] * 3
+    assert [proxmox.pve.find(vm_id) for vm_id in (104, 106, 105)] == [None] * 3
     assert ([row["vm_id"] for row in proxmox.list()] == [104, 106]
-            and proxmox.members() == (None, None))
+            and proxmox.pve.members() == (None, None))
 
 
 # What the caller hears if a step fails
@@ -7297,13 +7297,16 @@ def test_a_change_that_meets_the_stop_is_refused_whichever_comes_first(moment):
             changes.refuse_waiting()
             work(*arguments)
     begun, counted = [], []
-    host = module.SimpleNamespace(changeable=lambda *_: None, commands=module.SimpleNamespace(
-        slot=lambda *_: contextlib.nullcontext()))
+    host = module.SimpleNamespace(
+        pve=module.SimpleNamespace(changeable=None),
+        files=module.SimpleNamespace(read=lambda *_: None),
+        commands=module.SimpleNamespace(
+            reachable=lambda *_: None, slot=lambda *_: contextlib.nullcontext()))
     changes = module.Changes(host, Workers(), counted.append)
     if moment == "before":
         changes.refuse_waiting()
     change = change_of("/scale/cores", vm_id=104, cores=4)
-    change.run_steps = lambda: begun.append(1)
+    change.run = lambda *_: begun.append(1)
     with pytest.raises(module.Problem) as stopped:
         changes.take(change)
         changes.answer(change, module.Client(None, "127.0.0.1"), 1)
