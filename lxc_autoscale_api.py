@@ -244,11 +244,6 @@ class Client:
         self.waited_for, self.asking, self.changing, self.left = (
             time.monotonic(), None, False, Future())
 
-    @property
-    def who(self):
-        """The name that the log has for who asked for a change."""
-        return f"{self.address} with key {self.key}" if self.key else self.address
-
     def wait(self, *futures, seconds=None):
         """Wait until one of some Futures is done, for so many seconds if given.
 
@@ -269,6 +264,11 @@ class Request(namedtuple("Request", "method path query headers length read_body 
     `headers` is {lower-case name: value}, `length` the Content-Length or None; the body is
     read only when `read_body()` is called.
     """
+
+    def words(self, header):
+        """Return the words of a header that is a list of them, such as Connection or Prefer."""
+        return {each.partition(";")[0].strip().lower()
+                for each in self.headers.get(header, "").split(",")}
 
 
 @lru_cache(maxsize=64)
@@ -1852,7 +1852,7 @@ class ClusterFiles:
         return node._replace(known_hosts=path if is_there(path) else None)
 
     def changeable(self, vm_id):
-        """Return the Node where a container can be changed, or Problem 404, or 503 without quorum."""
+        """Return the Node where a container can be changed; Problem 404, or 503 without quorum."""
         node, (_, cluster) = self.find(vm_id), self.members()
         if cluster and not cluster.quorate:
             raise unavailable("The Proxmox cluster has no quorum, so nothing can be changed; "
@@ -2261,11 +2261,6 @@ def plain_address(text):
     found = ipaddress.ip_address(text.partition("%")[0])
     return getattr(found, "ipv4_mapped", None) or found
 
-
-def peer_address(client_address):
-    """Return the address in what accept(2) tells of a connection's other end."""
-    address = client_address[0]
-    return str(plain_address(address)) if ":" in address else address
 
 
 HOP = re.compile(r"\[([^\]]{1,100})\](?::[0-9]{1,5})?|([0-9.]{1,15}):[0-9]{1,5}|(.{1,100})")
@@ -3400,7 +3395,7 @@ class Change:
     # Its life
 
     def run(self, node, slots):
-        """Run the steps on a node, and return the Answer; Problem 404 if the container is not there."""
+        """Run the steps on a node, and return the Answer; Problem 404 if it has no container."""
         self.node, self.slots, self.steps, self.lost = node, slots, [], []
         self.before = self.host.files.read(self.host.pve.texts, self.containers, node)
         message = self.route.handler(self, **self.values)
@@ -4115,17 +4110,17 @@ CHANGED = success_with(called("Changed"), ("data",))
 
 class Route(namedtuple(
         "Route", "method path handler parameters summary changes timeout scaling key limited also "
-                 "shared monitored answer",
-        defaults=[(), "change_timeout_seconds", (), True, True, "", None, False, CHANGED])):
+                 "shared monitored answer probe",
+        defaults=[(), "change_timeout_seconds", (), True, True, "", None, False, CHANGED, False])):
     """One endpoint.
 
     `changes` names the parameters whose containers it changes, `timeout` the setting of its
-    time, `scaling` its metrics labels (resource, action); `key` and `limited` say whether
-    a key is needed and the rate is limited, `also` is its other path, and shared(api), if given,
-    tells whether an answer costs much now, so that all who ask at the same time share one.
-    `monitored` says that its query means nothing, for monitors add things to the addresses
-    they ask, and `answer` is the JSON Schema of what it answers with 200, or None if that is
-    plain text.
+    time, `scaling` its metrics labels (resource, action); `key` says whether a key is needed, or
+    which setting of `authentication` says so, `limited` whether the rate is limited; `also` is
+    its other path, and shared(api), if given, tells whether an answer costs much now, so that all
+    who ask at the same time share one. `monitored` says that its query means nothing, for
+    monitors add things to the addresses they ask. `answer` is the JSON Schema of what it answers
+    with 200, or None if that is plain text; `probe` says that a 503 of it is the same.
     """
 
 
@@ -4136,9 +4131,10 @@ def always(api):
 ROUTES = (
     Route("GET", "/health/check", check_health, (),
           "Whether Proxmox's commands work.", key=False,
-          shared=lambda api: api.host.must_probe(), monitored=True, answer=called("Health")),
+          shared=lambda api: api.host.must_probe(), monitored=True, answer=called("Health"),
+          probe=True),
     Route("GET", "/metrics", show_metrics, (),
-          "Metrics for Prometheus.", key=False,
+          "Metrics for Prometheus.", key="metrics",
           limited=False, shared=always, monitored=True, answer=None),
     Route("GET", "/routes", list_routes, (),
           "This list.",
@@ -4277,12 +4273,12 @@ def describe_route(path, route):
     described = {
         "operationId": path.strip("/").replace("/", "_").replace(".", "_"),
         "summary": route.summary,
-        "security": [{"header": []}, {"query": []}] if route.key else [],
+        "security": [{"header": []}, {"query": []}] if route.key is True else [],
         "responses": {"200": {"description": "Done.", "headers": headers, "content": good},
                       **{str(status): {"$ref": f"#/components/responses/{error}{status}"}
                          for status in STATUSES}},
     }
-    if route.handler is check_health:
+    if route.probe:
         described["responses"]["503"] = {
             "description": "Proxmox's commands do not work.", "content": good,
             "headers": describe_headers([*RATE_HEADERS, "Retry-After"])}
@@ -4329,37 +4325,12 @@ def openapi():
 
 # From a request to an answer
 
-def digest(key):
-    """Return a key's digest, by which keys are compared.
-
-    So neither their length nor their bytes tell in time.
-    """
-    return hashlib.sha256(key).digest()
-
-
-def fingerprint(key_digest):
+def fingerprint(key):
     """Return what logs name a key by."""
-    return key_digest.hex()[:8]
-
-
-def prefers_async(request):
-    """Tell whether the client does not want to wait (RFC 7240)."""
-    preferences = request.headers.get("prefer", "").split(",")
-    return "respond-async" in (each.partition(";")[0].strip().lower() for each in preferences)
+    return hashlib.sha256(key.encode()).hexdigest()[:8]
 
 
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")       # what clients call UTF-8 or a part of it
-
-
-def check_media_type(value):
-    """Hold a Content-Type to JSON in UTF-8, of which ASCII is a part, or Problem."""
-    kind, *parameters = value.lower().split(";")
-    if kind.strip(" \t") != "application/json":
-        raise Problem(415, "The body must be JSON: send Content-Type: application/json")
-    for parameter in parameters:
-        name, _, charset = parameter.partition("=")
-        if name.strip(" \t") == "charset" and charset.strip(' \t"') not in CHARSETS:
-            raise Problem(415, "The body must be in UTF-8: send Content-Type: application/json")
 
 
 def read_object(request):
@@ -4375,7 +4346,13 @@ def read_object(request):
     if request.headers.get("content-encoding", "").lower() not in ("", "identity"):
         raise Problem(415, "No Content-Encoding is taken: send the JSON object as it is",
                       {"Accept-Encoding": "identity"})
-    check_media_type(request.headers.get("content-type", ""))
+    kind, *options = request.headers.get("content-type", "").lower().split(";")
+    if kind.strip(" \t") != "application/json":
+        raise Problem(415, "The body must be JSON: send Content-Type: application/json")
+    for each in options:
+        name, _, charset = each.partition("=")
+        if name.strip(" \t") == "charset" and charset.strip(' \t"') not in CHARSETS:
+            raise Problem(415, "The body must be in UTF-8: send Content-Type: application/json")
     return parse_object(request.read_body())
 
 
@@ -4407,7 +4384,11 @@ class Api:
         if bounds != self.bounds:
             self.limiter = RateLimiter(*bounds) if bounds else None
         self.config, self.bounds = config, bounds
-        self.known = [(digest(key.encode()), key in config.keys)        # and whether it may change
+        login = config.authentication
+        self.open_paths = {path for path, route in PATHS.items()
+                           if not route.key or getattr(login, str(route.key), "key") == "open"}
+        # Keys are compared by digests, so neither their length nor their bytes tell in time.
+        self.known = [(hashlib.sha256(key.encode()).digest(), fingerprint(key), key in config.keys)
                       for key in config.keys + config.read_only_keys]
 
     def answer(self, request):
@@ -4435,10 +4416,11 @@ class Api:
                              method, endpoint)
 
     def dispatch(self, request, route, headers):
+        needs_key = self.config.authentication.enabled and request.path not in self.open_paths
         # Where a key is needed, nobody guesses it without end.
-        if not route or route.limited or self.needs_key(route):
+        if not route or route.limited or needs_key:
             self.check_rate(request, headers)
-        query = self.authenticate(request, route)
+        query = self.authenticate(request, needs_key)
         if not route:
             raise Problem(404, "Unknown path; GET /routes lists the endpoints")
         if request.method == "OPTIONS":
@@ -4481,16 +4463,11 @@ class Api:
                           retry_after_seconds=seconds,
                           limit=limiter.limit, window_seconds=limiter.window)
 
-    def needs_key(self, route):
-        login = self.config.authentication
-        if route and route.handler is show_metrics:
-            return login.enabled and login.metrics == "key"
-        return login.enabled and (not route or route.key)
+    def authenticate(self, request, needs_key):
+        """Check the key, if one is needed; return the query's pairs without it.
 
-    def authenticate(self, request, route):
-        """Check the key, and return the query's pairs without it; Problem 401 or 403.
-
-        If the query cannot be read, the ValueError that says so stands in their place.
+        A wrong key is Problem 401, one that may not do this 403. If the query cannot be read,
+        the ValueError that says so stands in the pairs' place.
         """
         try:
             pairs = parse_query(request.query) if request.query else []
@@ -4501,21 +4478,21 @@ class Api:
         else:
             query = [pair for pair in pairs if pair[0] != "api_key"]
         request.client.key = None
-        if not self.needs_key(route):
+        if not needs_key:
             return query
         given = request.headers.get("x-api-key")
         if given is None:
             keys = [value for name, value in pairs if name == "api_key"]
             given = keys[0] if len(keys) == 1 else ""
-        given = digest(given.encode("utf-8", "surrogateescape"))
-        found = [may_change for known, may_change in self.known
+        given = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
+        found = [(name, may_change) for known, name, may_change in self.known
                  if hmac.compare_digest(given, known)]
         if not found:                       # all were compared
             self.metrics.add("lxc_autoscale_api_auth_failures_total")
             raise Problem(401, "Missing or invalid API key",
                           {"WWW-Authenticate": 'ApiKey realm="lxc_autoscale_api"'})
-        request.client.key = fingerprint(given)
-        if request.method in ("POST", "DELETE") and not found[0]:
+        request.client.key, may_change = found[0]
+        if request.method in CHANGING and not may_change:
             raise Problem(403, "This key may only read")
         return query
 
@@ -4539,16 +4516,18 @@ class Api:
     def change(self, request, route, values):
         """Run a handler that changes containers, once it holds their locks."""
         self.guard(route, values)
-        change = Change(route, values, request.client.who, self.host)
+        client, key = request.client, request.client.key
+        who = f"{client.address} with key {key}" if key else client.address
+        change = Change(route, values, who, self.host)
         self.changes.take(change)
-        if prefers_async(request):
+        if "respond-async" in request.words("prefer"):      # RFC 7240
             return Answer(202, {"status": "accepted",
                                 "message": f"{change.title} was accepted",
                                 "operation": change.id},
                           {"Preference-Applied": "respond-async",
                            "Location": f"/operations?id={change.id}"})
         seconds = getattr(self.config.proxmox, route.timeout) + values.get("timeout", 0)
-        return self.changes.answer(change, request.client, seconds)
+        return self.changes.answer(change, client, seconds)
 
 
 
@@ -4739,23 +4718,12 @@ def parse_request_line(line):
     raise Problem(400, "Bad request line: expected METHOD /path HTTP/1.1, in visible ASCII")
 
 
-def check_host(hosts, minor):
-    """Hold the Host fields of a request to RFC 9112 section 3.2, or Problem."""
-    if not hosts and minor:
-        raise Problem(400, "Missing Host: HTTP/1.1 needs one")
-    if len(hosts) > 1:
-        raise Problem(400, f"Bad Host: there are {len(hosts)}, and one is needed")
-    if hosts and not HOST.fullmatch(hosts[0]):
-        raise Problem(400, "Bad Host: expected a name or an address, and perhaps a port, "
-                           "such as pve.example.org:5000 or [2001:db8::1]:5000")
-
-
 def parse_head(block, minor):
     """Read the header lines of a request as {lower-case name: value}, or Problem.
 
     Stricter than RFC 9112 allows where leniency lets two parsers see two requests: no
     bare CR or LF, no folding, no space before a colon. Repeated fields are joined, so
-    that two lengths or hosts are one that cannot be right.
+    that two lengths are one that cannot be right. What Host must be is in its section 3.2.
     """
     fields = {}
     for line in block.decode("latin-1").split("\r\n") if block else ():
@@ -4768,7 +4736,14 @@ def parse_head(block, minor):
         raise Problem(411, "Transfer-Encoding is not taken; send a Content-Length")
     if not re.fullmatch(r"[0-9]{1,15}", headers.get("content-length", "0")):
         raise Problem(400, "Bad Content-Length: must be given once, in digits")
-    check_host(fields.get("host", []), minor)
+    hosts = fields.get("host", [])
+    if not hosts and minor:
+        raise Problem(400, "Missing Host: HTTP/1.1 needs one")
+    if len(hosts) > 1:
+        raise Problem(400, f"Bad Host: there are {len(hosts)}, and one is needed")
+    if hosts and not HOST.fullmatch(hosts[0]):
+        raise Problem(400, "Bad Host: expected a name or an address, and perhaps a port, "
+                           "such as pve.example.org:5000 or [2001:db8::1]:5000")
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise Problem(417, "The only expectation met here is 100-continue")
     return headers
@@ -4810,13 +4785,15 @@ class Server(ThreadingHTTPServer):
         self.socket.setblocking(False)      # for a worker may have taken what there was to accept
 
     def get_request(self):
+        """Accept a connection; return (its socket, (the address of its other end, port))."""
         try:
-            return super().get_request()
+            request, (address, port, *_) = super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 # It stays in the backlog; asking again at once would only burn CPU.
                 time.sleep(0.1)
             raise
+        return request, (str(plain_address(address)) if ":" in address else address, port)
 
     def process_request(self, request, client_address):
         """Let a worker handle a connection that was accepted, if there is room for it."""
@@ -4846,13 +4823,12 @@ class Server(ThreadingHTTPServer):
 
     def admit(self, request, client_address):
         """Take in a connection, or turn it away; tell which."""
-        address = peer_address(client_address)
         with self.changed:
             full = (len(self.clients) >= self.max_connections
-                    and client_address[:2] != self.own_address)
-            room = not full or self.make_room(address)
+                    and client_address != self.own_address)
+            room = not full or self.make_room(client_address[0])
             if room:
-                client = self.clients[request] = Client(request, address)
+                client = self.clients[request] = Client(request, client_address[0])
                 if self.stopping:           # it came at the last moment
                     self.hang_up(client)
         if not room:
@@ -4952,19 +4928,17 @@ class Server(ThreadingHTTPServer):
         with self.changed:
             self.refused.append((time.monotonic() + LINGER_SECONDS, request))
             if len(self.refused) > self.max_connections:
-                self.close_refused(math.inf)
+                self.refused.popleft()[1].close()
 
     def service_actions(self):
         now = time.monotonic()
-        if now - self.looked > LOOK_SECONDS:
-            self.looked = now
-            with self.changed:
-                self.close_refused(now)
-            self.notice_departures()
-
-    def close_refused(self, now):
-        while self.refused and self.refused[0][0] <= now:
-            self.refused.popleft()[1].close()
+        if now - self.looked <= LOOK_SECONDS:
+            return
+        self.looked = now
+        with self.changed:
+            while self.refused and self.refused[0][0] <= now:
+                self.refused.popleft()[1].close()
+        self.notice_departures()
 
     def begin_request(self, client, address, local):
         """Note that a whole request has come, and tell whether it may be answered.
@@ -5052,12 +5026,12 @@ class Handler(BaseHTTPRequestHandler):
     """
 
     def setup(self):
-        self.peer = peer_address(self.client_address)
+        self.peer = self.client_address[0]
         self.client = self.server.clients.get(self.request) or Client(self.request, self.peer)
         self.channel = Tls(self.request, self.server.tls) if self.server.tls else self.request
         self.buffer, self.unread, self.continues, self.linger = bytearray(), 0, False, False
         self.patience, self.fresh, self.minor, self.method = REQUEST_SECONDS, True, 1, None
-        self.deadline = time.monotonic() + REQUEST_SECONDS
+        self.begun, self.deadline = False, time.monotonic() + REQUEST_SECONDS
 
     def handle_one_request(self):
         """Answer one request, and say in `close_connection` whether there may be another."""
@@ -5084,8 +5058,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.server.end_request(self.client)
         # With 408 or 411, where its body ends is not known.
         self.close_connection = (
-            self.server.stopping or self.wants_close(request) or not self.can_drain()
-            or answer.status in (408, 411))
+            self.server.stopping or not self.may_stay(request) or answer.status in (408, 411))
         self.client.waited_for = time.monotonic()       # to take the answer
         self.respond(answer, request.method, request.path, started)
         self.server.end_request(self.client)
@@ -5093,10 +5066,15 @@ class Handler(BaseHTTPRequestHandler):
             self.drain()
         return None
 
-    def wants_close(self, request):
-        options = {each.strip()
-                   for each in request.headers.get("connection", "").lower().split(",")}
-        return "close" in options or (self.minor == 0 and "keep-alive" not in options)
+    def may_stay(self, request):
+        """Tell whether the connection may serve further requests, as far as this one says.
+
+        What is unread of its body would have to be read and dropped: not if that is much, or
+        comes only if it is asked for.
+        """
+        options = request.words("connection")
+        return (self.unread <= MAX_BODY and not (self.unread and self.continues)
+                and "close" not in options and (self.minor or "keep-alive" in options))
 
     def read_request(self):
         """Read the next well-framed Request; Problem, or ClientLeft if none has begun."""
@@ -5133,51 +5111,49 @@ class Handler(BaseHTTPRequestHandler):
             self.receive()
 
     def receive(self):
-        """Add what comes to the buffer; Problem 408 at the deadline, ClientLeft at the end."""
-        if not self.receive_within(self.deadline - time.monotonic()):
-            raise Problem(408, f"The request did not arrive within {REQUEST_SECONDS} s")
+        """Add what comes to the buffer; ClientLeft at the connection's end.
 
-    def receive_within(self, seconds):
-        """Add what comes to the buffer, and tell whether anything did; ClientLeft at the end."""
-        if seconds < 0.001:
-            return False
-        self.wait_at_most(seconds)
+        At the deadline it raises Problem 408, or ClientLeft if no request has begun, for then
+        the client is idle, and not slow. The kernel waits as long as it was last told, so it is
+        told only what differs by more than a little.
+        """
+        seconds = self.deadline - time.monotonic()
         try:
+            if seconds < 0.001:
+                raise BlockingIOError
+            if not seconds <= self.patience < seconds + 0.1:
+                self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
+                self.patience = seconds
             data = self.channel.recv(65536)
         except BlockingIOError:
-            return False
+            if not self.begun:
+                raise ClientLeft from None
+            raise Problem(
+                408, f"The request did not arrive within {REQUEST_SECONDS} s") from None
         if data == b"":
             raise ClientLeft
         self.buffer += data or b""          # of TLS, something came that makes no whole record yet
-        return True
-
-    def wait_at_most(self, seconds):
-        """Let recv give up with BlockingIOError after so long."""
-        if seconds != self.patience:
-            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
-            self.patience = seconds
 
     def await_request(self):
         """Wait for a request's first byte, which starts its time; ClientLeft if none comes.
 
-        Empty lines before it are dropped (RFC 9112 section 2.2), and start nothing.
+        Empty lines before it are dropped (RFC 9112 section 2.2), and start nothing. The first
+        request's time has begun with the connection.
         """
-        patience, empty = REQUEST_SECONDS if self.fresh else IDLE_SECONDS, 0
-        until = time.monotonic() + patience
-        while True:
+        self.begun, empty = False, 0
+        if not self.fresh:
+            self.deadline = time.monotonic() + IDLE_SECONDS
+        while self.buffer in (b"", b"\r") or self.buffer.startswith(b"\r\n"):
             end = EMPTY_LINES.match(self.buffer).end()
             del self.buffer[:end]
             empty += end
             if empty > MAX_LINE:
                 raise Problem(400, "Too many empty lines before a request line")
-            if self.buffer not in (b"", b"\r"):
-                break
-            if not self.receive_within(patience):
-                raise ClientLeft            # it is idle, and not slow
-            patience = until - time.monotonic()
+            if self.buffer in (b"", b"\r"):
+                self.receive()
         if not self.fresh:
             self.deadline = time.monotonic() + REQUEST_SECONDS
-        self.fresh = False
+        self.begun, self.fresh = True, False
 
     def read_body(self):
         before, self.client.waited_for = self.client.waited_for, time.monotonic()
@@ -5196,12 +5172,6 @@ class Handler(BaseHTTPRequestHandler):
         self.unread = 0
         return body
 
-    def can_drain(self):
-        """Tell whether the rest of this request's body may be read and dropped.
-
-        That is done to keep the connection.
-        """
-        return self.unread <= MAX_BODY and not (self.unread and self.continues)
 
     def drain(self):
         """Drop a body that was not asked for: its bytes must never be taken for a request."""
@@ -5265,7 +5235,7 @@ class Handler(BaseHTTPRequestHandler):
             if not (self.linger or self.unread):
                 return
             self.request.shutdown(socket.SHUT_WR)
-            self.wait_at_most(LINGER_SECONDS)
+            self.request.settimeout(LINGER_SECONDS)
             while time.monotonic() < deadline and self.request.recv(65536):
                 pass
         except OSError:
@@ -5352,10 +5322,9 @@ def list_keys(config):
     settings = {login.api_key: "authentication.api_key",
                 **dict.fromkeys(login.api_keys, "authentication.api_keys")}
     for key in config.keys:
-        yield f"{settings.get(key, 'credential api_key')}: key {fingerprint(digest(key.encode()))}"
+        yield f"{settings.get(key, 'credential api_key')}: key {fingerprint(key)}"
     for key in config.read_only_keys:
-        yield (f"authentication.read_only_keys: key {fingerprint(digest(key.encode()))}, "
-               "may only read")
+        yield f"authentication.read_only_keys: key {fingerprint(key)}, may only read"
 
 
 def notify(state):
