@@ -1380,8 +1380,8 @@ def row_number(key, text):
     return number(value) if end else None
 
 
-IO_STAT = re.compile(r"([0-9]+:[0-9]+\b.*\n)?", re.DOTALL)
-IO_BYTES = [re.compile(rf" {key}=(\S*)") for key in ("rbytes", "wbytes")]
+IO_DEVICE = re.compile(r"[0-9]+:[0-9]+\b")
+IO_BYTES = [(f" {key}=", re.compile(rf" {key}=([0-9]{{1,19}})\s")) for key in ("rbytes", "wbytes")]
 
 
 def parse_io(text):
@@ -1389,10 +1389,11 @@ def parse_io(text):
 
     The file is empty until the first I/O, on ZFS often for ever; a device may have a name only.
     """
-    if text is None or not IO_STAT.fullmatch(text):
+    if text is None or (text and not (text[-1] == "\n" and IO_DEVICE.match(text))):
         return None, None
-    found = ([number(each) for each in pattern.findall(text)] for pattern in IO_BYTES)
-    return tuple(None if None in numbers else sum(numbers) for numbers in found)
+    found = [(pattern.findall(text), text.count(key)) for key, pattern in IO_BYTES]
+    return tuple(sum(map(int, numbers)) if len(numbers) == rows else None
+                 for numbers, rows in found)
 
 
 def is_init(status):
@@ -2417,7 +2418,7 @@ def exposition(name, family, series):
         return [line for labels, counts in series.items()
                 for line in histogram(name, family, labels, counts)]
     return [f"{name}{braced(family.labels, labels)} {value}"
-            for labels, value in series.items() if is_number(value)]
+            for labels, value in series.items() if type(value) is int or is_number(value)]
 
 
 def platform_version():
