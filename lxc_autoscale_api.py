@@ -2263,7 +2263,6 @@ def plain_address(text):
     return getattr(found, "ipv4_mapped", None) or found
 
 
-
 HOP = re.compile(r"\[([^\]]{1,100})\](?::[0-9]{1,5})?|([0-9.]{1,15}):[0-9]{1,5}|(.{1,100})")
 
 
@@ -2418,7 +2417,7 @@ def exposition(name, family, series):
         return [line for labels, counts in series.items()
                 for line in histogram(name, family, labels, counts)]
     return [f"{name}{braced(family.labels, labels)} {value}"
-            for labels, value in series.items() if type(value) is int or is_number(value)]
+            for labels, value in series.items() if is_number(value)]
 
 
 def platform_version():
@@ -3761,7 +3760,6 @@ def roll_back(change, vm_id, snapshot_name):
     return f"Rolled back VM {vm_id} to snapshot '{snapshot_name}'"
 
 
-
 def set_address(change, new_vm_id, ip):
     """Change the address in the clone's net0, and nothing else.
 
@@ -4207,8 +4205,6 @@ PATHS = {path: route for route in ROUTES for path in (route.path, route.also) if
 CHANGING = ("POST", "DELETE")
 
 
-
-
 def allowed_methods(route):
     return "GET, HEAD, OPTIONS" if route.method == "GET" else f"{route.method}, OPTIONS"
 
@@ -4386,8 +4382,9 @@ class Api:
             self.limiter = RateLimiter(*bounds) if bounds else None
         self.config, self.bounds = config, bounds
         login = config.authentication
-        self.open_paths = {path for path, route in PATHS.items()
-                           if not route.key or getattr(login, str(route.key), "key") == "open"}
+        self.open_paths = {
+            path for path, route in PATHS.items() if route.key is False
+            or (route.key is not True and getattr(login, route.key) == "open")}
         # Keys are compared by digests, so neither their length nor their bytes tell in time.
         self.known = [(hashlib.sha256(key.encode()).digest(), fingerprint(key), key in config.keys)
                       for key in config.keys + config.read_only_keys]
@@ -4529,8 +4526,6 @@ class Api:
                            "Location": f"/operations?id={change.id}"})
         seconds = getattr(self.config.proxmox, route.timeout) + values.get("timeout", 0)
         return self.changes.answer(change, client, seconds)
-
-
 
 
 # TLS
@@ -5172,7 +5167,6 @@ class Handler(BaseHTTPRequestHandler):
         del self.buffer[:self.unread]
         self.unread = 0
         return body
-
 
     def drain(self):
         """Drop a body that was not asked for: its bytes must never be taken for a request."""
