@@ -49,12 +49,14 @@ fail() {
 
 require_host() {
     for file in "$NAME.py" "$NAME.yaml" "$NAME.service"; do
-        [ -f "$HERE/$file" ] || fail "$HERE/$file is missing; run install.sh from the project's folder."
+        [ -f "$HERE/$file" ] ||
+            fail "$HERE/$file is missing; run install.sh from the project's folder."
     done
     # The Python that will run the daemon also checks and asks it here.
     PYTHON=$(sed -n 's/^ExecStart=\([^ ]*\) .*/\1/p' "$HERE/$NAME.service")
     missing=""
-    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null || missing="$missing Python-3.9-or-later-as-$PYTHON"
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null ||
+        missing="$missing Python-3.9-or-later-as-$PYTHON"
     if [ -z "$DESTDIR" ]; then
         [ "$(id -u)" -eq 0 ] || missing="$missing root-rights"
         command -v pct >/dev/null 2>&1 || missing="$missing pct-(this-must-be-a-Proxmox-VE-host)"
@@ -134,7 +136,8 @@ install_files() {
 # A credential that stands in the unit moves beside it, where an upgrade leaves it alone.
 install_credential() {
     { ours && [ ! -e "$DESTDIR$CREDENTIAL" ]; } || return 0
-    lines=$(sed -nE '/^(Load|Set)Credential(Encrypted)?[[:space:]]*=[[:space:]]*api_key/p' "$DESTDIR$UNIT")
+    lines=$(sed -nE '/^(Load|Set)Credential(Encrypted)?[[:space:]]*=[[:space:]]*api_key/p' \
+        "$DESTDIR$UNIT")
     [ -n "$lines" ] || return 0
     drop_in=$(mktemp)
     printf '[Service]\n%s\n' "$lines" >"$drop_in"
@@ -174,7 +177,8 @@ sys.stdout.write(text)' ${TLS:+"$TLS_CERTIFICATE" "$TLS_KEY"}
 
 # say_tls: what a configuration that is kept needs for --tls.
 say_tls() {
-    { [ -n "$TLS" ] && ! grep -Eq '^ +tls_certificate: *[^ "#]|^ +tls_certificate: *"[^"]' "$DESTDIR$CONFIG"; } || return 0
+    [ -n "$TLS" ] || return 0
+    ! grep -Eq '^ +tls_certificate: *([^ "#]|"[^"])' "$DESTDIR$CONFIG" || return 0
     say "for TLS, set these in it under server:, and run: systemctl reload $NAME"
     say "  tls_certificate: \"$TLS_CERTIFICATE\""
     say "  tls_key: \"$TLS_KEY\""
@@ -201,10 +205,11 @@ rotated_by() {
     done
 }
 
-# rotated_paths FILE: the paths that a logrotate file names, one a line, without those in its scripts.
+# rotated_paths FILE: the paths that a logrotate file names, one a line, but for its scripts'.
 rotated_paths() {
-    sed -E '/^[[:space:]]*#/d
-        /^[[:space:]]*(pre|post)rotate|^[[:space:]]*(first|last)action|^[[:space:]]*preremove/,/^[[:space:]]*endscript/d' "$1" |
+    scripts='(pre|post)rotate|(first|last)action|preremove'
+    sed -E "/^[[:space:]]*#/d
+        /^[[:space:]]*($scripts)/,/^[[:space:]]*endscript/d" "$1" |
         tr -s '[:space:]"{}' '\n' | grep '^/' || true
 }
 
@@ -241,8 +246,9 @@ END
 
 # credential_line: where systemd takes the credential api_key from; its last word counts.
 credential_line() {
-    for folder in "$DESTDIR/usr/lib/systemd/system" "$DESTDIR/run/systemd/system" "$DESTDIR/etc/systemd/system"; do
-        cat "$folder/$NAME.service" "$folder/$NAME.service.d"/*.conf 2>/dev/null || true
+    for folder in usr/lib run etc; do
+        folder="$DESTDIR/$folder/systemd/system/$NAME.service"
+        cat "$folder" "$folder.d"/*.conf 2>/dev/null || true
     done | sed -nE 's/[[:space:]]*=[[:space:]]*/=/; s/[[:space:]]+$//
         /^((Load|Set)Credential(Encrypted)?=(api_key(:.*)?)?$|ImportCredential=)/p' | tail -n 1
 }
@@ -265,11 +271,14 @@ with_credential() {
 
 # The Flask service of lxc_autoscale_ml keeps its configuration at the same path, in other sections.
 refuse_old_config() {
-    grep -qsE '^["'\'']?(lxc|error_handling|gunicorn)["'\'']?[[:space:]]*:' "$DESTDIR$CONFIG" || return 0
-    fail "nothing was changed; $DESTDIR$CONFIG is that of lxc_autoscale_ml's Flask service, which has other settings. What to do:
+    grep -qsE '^["'\'']?(lxc|error_handling|gunicorn)["'\'']?[[:space:]]*:' "$DESTDIR$CONFIG" ||
+        return 0
+    fail "nothing was changed; $DESTDIR$CONFIG is that of lxc_autoscale_ml's Flask service,\
+ which has other settings. What to do:
   1. mv $DESTDIR$CONFIG $DESTDIR$CONFIG.flask
   2. run install.sh again, which installs a configuration of its own with a new key
-  3. carry over host, port, limits and, if it has at least 16 characters, the key; then: systemctl restart $NAME"
+  3. carry over host, port, limits and, if it has at least 16 characters, the key;\
+ then: systemctl restart $NAME"
 }
 
 # The configuration that is there must suit the version that is about to be installed.
@@ -298,7 +307,8 @@ restart_service() {
 # health: the URL, with what curl needs for it, and the answer of /health/check, as the
 # configuration says where. Nobody else can answer on an address of this host.
 health() {
-    with_credential "$PYTHON" - "$DESTDIR$MODULE" "$DESTDIR$CONFIG" "$TLS_CERTIFICATE" "$TLS_CA" <<'END'
+    with_credential "$PYTHON" - \
+        "$DESTDIR$MODULE" "$DESTDIR$CONFIG" "$TLS_CERTIFICATE" "$TLS_CA" <<'END'
 import runpy, sys, urllib.error, urllib.request
 daemon = runpy.run_path(sys.argv[1])
 config = daemon["read_settings"](sys.argv[2])
@@ -332,8 +342,10 @@ wait_until_healthy() {
 # say_key: the line by which a shell learns the key, from the daemon's own reader of its settings.
 # While the service runs, its credential is where systemd put it.
 say_key() {
-    say "  KEY=\$(cd $DESTDIR${MODULE%/*} && CREDENTIALS_DIRECTORY=$DESTDIR/run/credentials/$NAME.service" \
-        "$PYTHON -Bc 'import $NAME as api; print(*api.read_settings(\"$DESTDIR$CONFIG\").keys[:1])')"
+    say "  KEY=\$(cd $DESTDIR${MODULE%/*} &&" \
+        "CREDENTIALS_DIRECTORY=$DESTDIR/run/credentials/$NAME.service" \
+        "$PYTHON -Bc 'import $NAME as api;" \
+        "print(*api.read_settings(\"$DESTDIR$CONFIG\").keys[:1])')"
 }
 
 start_service() {
@@ -349,7 +361,8 @@ start_service() {
     fi
     put_back
     restart_service || true
-    fail "the new version did not become healthy, and the old one was put back; see: journalctl -u $NAME"
+    fail "the new version did not become healthy, and the old one was put back;\
+ see: journalctl -u $NAME"
 }
 
 uninstall() {
@@ -378,8 +391,10 @@ purge() {
 # The three logs, and what logrotate makes of them: FILE.1, FILE-20241224, compressed or not.
 purge_logs() {
     [ -d "$DESTDIR$LOG_DIR" ] || return 0
-    (cd "$DESTDIR$LOG_DIR" && find . -maxdepth 1 \( -type f -o -type l \) -regextype posix-extended -regex \
-        '\./autoscaleapi(_access|_error)?\.log((\.[0-9]+|-20[0-9]{6}([0-9]{2})?)(\.(gz|bz2|xz|zst))?)?' -delete)
+    rotated='(\.[0-9]+|-20[0-9]{6}([0-9]{2})?)(\.(gz|bz2|xz|zst))?'
+    (cd "$DESTDIR$LOG_DIR" &&
+        find . -maxdepth 1 \( -type f -o -type l \) -regextype posix-extended \
+            -regex "\./autoscaleapi(_access|_error)?\.log($rotated)?" -delete)
 }
 
 main() {

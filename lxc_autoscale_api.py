@@ -362,13 +362,16 @@ class LogFile(logging.Handler):
         self.setLevel(level)
         if path == self.path:
             return
+        writer = threading.Thread(target=self.write_lines, args=(path,), name="log", daemon=True)
         # The thread of another path may hang, and ends by itself.
         with self.changed:
-            self.path, self.hangs = path, False
-            self.thread = threading.Thread(
-                target=self.write_lines, args=(path,), name="log", daemon=True)
-            self.thread.start()
+            try:
+                writer.start()
+            except RuntimeError:
+                return complain(f"{path} cannot be written: no thread is left; going on as before")
+            self.path, self.thread, self.hangs = path, writer, False
             self.changed.notify_all()
+        return None
 
     def handle(self, record):               # without logging's own lock, under which all would wait
         self.add(self.format(record), LOG_SECONDS)
@@ -4393,8 +4396,12 @@ class Api:
         """Return the Answer to a Request, or None if the client has left before there was one."""
         started, headers = time.perf_counter(), {}
         route = PATHS.get(request.path)
+        needs_key = self.config.authentication.enabled and request.path not in self.open_paths
         try:
-            answer = self.dispatch(request, route, headers)
+            # Where a key is needed, nobody guesses it without end.
+            if not route or route.limited or needs_key:
+                headers = self.check_rate(request.client)
+            answer = self.dispatch(request, route, needs_key)
         except Problem as problem:
             answer = problem.answer(changing=request.method in CHANGING)
         except ClientLeft:
@@ -4413,11 +4420,7 @@ class Api:
         self.metrics.observe("lxc_autoscale_api_request_duration_seconds", seconds,
                              method, endpoint)
 
-    def dispatch(self, request, route, headers):
-        needs_key = self.config.authentication.enabled and request.path not in self.open_paths
-        # Where a key is needed, nobody guesses it without end.
-        if not route or route.limited or needs_key:
-            self.check_rate(request, headers)
+    def dispatch(self, request, route, needs_key):
         query = self.authenticate(request, needs_key)
         if not route:
             raise Problem(404, "Unknown path; GET /routes lists the endpoints")
@@ -4446,20 +4449,25 @@ class Api:
         request.client.wait(answer)
         return answer.result()
 
-    def check_rate(self, request, headers):
-        limiter, client = self.limiter, request.client
+    def check_rate(self, client):
+        """Count a request; return the headers that tell its client how many more it may send.
+
+        It raises Problem 429 if it was one too many.
+        """
+        limiter = self.limiter
         if client.local or not limiter:
-            return
+            return {}
         admitted, remaining, wait = limiter.admit(client.address)
-        headers.update({"X-RateLimit-Limit": str(limiter.limit),
-                        "X-RateLimit-Remaining": str(remaining),
-                        "X-RateLimit-Reset": str(math.ceil(time.time() + wait))})
-        if not admitted:
-            self.metrics.add("lxc_autoscale_api_rate_limited_total")
-            seconds = max(1, math.ceil(wait))
-            raise Problem(429, "Rate limit exceeded", {"Retry-After": str(seconds)},
-                          retry_after_seconds=seconds,
-                          limit=limiter.limit, window_seconds=limiter.window)
+        headers = {"X-RateLimit-Limit": str(limiter.limit),
+                   "X-RateLimit-Remaining": str(remaining),
+                   "X-RateLimit-Reset": str(math.ceil(time.time() + wait))}
+        if admitted:
+            return headers
+        self.metrics.add("lxc_autoscale_api_rate_limited_total")
+        seconds = max(1, math.ceil(wait))
+        raise Problem(429, "Rate limit exceeded", {"Retry-After": str(seconds), **headers},
+                      retry_after_seconds=seconds,
+                      limit=limiter.limit, window_seconds=limiter.window)
 
     def authenticate(self, request, needs_key):
         """Check the key, if one is needed; return the query's pairs without it.

@@ -2511,15 +2511,17 @@ def test_a_list_of_guests_that_is_garbled_is_503_and_one_that_is_not_there_is_em
 
 
 def test_what_nodes_broadcast_is_read():
-    news = module.parse_broadcast("pve2-node/pve-2:864000::1700000000:0.1:48:0.02:0:137438953472:1\n"
-                             "pve-node-9.0/pve3:1:c:2:3:4\n"
-                             "pve2.3-vm/204:3600:web-2:running:0:1700000000:2\n"
-                             "pve-vm-9.0/304:0:x:stopped:0:1700000000:2\n"
-                             "pve2-storage/pve2/local:1:2:3\nnonsense\n")
+    news = module.parse_broadcast(
+        "pve2-node/pve-2:864000::1700000000:0.1:48:0.02:0:137438953472:1\n"
+        "pve-node-9.0/pve3:1:c:2:3:4\n"
+        "pve2.3-vm/204:3600:web-2:running:0:1700000000:2\n"
+        "pve-vm-9.0/304:0:x:stopped:0:1700000000:2\n"
+        "pve2-storage/pve2/local:1:2:3\nnonsense\n")
     assert set(news) == {("node", "pve-2"), ("node", "pve3"), ("vm", "204"), ("vm", "304")}
     assert news["node", "pve-2"][4:8] == ["48", "0.02", "0", "137438953472"]
     assert module.broadcast_state(news["vm", "204"]) == (None, None), "it is years old"
-    assert module.broadcast_state(["3600", "web-2", "running", "0", str(int(time.time()) - 10), "2"]) == (
+    recently = str(int(time.time()) - 10)
+    assert module.broadcast_state(["3600", "web-2", "running", "0", recently, "2"]) == (
         "running", 3600)
     assert (module.broadcast_state(None) == module.broadcast_state(["3600"])
             == module.broadcast_state(["1", "x", "running", "0", "U"]) == (None, None))
@@ -2583,7 +2585,9 @@ READERS = [
     ("traffic", module.parse_net_dev,
      ["", "veth104i0:", "veth104i0: 1 1 1 1 1 1 1 1 1", " veth104i"],
      ["veth104i0:\n", "veth104i", " 1"], ["", "x"]),
-    ("pressure", module.parse_pressure, ["", "some avg10=", "some avg10=1 avg60=1 avg300=1 total=1"], [" total=", "1.", "some avg10=1 "], ["", "\n"]),
+    ("pressure", module.parse_pressure,
+     ["", "some avg10=", "some avg10=1 avg60=1 avg300=1 total=1"],
+     [" total=", "1.", "some avg10=1 "], ["", "\n"]),
     ("marks", lambda text: module.marks({"tags": text}), ["", "a"], [";", "a;", " ,"], ["", "x"]),
     ("option", lambda text: module.option(text, "size"), ["", "x,size="],
      ["size=", ",size", ",size=,"], ["", "x"]),
@@ -4039,7 +4043,8 @@ JSON_KIND = "Content-Type: application/json"
 BAD_FRAMES = [
     (b"\x00\x01\x02\r\n\r\n", 400), (b"GET\r\n\r\n", 400), (b"GET /\r\n", 400),
     (b"GET / \r\n\r\n", 400), (b"GET  / HTTP/1.1\r\n\r\n", 400),
-    (b" GET / HTTP/1.1\r\n\r\n", 400), (b"GET / HTTP/1.1 \r\n\r\n", 400), (b"GET / http/1.1\r\n\r\n", 400), (b"G@T / HTTP/1.1\r\n\r\n", 400),
+    (b" GET / HTTP/1.1\r\n\r\n", 400), (b"GET / HTTP/1.1 \r\n\r\n", 400),
+    (b"GET / http/1.1\r\n\r\n", 400), (b"G@T / HTTP/1.1\r\n\r\n", 400),
     (b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", 505), (b"GET / HTTP/0.9\r\n\r\n", 505),
     (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505), (b"GET / HTTP/1.10\r\n\r\n", 505),
     (framed("GET ftp://x/routes HTTP/1.1", "Host: x", LOGIN), 400),
@@ -5424,12 +5429,15 @@ def test_an_existing_or_missing_snapshot_is_told(api, host):
 WITNESS = r"""#!/bin/sh
 see() {
     echo "umask: $(umask)"
-    grep -E '^(Uid|Gid|Groups|Sig(Blk|Ign|Cgt)|Cap...|NoNewPrivs|Seccomp.*|Cpus_allowed|Mems_allowed):' /proc/self/status    # the shell blocks signals as it forks
+    names='Uid|Gid|Groups|Sig(Blk|Ign|Cgt)|Cap...|NoNewPrivs|Seccomp.*|Cpus_allowed|Mems_allowed'
+    grep -E "^($names):" /proc/self/status      # the shell blocks signals as it forks
     sed '1d; s/  */ /g; s/ \([^ ]* [^ ]* [a-z]* *\)$/: \1/' /proc/$$/limits
     for name in oom_score_adj coredump_filter personality timerslack_ns loginuid; do
         echo "$name: $(cat /proc/$$/$name 2>&1)"
     done
-    for name in cgroup ipc mnt net pid time user uts; do echo "$name namespace: $(readlink /proc/$$/ns/$name)"; done
+    for name in cgroup ipc mnt net pid time user uts; do
+        echo "$name namespace: $(readlink /proc/$$/ns/$name)"
+    done
     echo "cgroups: $(tr '\n' ' ' </proc/$$/cgroup)"
     echo "working directory: $(readlink /proc/$$/cwd)"
     set -- $(sed 's/.*) //' /proc/$$/stat)
@@ -5441,7 +5449,11 @@ see() {
     echo "real-time priority, policy: $1 $2"
     tr '\0' '\n' </proc/$$/environ | sed 's/=/: /; s/^/environment /'
 }
-descriptors=$(cd /proc/$$/fd && for each in *; do [ "$each" -gt 2 ] || echo "descriptor $each: $(readlink "$each")"; done; echo "descriptors: $(ls /proc/$$/fd | wc -l)")
+descriptors=$(
+    cd /proc/$$/fd && for each in *; do
+        [ "$each" -gt 2 ] || echo "descriptor $each: $(readlink "$each")"
+    done
+    echo "descriptors: $(ls /proc/$$/fd | wc -l)")
 { echo "$descriptors"; see "$@"; } >"$0.$1.new"
 mv "$0.$1.new" "$0.$1"
 [ "$1" = plain ] || exec REAL "$@"
@@ -6922,7 +6934,7 @@ def grow_under_faults(tmp_path, count, seed, log=lambda text: None):
     return heard
 
 
-def test_an_increase_repeated_while_its_first_try_is_still_at_work_for_a_daemon_that_has_gone_counts_once(
+def test_an_increase_repeated_while_its_first_try_goes_on_without_its_daemon_counts_once(
         launch, host):
     host.faults(resize={"delay": True})
     body, first = {"vm_id": 104, "disk_size": 5, "current_size": 8}, launch()
@@ -7415,6 +7427,26 @@ def test_a_log_s_disk_that_hangs_costs_lines_and_nothing_else(launch, host):
         assert len("".join(each)) < 2500
     started = time.monotonic()
     assert api.stop() == 0 and time.monotonic() - started < 3
+
+
+def test_a_log_for_which_no_thread_is_left_stays_where_it_was(tmp_path, monkeypatch, capsys):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+    old, new, log = tmp_path / "old", tmp_path / "new", module.LogFile()
+    log.point(str(old), [])
+    with monkeypatch.context() as patched:
+        patched.setattr(module.threading.Thread, "start", refuse)
+        log.point(str(new), [])
+    assert capsys.readouterr().err == (
+        f"{new} cannot be written: no thread is left; going on as before\n")
+    log.add("one", 10)
+    assert old.read_text().endswith("Z one\n") and not new.exists()
+    log.point(str(new), [])
+    log.add("two", 10)
+    assert new.read_text().endswith("Z two\n") and old.read_text().count("\n") == 1
+    with log.changed:
+        log.thread = None                   # its own ends
+        log.changed.notify_all()
 
 
 def test_logs_are_private_whatever_the_umask(launch, host):
