@@ -1864,12 +1864,18 @@ class ClusterFiles:
         return node
 
     def text(self, vm_id):
-        """Return (the Node where a container lives, the text of its configuration or None)."""
+        """Return (the Node where a container lives, the text of its configuration).
+
+        Where no such file can be, for the folder is missing, the text is None; else it raises
+        Problem 404.
+        """
         node = self.find(vm_id)
-        text = read_text(self.conf_path(vm_id, node))
-        if text is None and self.find(vm_id) != node:       # it has moved meanwhile
-            return self.text(vm_id)
-        return node, text
+        try:
+            return node, self.texts([vm_id], node)[vm_id]
+        except Problem:
+            if self.find(vm_id) == node:
+                raise
+        return self.text(vm_id)             # it has moved meanwhile
 
     def texts(self, vm_ids, node):
         """Return {id: text of its configuration on a node, or None}.
@@ -2949,7 +2955,7 @@ class Proxmox:
 
         None where the files are not there.
         """
-        document = read_text(self.pve.conf_path(vm_id))
+        document = self.pve.texts([vm_id], None)[vm_id]
         up = self.cgroups.runs(vm_id)
         usage = self.cgroups.usage(vm_id) if up else None
         if document is None or not self.cgroups.are_there() or (up and usage is None):

@@ -6139,7 +6139,7 @@ def test_told_to_keep_to_this_node_the_daemon_does(lab):
     assert [row["vm_id"] for row in daemon.get("/resource/vm/list").body["data"]] == [104, 106]
     assert (daemon.get("/resource/node/status?node_name=pve2").body["error"]
             == "Node 'pve2' does not exist; known here: pve1")
-    assert list(lab.calls()) == ["pve1"] and lab.logins("pve2") == before
+    assert lab.calls() == {} and lab.logins("pve2") == before
     assert daemon.stop() == 0
 
 
@@ -6157,6 +6157,14 @@ def test_a_temporary_snapshot_left_on_another_node_is_named_with_it(lab):
     assert lab.api.delete("/snapshot/delete", {
         "vm_id": 204, "snapshot_name": pve2.snapshots(204)[0]}).status == 200
     assert lab.api.delete("/clone/delete", {"vm_id": 252}).status == 200
+
+
+def test_a_container_that_is_not_there_costs_no_process(api, host):
+    for path in ("resource/vm/status", "resource/vm/config", "snapshot/list"):
+        reply = api.get(f"/{path}?vm_id=999")
+        assert (reply.status, reply.body) == (
+            404, error("VM 999 does not exist on node 'proxmox'")), path
+    assert host.calls() == []
 
 
 def test_a_virtual_machine_of_a_single_host_is_called_one_and_costs_no_process(api, host):
