@@ -176,20 +176,7 @@ def start(vm_id):
         raise Refused("CT %s already running" % vm_id)
     folder = ROOT + "/cgroup/lxc/%s" % vm_id
     os.makedirs(folder + ".new/ns/init.scope")
-    values = {"cpu.stat": "usage_usec 5000000\nuser_usec 4000000\nsystem_usec 1000000\n",
-              "cpu.max": "max 100000\n", "memory.current": "734003200\n",
-              "memory.stat": "anon 524288000\nfile 209715200\nshmem 52428800\n",
-              "cpu.pressure": "some avg10=2.38 avg60=1.64 avg300=0.43 total=1250000\n"
-                              "full avg10=1.93 avg60=1 avg300=0 total=7\n",
-              "memory.pressure": "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\n"
-                                 "full avg10=0.00 avg60=0 avg300=0 total=0\n",
-              "io.pressure": "some avg10=0.63 avg60=0.31 avg300=0.07 total=2500000\n"
-                             "full avg10=0.00 avg60=0 avg300=0 total=0\n",
-              "memory.swap.current": "0\n", "memory.max": "2147483648\n", "pids.current": "42\n",
-              "memory.events": "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\n",
-              "io.stat": "253:1 rbytes=1048576 wbytes=2097152 rios=10 wios=20 dbytes=0 dios=0\n",
-              "ns/init.scope/cgroup.procs": ""}
-    for name, text in values.items():
+    for name, text in read_json(ROOT + "/cgroup.json").items():
         with open(folder + ".new/" + name, "w") as file:
             file.write(text)
     os.rename(folder + ".new", folder)
@@ -722,6 +709,24 @@ PROC_FILES = {
 }
 
 
+# What is in the control group of a container that runs.
+CGROUP_FILES = {
+    "cpu.stat": "usage_usec 5000000\nuser_usec 4000000\nsystem_usec 1000000\n",
+    "cpu.max": "max 100000\n", "memory.current": "734003200\n",
+    "memory.stat": "anon 524288000\nfile 209715200\nshmem 52428800\n",
+    "cpu.pressure": "some avg10=2.38 avg60=1.64 avg300=0.43 total=1250000\n"
+                    "full avg10=1.93 avg60=1 avg300=0 total=7\n",
+    "memory.pressure": "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\n"
+                       "full avg10=0.00 avg60=0 avg300=0 total=0\n",
+    "io.pressure": "some avg10=0.63 avg60=0.31 avg300=0.07 total=2500000\n"
+                   "full avg10=0.00 avg60=0 avg300=0 total=0\n",
+    "memory.swap.current": "0\n", "memory.max": "2147483648\n", "pids.current": "42\n",
+    "memory.events": "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\n",
+    "io.stat": "253:1 rbytes=1048576 wbytes=2097152 rios=10 wios=20 dbytes=0 dios=0\n",
+    "ns/init.scope/cgroup.procs": "",
+}
+
+
 class Code(str):
     """What stands in a patch as it is, and not as a string."""
     __repr__ = str.__str__
@@ -750,6 +755,7 @@ class Host:
         self.write("cluster.json", [{"id": "node/" + name, "ip": "192.0.2.10", "level": "",
                                      "local": 1, "name": name, "nodeid": 0,
                                      "online": 1, "type": "node"}])
+        self.write("cgroup.json", CGROUP_FILES)
         for name in ("pct", "pvesh"):
             script = self.root / "bin" / name
             script.write_text(f"#!{os.path.realpath(sys.executable)} -IS\nimport sys\n"
@@ -792,8 +798,16 @@ class Host:
             f"{key}: {values[key]}\n" for key in sorted(values) if values[key] is not None))
         self.list(vm_id)
         if running:
-            subprocess.run([self.root / "bin" / "pct", "start", str(vm_id)], check=True)
+            self.start(vm_id)
         (self.root / "calls.jsonl").unlink(missing_ok=True)
+
+    def start(self, vm_id):
+        """Let a container run as after `pct start`, which would have to start a Python."""
+        folder = self.cgroup / "lxc" / f"{vm_id}.new"
+        (folder / "ns/init.scope").mkdir(parents=True)
+        for name, text in CGROUP_FILES.items():
+            (folder / name).write_text(text)
+        folder.rename(folder.with_suffix(""))
 
     def list(self, vm_id, kind="lxc"):
         """Say in .vmlist that an id is on this host."""
