@@ -2965,21 +2965,31 @@ def test_a_long_header_of_addresses_costs_little():
         assert seconds(long) < 16 * seconds(short) + 0.0005 and seconds(long) < 0.005, hop
 
 
+@functools.lru_cache(maxsize=10000)             # most lines of a scrape were in the last one
+def parse_series(line):
+    """A line of Prometheus text -> its series, the value, and the names that may have its type."""
+    name, value = re.fullmatch(
+        r'([a-z_]+(?:\{(?:[a-z_]+="(?:[^"\\\n]|\\[\\"n])*",?)+\})?) (\S+)', line).groups()
+    return name, float(value), {
+        re.sub(r"\{.*|_(bucket|sum|count)(?=\{|$)", "", name), name.split("{")[0]}
+
+
 def parse_exposition(text):
     """Prometheus text -> {name: type}, {series: value}; asserts the format on the way."""
     types, values = {}, {}
     for line in text.splitlines():
+        if not line.startswith("#"):
+            name, value, families = parse_series(line)
+            assert name not in values
+            values[name] = value
+            assert not families.isdisjoint(types)
+            continue
         kind = re.fullmatch(r"# TYPE (\S+) (counter|gauge|histogram)", line)
         if kind:
             assert kind[1] not in types
             types[kind[1]] = kind[2]
-        elif not re.fullmatch(r"# HELP \S+ .+", line):
-            name, value = re.fullmatch(
-                r'([a-z_]+(?:\{(?:[a-z_]+="(?:[^"\\\n]|\\[\\"n])*",?)+\})?) (\S+)', line).groups()
-            assert name not in values
-            values[name] = float(value)
-            assert (re.sub(r"\{.*|_(bucket|sum|count)(?=\{|$)", "", name) in types
-                    or name.split("{")[0] in types)
+        else:
+            assert re.fullmatch(r"# HELP \S+ .+", line)
     return types, values
 
 
