@@ -8359,7 +8359,8 @@ case $1 in
 restart)
     stop
     CREDENTIALS_DIRECTORY=$DESTDIR/run/credentials/lxc_autoscale_api.service PATH={bin}:$PATH """
-    r"""{python} $DESTDIR/usr/local/bin/lxc_autoscale_api.py """
+    r"""{python} -Bc "import sys; del sys.argv[0]; sys.path[0] = '$DESTDIR/usr/local/bin'; """
+    r"""from lxc_autoscale_api import main; sys.exit(main())" lxc_autoscale_api.py """
     r"""--config $DESTDIR/etc/lxc_autoscale_ml/lxc_autoscale_api.yaml >/dev/null 2>>{root}/journal &
     echo $! >{root}/pid ;;
 disable) stop ;;
