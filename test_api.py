@@ -689,8 +689,11 @@ def fake_bytecode():
 
 @functools.lru_cache(maxsize=None)
 def daemons_bytecode():
-    """A folder for what daemons that import the module compile once; it goes with this process."""
-    return tempfile.TemporaryDirectory()
+    """A folder with the module, compiled once for all daemons that import it; it goes with this
+    process."""
+    folder = tempfile.TemporaryDirectory()
+    py_compile.compile(str(MODULE), cfile=f"{folder.name}/{MODULE.stem}.pyc", doraise=True)
+    return folder
 
 
 # What pvesh_get, above, tells of a node, as /proc and pve-manager have it.
@@ -868,7 +871,7 @@ def importing(constants):
     """What Python runs to import the module as `daemon`, and to put constants in place
     of its own."""
     patches = "".join(f"daemon.{name} = {value!r}\n" for name, value in constants.items())
-    return (f"import sys\nsys.path.insert(0, {str(HERE)!r})\n"
+    return (f"import sys\nsys.path.insert(0, {daemons_bytecode().name!r})\n"
             f"import lxc_autoscale_api as daemon\n{patches}")
 
 
@@ -881,7 +884,6 @@ def start_daemon(host, config, constants=None, inside=(), env=None, **popen):
     env = environment(host, **env or {})
     command = [str(MODULE)]
     if constants is not None:
-        env = {**env, "PYTHONPYCACHEPREFIX": daemons_bytecode().name, "PYTHONDONTWRITEBYTECODE": ""}
         command = ["-c", importing(constants) + "sys.exit(daemon.main())"]
     return subprocess.Popen([*inside, sys.executable, *command, "--config", str(path)],
                             env=env, **popen)
@@ -1114,12 +1116,10 @@ sys.exit(daemon.main())
 def forking():
     """The socket of the process that forks daemons, which ends with this one, and a lock for it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    env = {**os.environ, "PYTHONPYCACHEPREFIX": daemons_bytecode().name,
-           "PYTHONDONTWRITEBYTECODE": ""}
     with theirs:
         subprocess.Popen(
             [sys.executable, "-c", importing({}) + FORKING, str(theirs.fileno())],
-            env=env, pass_fds=[theirs.fileno()])
+            pass_fds=[theirs.fileno()])
     return ours, threading.Lock()
 
 
@@ -1581,8 +1581,9 @@ def test_yaml_that_is_not_taken_is_refused_with_its_line(document, line):
 def check_config(tmp_path, document):
     path = tmp_path / "api.yaml"
     path.write_bytes(document if isinstance(document, bytes) else document.encode())
-    done = subprocess.run([sys.executable, MODULE, "--config", path, "--check-config"],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", importing({}) + "sys.exit(daemon.main())", "--config", path,
+         "--check-config"], capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
