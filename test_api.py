@@ -6104,8 +6104,7 @@ HOSTILE = ["; touch /tmp/x", "$(id)", "`id`", "a b", "a\nb", "'", '"', "''; id; 
 def run_commands(lab, script, argument):
     """What a script on pve1 prints as JSON that has `commands`, the Nodes `pve2` and `pve3`, and
     an argument."""
-    setup = (f"import concurrent.futures, json, sys\nsys.path.insert(0, {str(HERE)!r})\n"
-             "import lxc_autoscale_api as daemon\n"
+    setup = (f"import concurrent.futures, json\n{importing({})}"
              f"commands = daemon.Commands(4, 15, daemon.Workers(), daemon.Metrics())\n"
              f"pve2, pve3 = (daemon.Node(name, False, True, address, "
              f"f'{lab.root}/pve/nodes/{{name}}/ssh_known_hosts') "
