@@ -2721,6 +2721,8 @@ class Commands:
             full = bool(seconds) and (out_full or err_full)
             reply = parse_reply(out) if node and in_time and not full else None
             code, out, err = reply or (process.returncode, out, err)
+        if node and seconds and took > seconds and code == 128 + signal.SIGKILL:
+            in_time = False                 # `timeout` there was a little faster than we
         there = f" on {node.name}" if node else ""
         how = f"exit {code}" if gone else "it cannot be ended"
         log.info("ran %s%s: %s in %.3f s", shlex.join(argv), there, how, took)
@@ -3368,14 +3370,16 @@ class Change:
     def texts(self, *vm_ids):
         """Return {id: text, or None} of the containers' configurations, as the node has them.
 
-        They are those of some or all of the containers that are changed.
+        They are those of some or all of the containers that are changed. One that cannot be read
+        is a Problem, and not taken for one that is not there.
         """
         paths = {vm_id: self.host.pve.conf_path(vm_id) for vm_id in vm_ids or self.containers}
         if not self.node:
             return self.host.files.read(
                 lambda: {vm_id: read_text(path) for vm_id, path in paths.items()})
         results = {vm_id: self.look("cat", path) for vm_id, path in paths.items()}
-        return {vm_id: result.stdout if result.exit == 0 else None
+        return {vm_id: None if result.stderr.endswith(": No such file or directory\n")
+                else checked(("cat", paths[vm_id]), result).stdout
                 for vm_id, result in results.items()}
 
     def own_lock(self):

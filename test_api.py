@@ -3716,6 +3716,26 @@ def test_of_a_node_that_proc_says_nothing_of_nothing_is_told(launch, host):
         "disk_total": 100, "disk_used": 20}
 
 
+@pytest.mark.parametrize("result, found", [
+    (module.Result(0, "cores: 2\n", "", False), "cores: 2\n"),
+    (module.Result(1, "", "cat: /etc/pve/lxc/204.conf: No such file or directory\n", False), None),
+    (module.Result(1, "", "cat: /etc/pve/lxc/204.conf: Transport endpoint is not connected\n",
+                   False), module.Problem)])
+def test_a_file_that_its_node_cannot_read_is_not_taken_for_one_that_is_not_there(result, found):
+    change = change_of("/scale/cores", vm_id=204, cores=4)
+    change.node = module.Node("pve2", False, True, "192.0.2.2")
+    change.host = module.SimpleNamespace(
+        pve=module.ClusterFiles("/etc/pve", True),
+        commands=module.SimpleNamespace(read_seconds=15, run=lambda *_: result))
+    if found is not module.Problem:
+        assert change.texts() == {204: found}
+        return
+    with pytest.raises(module.Problem) as caught:
+        change.texts()
+    assert (caught.value.status, caught.value.error) == (
+        500, "cat /etc/pve/lxc/204.conf failed: " + result.stderr.strip())
+
+
 def test_another_node_is_measured_before_its_pvesh_loads_it(tmp_path):
     (tmp_path / ".members").write_text(json.dumps({
         "nodename": "a", "cluster": {"name": "lab", "quorate": 1}, "nodelist": {
@@ -6123,6 +6143,16 @@ def test_the_same_question_to_two_nodes_has_two_answers(lab):
         "lambda node: commands.read(node, 'cat', '/run/who').stdout, [pve2, pve3] * 3))\n"
         "print(json.dumps(answers))"), None)
     assert told == ["pve2\n", "pve3\n"] * 3
+
+
+def test_a_read_that_its_own_node_ends_first_did_not_finish_in_time(lab):
+    told = run_commands(lab, (
+        "real = daemon.ended\n"
+        "daemon.ended = lambda process, seconds: real(process, seconds and seconds + 10)\n"
+        "try:\n    commands.run(pve2, ['sleep', '60'], 0.2)\n"
+        "except daemon.Problem as problem:\n"
+        "    print(json.dumps([problem.status, problem.error]))"), None)
+    assert told == [504, "sleep 60 on pve2 did not finish in 0.2 s and was ended"]
 
 
 def test_no_argument_becomes_two_on_another_node(lab):
