@@ -368,10 +368,10 @@ class LogFile(logging.Handler):
             try:
                 writer.start()
             except RuntimeError:
-                return complain(f"{path} cannot be written: no thread is left; going on as before")
+                complain(f"{path} cannot be written: no thread is left; going on as before")
+                return
             self.path, self.thread, self.hangs = path, writer, False
             self.changed.notify_all()
-        return None
 
     def handle(self, record):               # without logging's own lock, under which all would wait
         self.add(self.format(record), LOG_SECONDS)
@@ -2604,8 +2604,6 @@ def ended(process, seconds):
         return False
     return True
 
-
-LONG = {"clone", "snapshot", "delsnapshot", "rollback", "destroy"}      # what may take hours
 
 # What root's shell has after a login, as far as it does not speak of a terminal.
 ROOT = {"HOME": "/root", "LOGNAME": "root", "SHELL": "/bin/bash", "USER": "root"}
@@ -5040,8 +5038,8 @@ class Handler(BaseHTTPRequestHandler):
     """
 
     def setup(self):
-        self.peer = self.client_address[0]
-        self.client = self.server.clients.get(self.request) or Client(self.request, self.peer)
+        self.client = (self.server.clients.get(self.request)
+                       or Client(self.request, self.client_address[0]))
         self.channel = Tls(self.request, self.server.tls) if self.server.tls else self.request
         self.buffer, self.unread, self.continues, self.linger = bytearray(), 0, False, False
         self.patience, self.fresh, self.minor, self.method = REQUEST_SECONDS, True, 1, None
@@ -5053,13 +5051,13 @@ class Handler(BaseHTTPRequestHandler):
         try:
             request = self.read_request()
         except Problem as problem:
-            self.linger, self.client.address = True, self.peer
+            self.linger, self.client.address = True, self.client_address[0]
             self.server.api.count("other", "unknown", problem.status, 0)
             return self.respond(problem.answer(self.method in CHANGING), "-", "-", 0)
         except (ClientLeft, OSError):
             return None
-        speaks_for = client_of(
-            request.headers, self.peer, self.server.api.config.server.trusted_proxies)
+        speaks_for = client_of(request.headers, self.client_address[0],
+                               self.server.api.config.server.trusted_proxies)
         if not self.server.begin_request(self.client, *speaks_for):
             lost_place = unavailable(
                 "The daemon is stopping, or this connection has lost its place", 1)
