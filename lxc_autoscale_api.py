@@ -4775,6 +4775,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, config, api, handler):
         server = config.server
         self.api, self.max_connections, self.tls = api, server.max_connections, config.tls
+        self.waiting, self.stopping = 0, threading.Event()  # threads that wait for a connection
         api.in_progress = lambda: sum(
             client.asking is not None for client in list(self.clients.values()))
         self.address_family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
@@ -4782,7 +4783,7 @@ class Server(ThreadingHTTPServer):
         self.clients = {}                   # {socket: Client}
         self.sending = deque()              # the Clients to which large answers are on their way
         self.refused = deque()              # (until, socket): told to go, not yet closed
-        self.stopping, self.own_address, self.looked, self.complained = False, None, 0, -math.inf
+        self.own_address, self.complained = None, -math.inf
         super().__init__((server.host, server.port), handler)
 
     def server_bind(self):
@@ -4791,10 +4792,51 @@ class Server(ThreadingHTTPServer):
         HTTPServer's own method would ask the DNS for this host's name.
         """
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            self.socket.setsockopt(socket.SOL_SOCKET, option, timeval(REQUEST_SECONDS))
+        for option, seconds in (
+                (socket.SO_RCVTIMEO, WORKER_SECONDS), (socket.SO_SNDTIMEO, REQUEST_SECONDS)):
+            self.socket.setsockopt(socket.SOL_SOCKET, option, timeval(seconds))
         TCPServer.server_bind(self)
-        self.socket.setblocking(False)      # for a worker may have taken what there was to accept
+
+    def serve_forever(self):
+        """Let threads take connections until the daemon stops, and look after these meanwhile."""
+        while True:
+            if not self.waiting:
+                self.add_thread()
+            if self.stopping.wait(LOOK_SECONDS):
+                return
+            self.close_refused()
+            self.notice_departures()
+
+    def add_thread(self):
+        """Let one more thread take connections; tell whether the host had one left."""
+        try:
+            threading.Thread(target=self.take_connections, daemon=True).start()
+        except RuntimeError:
+            return False
+        return True
+
+    def take_connections(self):
+        """Accept connections and handle them, one after the other, until enough threads wait.
+
+        Each comes to one of the threads that wait in accept(), for the kernel wakes one only
+        (Linux, net/ipv4/inet_connection_sock.c, inet_csk_wait_for_connect); so no thread has to
+        hand it over to another.
+        """
+        while True:
+            with self.changed:
+                if self.waiting >= MAX_IDLE:
+                    return
+                self.waiting += 1
+            try:
+                request, client_address = self.get_request()
+            except OSError:                 # none came for WORKER_SECONDS, or the daemon stops
+                request = None
+            with self.changed:
+                self.waiting -= 1
+            if request and self.admit(request, client_address):
+                self.process_request_thread(request, client_address)
+            elif not request and (self.waiting or self.stopping.is_set()):
+                return
 
     def get_request(self):
         """Accept a connection; return (its socket, (the address of its other end, port))."""
@@ -4807,41 +4849,20 @@ class Server(ThreadingHTTPServer):
             raise
         return request, (str(plain_address(address)) if ":" in address else address, port)
 
-    def process_request(self, request, client_address):
-        """Let a worker handle a connection that was accepted, if there is room for it."""
-        if not self.admit(request, client_address):
-            return
-        try:
-            self.api.workers.start(self.process_request_thread, request, client_address)
-        except Problem:                     # no thread is left
-            with self.changed:
-                self.clients.pop(request, None)
-            self.turn_away(request)
-
-    def process_request_thread(self, request, client_address):
-        """Handle a connection, and then each that waits to be accepted.
-
-        So there is nothing to hand over from one thread to another while many come.
-        """
-        admitted = True
-        while True:
-            if admitted:
-                super().process_request_thread(request, client_address)
-            try:
-                request, client_address = self.get_request()
-            except OSError:                 # none waits, or the daemon stops
-                return
-            admitted = self.admit(request, client_address)
 
     def admit(self, request, client_address):
-        """Take in a connection, or turn it away; tell which."""
+        """Take in a connection, or turn it away; tell which.
+
+        Its own thread has left the others to handle it, so if none waits now, one is started.
+        """
         with self.changed:
             full = (len(self.clients) >= self.max_connections
                     and client_address != self.own_address)
-            room = not full or self.make_room(client_address[0])
+            room = ((not full or self.make_room(client_address[0]))
+                    and (self.waiting > 0 or self.add_thread()))
             if room:
                 client = self.clients[request] = Client(request, client_address[0])
-                if self.stopping:           # it came at the last moment
+                if self.stopping.is_set():  # it came at the last moment
                     self.hang_up(client)
         if not room:
             self.turn_away(request)
@@ -4942,15 +4963,10 @@ class Server(ThreadingHTTPServer):
             if len(self.refused) > self.max_connections:
                 self.refused.popleft()[1].close()
 
-    def service_actions(self):
-        now = time.monotonic()
-        if now - self.looked <= LOOK_SECONDS:
-            return
-        self.looked = now
+    def close_refused(self):
         with self.changed:
-            while self.refused and self.refused[0][0] <= now:
+            while self.refused and self.refused[0][0] <= time.monotonic():
                 self.refused.popleft()[1].close()
-        self.notice_departures()
 
     def begin_request(self, client, address, local):
         """Note that a whole request has come, and tell whether it may be answered.
@@ -4958,7 +4974,7 @@ class Server(ThreadingHTTPServer):
         The client speaks for an address.
         """
         with self.changed:
-            if self.stopping or client.sock not in self.clients:
+            if self.stopping.is_set() or client.sock not in self.clients:
                 return False
             client.address, client.local = address, local
             client.waited_for, client.asking = None, time.monotonic()
@@ -4968,13 +4984,13 @@ class Server(ThreadingHTTPServer):
         """Note that the answer has gone out."""
         with self.changed:
             client.waited_for, client.asking, client.changing = time.monotonic(), None, False
-            if self.stopping:
+            if self.stopping.is_set():
                 self.changed.notify_all()
 
     def shutdown_request(self, request):
         with self.changed:
             self.clients.pop(request, None)
-        super().shutdown_request(request)
+        self.close_request(request)         # which says so to the client, as shutdown() would
 
     def handle_error(self, request, client_address):
         log.exception("internal error in a connection from %s", client_address[0])
@@ -5000,7 +5016,7 @@ class Server(ThreadingHTTPServer):
     def stop_listening(self):
         """Refuse new connections, and hang up on those that have not sent a whole request."""
         with self.changed:
-            self.stopping = True
+            self.stopping.set()
             for client in self.clients.values():
                 if not client.asking:
                     self.hang_up(client)
@@ -5009,7 +5025,6 @@ class Server(ThreadingHTTPServer):
             self.socket.shutdown(socket.SHUT_RD)
         except OSError:
             pass
-        self.shutdown()
         self.server_close()
 
     def wait_for_answers(self, seconds):
@@ -5042,7 +5057,7 @@ class Handler(BaseHTTPRequestHandler):
                        or Client(self.request, self.client_address[0]))
         self.channel = Tls(self.request, self.server.tls) if self.server.tls else self.request
         self.buffer, self.unread, self.continues, self.linger = bytearray(), 0, False, False
-        self.patience, self.fresh, self.minor, self.method = REQUEST_SECONDS, True, 1, None
+        self.patience, self.fresh, self.minor, self.method = WORKER_SECONDS, True, 1, None
         self.begun, self.deadline = False, time.monotonic() + REQUEST_SECONDS
 
     def handle_one_request(self):
@@ -5070,7 +5085,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.server.end_request(self.client)
         # With 408 or 411, where its body ends is not known.
         self.close_connection = (
-            self.server.stopping or not self.may_stay(request) or answer.status in (408, 411))
+            self.server.stopping.is_set() or not self.may_stay(request)
+            or answer.status in (408, 411))
         self.client.waited_for = time.monotonic()       # to take the answer
         self.respond(answer, request.method, request.path, started)
         self.server.end_request(self.client)
@@ -5123,13 +5139,13 @@ class Handler(BaseHTTPRequestHandler):
             self.receive()
 
     def receive(self):
-        """Add what comes to the buffer; ClientLeft at the connection's end.
+        """Add what comes to the buffer, perhaps nothing yet; ClientLeft at the connection's end.
 
         At the deadline it raises Problem 408, or ClientLeft if no request has begun, for then
         the client is idle, and not slow. The kernel waits as long as it was last told, so it is
         told only what differs by more than a little.
         """
-        seconds = self.deadline - time.monotonic()
+        seconds = min(self.deadline - time.monotonic(), WORKER_SECONDS)
         try:
             if seconds < 0.001:
                 raise BlockingIOError
@@ -5138,6 +5154,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.patience = seconds
             data = self.channel.recv(65536)
         except BlockingIOError:
+            if self.deadline - time.monotonic() >= 0.001:
+                return
             if not self.begun:
                 raise ClientLeft from None
             raise Problem(

@@ -4320,9 +4320,9 @@ def test_every_answer_has_the_headers_it_should(either):
 
 
 def threads(daemon):
-    """The number of threads that are there for requests: not the main one, the accepting one and
-    three for the logs."""
-    return len(os.listdir(f"/proc/{daemon.process.pid}/task")) - 5
+    """The number of threads that are there for requests: not the main one, those that look after
+    connections and wait for the next, and three for the logs."""
+    return len(os.listdir(f"/proc/{daemon.process.pid}/task")) - 6
 
 
 def descriptors(daemon):
@@ -4460,9 +4460,10 @@ def test_a_body_that_comes_after_its_refusal_does_not_reset_the_connection(launc
             assert sock.recv(1) == b""              # closed, and neither reset nor lost
 
 
-def test_a_worker_takes_the_connections_that_wait_before_it_ends():
-    """Each has what the listening socket had: no delay in sending, and bounds to its waiting."""
-    handled = []
+def test_each_connection_comes_to_a_thread_that_waits_for_it(monkeypatch):
+    """Each has what the listening socket had: no delay in sending, and bounds to its waiting. A
+    thread that leaves none waiting starts one first, and where none is left the client is told."""
+    handled, released, left = [], threading.Event(), []
 
     class Record:
         def __init__(self, sock, address, server):
@@ -4470,35 +4471,43 @@ def test_a_worker_takes_the_connections_that_wait_before_it_ends():
                 sock.getpeername() == address, server.clients[sock].address, sock.gettimeout(),
                 sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY),
                 sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16),
-                sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, 16),
-                threading.current_thread()))
+                sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, 16)))
+            left.append(threading.current_thread())
             sock.sendall(b"%d" % len(handled))
+            assert released.wait(10)
+    monkeypatch.setattr(module, "WORKER_SECONDS", 0.3)
     config = module.load_settings(
         GOOD_KEY + f'server:\n  host: "127.0.0.1"\n  port: {free_port()}\n')
     api = module.SimpleNamespace(metrics=module.Metrics())
-    server, more = module.Server(config, api, Record), []
+    server, socks = module.Server(config, api, Record), []
+    serving = threading.Thread(target=server.serve_forever)
+    serving.start()
     try:
-        socks = [socket.create_connection(server.server_address, 10) for _ in range(3)]
-        first = server.get_request()
-        assert server.admit(*first)
-        server.process_request_thread(*first)
-        assert [read_all(sock) for sock in socks] == [b"1", b"2", b"3"]
-        bound = module.timeval(module.REQUEST_SECONDS)
-        assert handled == [
-            (True, "127.0.0.1", None, 1, bound, bound, threading.current_thread())] * 3
-        server.max_connections = 0                  # as if all were taken, by nobody else
-        server.make_room = lambda address: False
-        more += [socket.create_connection(server.server_address, 10) for _ in range(2)]
-        for _ in more:
-            server.process_request(*server.get_request())
-        with pytest.raises(BlockingIOError):
-            server.get_request()
-        assert [read_all(sock) for sock in more] == [module.TOO_MANY] * 2
+        def connect():
+            socks.append(socket.create_connection(server.server_address, 10))
+            return socks[-1]
+        assert [connect().recv(1) for _ in range(3)] == [b"1", b"2", b"3"]      # side by side
+        bounds = module.timeval(0.3), module.timeval(module.REQUEST_SECONDS)
+        assert handled == [(True, "127.0.0.1", None, 1, *bounds)] * 3
+        assert len(set(left)) == 3
+        wait_until(lambda: server.waiting == 1)
+        monkeypatch.setattr(server, "add_thread", lambda: False)
+        assert read_all(connect()) == module.TOO_MANY
+        monkeypatch.undo()
+        monkeypatch.setattr(server, "make_room", lambda address: False)
+        server.max_connections = 3
+        assert [read_all(connect()) for _ in range(2)] == [module.TOO_MANY] * 2
+        released.set()
+        assert [read_all(sock) for sock in socks[:3]] == [b""] * 3
+        wait_until(lambda: sum(thread.is_alive() for thread in left) <= 1 and server.waiting == 1)
         assert len(handled) == 3 and server.clients == {}
     finally:
-        server.server_close()
-        for sock in [*socks, *more]:
+        released.set()
+        server.stop_listening()
+        serving.join(10)
+        for sock in socks:
             sock.close()
+    wait_until(lambda: server.waiting == 0)
 
 
 def test_one_connection_too_many_is_told_so_at_once(launch, host):
