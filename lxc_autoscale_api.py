@@ -64,7 +64,7 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict, deque, namedtuple
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from copy import copy
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -92,6 +92,7 @@ MAX_CLIENTS = 5000          # clients that the rate limiter tells apart
 MAX_HOPS = 32               # of X-Forwarded-For, from its end, that are looked at
 MAX_BACKLOG = 4 << 20       # characters of a log's lines that wait for its disk
 MAX_IDLE = 16               # threads that wait for work
+MAX_WAITING = 2             # threads that wait for a connection
 MAX_FLIGHTS = 256           # questions that are being answered at once
 MAX_HUNG = 16               # reads that hang; while there are so many, no further one is begun
 MAX_OPERATIONS = 1000       # changes that wait or run at once, and that are remembered
@@ -111,6 +112,7 @@ PROBE_SECONDS = 10          # a health probe's result is kept
 REACH_SECONDS = 4           # for another node to answer over SSH
 BROADCAST_SECONDS = 60      # what nodes broadcast every 10 s is believed
 LOOK_SECONDS = 0.5          # between two looks at who has left
+HELD_SECONDS = 0.002        # without a new connection, after which another thread may take one
 COMPLAINT_SECONDS = 60      # between two lines about an address that holds too many connections
 LOG_SECONDS = 0.5           # for a main or error log line to be written before its caller goes on
 STOP_SECONDS = 30           # for requests in work to be answered when the daemon stops
@@ -4775,7 +4777,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, config, api, handler):
         server = config.server
         self.api, self.max_connections, self.tls = api, server.max_connections, config.tls
-        self.waiting, self.stopping = 0, threading.Event()  # threads that wait for a connection
+        self.stopping, self.none_waits = threading.Event(), threading.Event()
+        self.waiting = self.taken = 0       # threads that wait for a connection; those that came
         api.in_progress = lambda: sum(
             client.asking is not None for client in list(self.clients.values()))
         self.address_family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
@@ -4798,22 +4801,29 @@ class Server(ThreadingHTTPServer):
         TCPServer.server_bind(self)
 
     def serve_forever(self):
-        """Let threads take connections until the daemon stops, and look after these meanwhile."""
-        while True:
-            if not self.waiting:
-                self.add_thread()
-            if self.stopping.wait(LOOK_SECONDS):
-                return
-            self.close_refused()
-            self.notice_departures()
+        """Let threads take connections until the daemon stops, and look after both meanwhile.
 
-    def add_thread(self):
-        """Let one more thread take connections; tell whether the host had one left."""
-        try:
-            threading.Thread(target=self.take_connections, daemon=True).start()
-        except RuntimeError:
-            return False
-        return True
+        Python runs one thread at a time, so few are faster than many. Where none waits for the
+        next connection, others are added only if all are held up: HELD_SECONDS have passed, and
+        no more connections were taken in them than threads had just been added. Each time in
+        turn these are twice as many, so a crowd of slow clients delays nobody for long.
+        """
+        added = looked = 0
+        while not self.stopping.is_set():
+            self.none_waits.clear()
+            if self.waiting:
+                self.none_waits.wait(LOOK_SECONDS)
+            taken = self.taken
+            self.stopping.wait(HELD_SECONDS)
+            held_up = not self.waiting and self.taken - taken <= added
+            added = min(2 * added or 1, self.max_connections) if held_up else 0
+            with suppress(RuntimeError):    # the host has no thread left now
+                for _ in range(added):
+                    threading.Thread(target=self.take_connections, daemon=True).start()
+            if time.monotonic() - looked > LOOK_SECONDS:
+                looked = time.monotonic()
+                self.close_refused()
+                self.notice_departures()
 
     def take_connections(self):
         """Accept connections and handle them, one after the other, until enough threads wait.
@@ -4824,7 +4834,7 @@ class Server(ThreadingHTTPServer):
         """
         while True:
             with self.changed:
-                if self.waiting >= MAX_IDLE:
+                if self.waiting >= MAX_WAITING:
                     return
                 self.waiting += 1
             try:
@@ -4833,6 +4843,9 @@ class Server(ThreadingHTTPServer):
                 request = None
             with self.changed:
                 self.waiting -= 1
+                self.taken += request is not None
+            if not self.waiting:
+                self.none_waits.set()
             if request and self.admit(request, client_address):
                 self.process_request_thread(request, client_address)
             elif not request and (self.waiting or self.stopping.is_set()):
@@ -4851,15 +4864,11 @@ class Server(ThreadingHTTPServer):
 
 
     def admit(self, request, client_address):
-        """Take in a connection, or turn it away; tell which.
-
-        Its own thread has left the others to handle it, so if none waits now, one is started.
-        """
+        """Take in a connection, or turn it away; tell which."""
         with self.changed:
             full = (len(self.clients) >= self.max_connections
                     and client_address != self.own_address)
-            room = ((not full or self.make_room(client_address[0]))
-                    and (self.waiting > 0 or self.add_thread()))
+            room = not full or self.make_room(client_address[0])
             if room:
                 client = self.clients[request] = Client(request, client_address[0])
                 if self.stopping.is_set():  # it came at the last moment

@@ -4461,9 +4461,13 @@ def test_a_body_that_comes_after_its_refusal_does_not_reset_the_connection(launc
 
 
 def test_each_connection_comes_to_a_thread_that_waits_for_it(monkeypatch):
-    """Each has what the listening socket had: no delay in sending, and bounds to its waiting. A
-    thread that leaves none waiting starts one first, and where none is left the client is told."""
-    handled, released, left = [], threading.Event(), []
+    """Each has what the listening socket had: no delay in sending, and bounds to its waiting. Where
+    no thread waits another is added, and until the host has one the connection waits."""
+    handled, released, left, refused = [], threading.Event(), [], []
+
+    def refuse(thread):
+        refused.append(thread)
+        raise RuntimeError("can't start new thread")
 
     class Record:
         def __init__(self, sock, address, server):
@@ -4491,16 +4495,20 @@ def test_each_connection_comes_to_a_thread_that_waits_for_it(monkeypatch):
         assert handled == [(True, "127.0.0.1", None, 1, *bounds)] * 3
         assert len(set(left)) == 3
         wait_until(lambda: server.waiting == 1)
-        monkeypatch.setattr(server, "add_thread", lambda: False)
-        assert read_all(connect()) == module.TOO_MANY
-        monkeypatch.undo()
+        with monkeypatch.context() as patched:
+            patched.setattr(module.threading.Thread, "start", refuse)
+            assert connect().recv(1) == b"4"
+            late = connect()
+            wait_until(lambda: len(refused) > 3)
+            assert len(handled) == 4
+        assert late.recv(1) == b"5"
         monkeypatch.setattr(server, "make_room", lambda address: False)
-        server.max_connections = 3
+        server.max_connections = 5
         assert [read_all(connect()) for _ in range(2)] == [module.TOO_MANY] * 2
         released.set()
-        assert [read_all(sock) for sock in socks[:3]] == [b""] * 3
+        assert [read_all(sock) for sock in socks[:5]] == [b""] * 5
         wait_until(lambda: sum(thread.is_alive() for thread in left) <= 1 and server.waiting == 1)
-        assert len(handled) == 3 and server.clients == {}
+        assert len(handled) == 5 and server.clients == {}
     finally:
         released.set()
         server.stop_listening()
@@ -4571,6 +4579,21 @@ def test_500_silent_or_slow_connections_do_not_delay_an_honest_request(launch):
     wait_until(lambda: threads(api) < 5 and descriptors(api) < 20, 10)
     for sock in slow:
         sock.close()
+
+
+def test_a_crowd_of_silent_clients_holds_nobody_up_for_long(launch):
+    """Threads are added for them, twice as many at a time; one at a time would take 0.5 s."""
+    api, times = launch(server={"max_connections": 300}, constants={"WORKER_SECONDS": 0.2}), []
+    for _ in range(3):
+        wait_until(lambda: threads(api) == 0)
+        with contextlib.ExitStack() as crowd:
+            for _ in range(250):
+                crowd.enter_context(api.connect())
+            started = time.monotonic()
+            assert api.get("/routes").status == 200
+            times.append(time.monotonic() - started)
+    assert min(times) < 0.25
+    wait_until(lambda: threads(api) == 0)
 
 
 HEALTH = framed("GET /health/check HTTP/1.1", "Host: x")
