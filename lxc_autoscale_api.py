@@ -92,7 +92,6 @@ MAX_CLIENTS = 5000          # clients that the rate limiter tells apart
 MAX_HOPS = 32               # of X-Forwarded-For, from its end, that are looked at
 MAX_BACKLOG = 4 << 20       # characters of a log's lines that wait for its disk
 MAX_IDLE = 16               # threads that wait for work
-MAX_WAITING = 2             # threads that wait for a connection
 MAX_FLIGHTS = 256           # questions that are being answered at once
 MAX_HUNG = 16               # reads that hang; while there are so many, no further one is begun
 MAX_OPERATIONS = 1000       # changes that wait or run at once, and that are remembered
@@ -4777,8 +4776,9 @@ class Server(ThreadingHTTPServer):
     def __init__(self, config, api, handler):
         server = config.server
         self.api, self.max_connections, self.tls = api, server.max_connections, config.tls
-        self.stopping, self.none_waits = threading.Event(), threading.Event()
-        self.waiting = self.taken = 0       # threads that wait for a connection; those that came
+        # Held by the one thread that waits in accept(); how often one has come; set when it has.
+        self.accepting, self.taken, self.came = threading.Lock(), 0, threading.Event()
+        self.stopping = threading.Event()
         api.in_progress = lambda: sum(
             client.asking is not None for client in list(self.clients.values()))
         self.address_family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
@@ -4795,9 +4795,8 @@ class Server(ThreadingHTTPServer):
         HTTPServer's own method would ask the DNS for this host's name.
         """
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        for option, seconds in (
-                (socket.SO_RCVTIMEO, WORKER_SECONDS), (socket.SO_SNDTIMEO, REQUEST_SECONDS)):
-            self.socket.setsockopt(socket.SOL_SOCKET, option, timeval(seconds))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self.socket.setsockopt(socket.SOL_SOCKET, option, timeval(REQUEST_SECONDS))
         TCPServer.server_bind(self)
 
     def serve_forever(self):
@@ -4810,12 +4809,12 @@ class Server(ThreadingHTTPServer):
         """
         added = looked = 0
         while not self.stopping.is_set():
-            self.none_waits.clear()
-            if self.waiting:
-                self.none_waits.wait(LOOK_SECONDS)
+            self.came.clear()
+            if self.accepting.locked():
+                self.came.wait(LOOK_SECONDS)
             taken = self.taken
             self.stopping.wait(HELD_SECONDS)
-            held_up = not self.waiting and self.taken - taken <= added
+            held_up = not self.accepting.locked() and self.taken - taken <= added
             added = min(2 * added or 1, self.max_connections) if held_up else 0
             with suppress(RuntimeError):    # the host has no thread left now
                 for _ in range(added):
@@ -4826,30 +4825,21 @@ class Server(ThreadingHTTPServer):
                 self.notice_departures()
 
     def take_connections(self):
-        """Accept connections and handle them, one after the other, until enough threads wait.
+        """Accept connections and handle them, one after the other, until another thread waits.
 
-        Each comes to one of the threads that wait in accept(), for the kernel wakes one only
-        (Linux, net/ipv4/inet_connection_sock.c, inet_csk_wait_for_connect); so no thread has to
-        hand it over to another.
+        Nothing is handed over from thread to thread: the kernel itself wakes one that waits.
         """
-        while True:
-            with self.changed:
-                if self.waiting >= MAX_WAITING:
-                    return
-                self.waiting += 1
+        while not self.stopping.is_set() and self.accepting.acquire(blocking=False):
             try:
                 request, client_address = self.get_request()
-            except OSError:                 # none came for WORKER_SECONDS, or the daemon stops
-                request = None
-            with self.changed:
-                self.waiting -= 1
-                self.taken += request is not None
-            if not self.waiting:
-                self.none_waits.set()
-            if request and self.admit(request, client_address):
+                self.taken += 1
+            except OSError:                 # none came for REQUEST_SECONDS, or the daemon stops
+                continue
+            finally:
+                self.accepting.release()
+            self.came.set()
+            if self.admit(request, client_address):
                 self.process_request_thread(request, client_address)
-            elif not request and (self.waiting or self.stopping.is_set()):
-                return
 
     def get_request(self):
         """Accept a connection; return (its socket, (the address of its other end, port))."""
@@ -4861,7 +4851,6 @@ class Server(ThreadingHTTPServer):
                 time.sleep(0.1)
             raise
         return request, (str(plain_address(address)) if ":" in address else address, port)
-
 
     def admit(self, request, client_address):
         """Take in a connection, or turn it away; tell which."""
@@ -5066,7 +5055,7 @@ class Handler(BaseHTTPRequestHandler):
                        or Client(self.request, self.client_address[0]))
         self.channel = Tls(self.request, self.server.tls) if self.server.tls else self.request
         self.buffer, self.unread, self.continues, self.linger = bytearray(), 0, False, False
-        self.patience, self.fresh, self.minor, self.method = WORKER_SECONDS, True, 1, None
+        self.patience, self.fresh, self.minor, self.method = REQUEST_SECONDS, True, 1, None
         self.begun, self.deadline = False, time.monotonic() + REQUEST_SECONDS
 
     def handle_one_request(self):
@@ -5148,13 +5137,13 @@ class Handler(BaseHTTPRequestHandler):
             self.receive()
 
     def receive(self):
-        """Add what comes to the buffer, perhaps nothing yet; ClientLeft at the connection's end.
+        """Add what comes to the buffer; ClientLeft at the connection's end.
 
         At the deadline it raises Problem 408, or ClientLeft if no request has begun, for then
         the client is idle, and not slow. The kernel waits as long as it was last told, so it is
         told only what differs by more than a little.
         """
-        seconds = min(self.deadline - time.monotonic(), WORKER_SECONDS)
+        seconds = self.deadline - time.monotonic()
         try:
             if seconds < 0.001:
                 raise BlockingIOError
@@ -5163,8 +5152,6 @@ class Handler(BaseHTTPRequestHandler):
                 self.patience = seconds
             data = self.channel.recv(65536)
         except BlockingIOError:
-            if self.deadline - time.monotonic() >= 0.001:
-                return
             if not self.begun:
                 raise ClientLeft from None
             raise Problem(
