@@ -299,8 +299,8 @@ def decimal(value):
 
 def is_number(value):
     try:
-        return isinstance(value, (int, float)) and math.isfinite(value)
-    except OverflowError:                   # an integer that no float can hold
+        return math.isfinite(value)
+    except (TypeError, OverflowError):      # an integer that no float can hold overflows
         return False
 
 
@@ -1295,7 +1295,7 @@ def parse_pressure(text):
     Something in the cgroup waited for so long. The kernel counts microseconds (its
     Documentation/accounting/psi.rst).
     """
-    match = PRESSURE.match(text or "")
+    match = text and PRESSURE.match(text)
     return (decimal(match[1]), int(match[2]) / 1e6) if match else (None, None)
 
 
@@ -1981,8 +1981,8 @@ class Cgroups:
     def usage(self, vm_id, names=CGROUP_FILES):
         """Return what the cgroup (v2) of a running container says, in bytes and seconds, or None.
 
-        Of its files those with these names are read. `pressure` has for each of PRESSURES what
-        parse_pressure reads.
+        Of its files those with these names are read. For each of PRESSURES, `pressure_NAME` is the
+        percentage and `waited_NAME` are the seconds that parse_pressure reads.
         """
         folder = self.path(vm_id) + "/"
         text = {name: read_text(folder + name) for name in names}.get
@@ -1992,7 +1992,7 @@ class Cgroups:
         used, cached = only_number(memory), row_number("file", stat)
         seconds = row_number("usage_usec", cpu)
         came, went = parse_io(text("io.stat"))
-        return {
+        usage = {
             "cpu": seconds and seconds / 1e6,
             # As pct counts it.
             "memory": None if None in (used, cached) else max(0, used - cached),
@@ -2000,8 +2000,11 @@ class Cgroups:
             "disk_read": came, "disk_write": went,
             "oom_kills": row_number("oom_kill", text("memory.events")),
             "pids": only_number(text("pids.current")),
-            "pressure": {name: parse_pressure(text(name + ".pressure")) for name in PRESSURES},
         }
+        for name in PRESSURES:
+            usage["pressure_" + name], usage["waited_" + name] = (
+                parse_pressure(text(name + ".pressure")))
+        return usage
 
     def init_pid(self, vm_id):
         """Return the process that is a running container's init, or None.
@@ -2314,6 +2317,7 @@ CONTAINER_USAGE = (                         # the rest of a metric's name, key o
     ("disk_read_bytes_total", "disk_read"),
     ("disk_write_bytes_total", "disk_write"), ("oom_kills_total", "oom_kills"), ("pids", "pids"),
     ("swap_usage_bytes", "swap"), ("memory_shared_bytes", "shared"),
+    *((f"pressure_{name}_waiting_seconds_total", f"waited_{name}") for name in PRESSURES),
 )
 
 
@@ -2976,7 +2980,7 @@ class Proxmox:
         netin, netout = read_traffic().get(vm_id, (None, None))
         return {**found, "mem": usage["memory"], "shared": usage["shared"], "swap": usage["swap"],
                 "pid": pid, "uptime": process_uptime(pid),
-                **{f"pressure{name}some": usage["pressure"][name][0] for name in PRESSURES},
+                **{f"pressure{name}some": usage[f"pressure_{name}"] for name in PRESSURES},
                 "netin": netin, "netout": netout,
                 "diskread": usage["disk_read"], "diskwrite": usage["disk_write"]}
 
@@ -3050,14 +3054,9 @@ class Proxmox:
         whole seconds (cfs-plug-memdb.c).
         """
         families = {name: {} for name in FAMILIES if name.startswith(CONTAINER)}
-        used = [(families[CONTAINER + name], key) for name, key in CONTAINER_USAGE]
-        waited = [(families[f"{CONTAINER}pressure_{name}_waiting_seconds_total"], name)
-                  for name in PRESSURES]
-        network = [families[f"{CONTAINER}network_{way}_bytes_total"]
-                   for way in ("receive", "transmit")]
         self.pve.check_mounted()
         has_cgroups, traffic, described = self.cgroups.are_there(), read_traffic(), {}
-        running = self.cgroups.running()
+        running, usages = self.cgroups.running(), {}
         names = self.cgroups.files(running)
         for vm_id, document in self.pve.documents():
             known = self.described.get(vm_id)
@@ -3066,16 +3065,19 @@ class Proxmox:
             described[vm_id] = known
             _, one, template, samples = known
             usage = self.cgroups.usage(vm_id, names) if one[0] in running else None
+            if usage:
+                usages[one] = usage
             if has_cgroups and not template:
                 families[CONTAINER + "up"][one] = int(usage is not None)
             for name, labels, value in samples:
                 families[name][labels] = value
-            for family, key in used if usage else ():
-                family[one] = usage[key]
-            for family, name in waited if usage else ():
-                family[one] = usage["pressure"][name][1]
-            for family, count in zip(network, traffic.get(vm_id, ())):
-                family[one] = count
+        for name, key in CONTAINER_USAGE:
+            families[CONTAINER + name] = {
+                one: usage[key] for one, usage in usages.items() if usage[key] is not None}
+        for way, name in enumerate(("network_receive_bytes_total", "network_transmit_bytes_total")):
+            families[CONTAINER + name] = {
+                known[1]: traffic[vm_id][way] for vm_id, known in described.items()
+                if vm_id in traffic}
         self.described = described
         return families
 
