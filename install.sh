@@ -307,17 +307,18 @@ restart_service() {
 # health: the URL, with what curl needs for it, and the answer of /health/check, as the
 # configuration says where. Nobody else can answer on an address of this host.
 health() {
-    with_credential "$PYTHON" - \
-        "$DESTDIR$MODULE" "$DESTDIR$CONFIG" "$TLS_CERTIFICATE" "$TLS_CA" <<'END'
-import runpy, sys, urllib.error, urllib.request
-daemon = runpy.run_path(sys.argv[1])
-config = daemon["read_settings"](sys.argv[2])
+    with_credential "$PYTHON" -B - \
+        "$DESTDIR${MODULE%/*}" "$DESTDIR$CONFIG" "$TLS_CERTIFICATE" "$TLS_CA" <<'END'
+import sys, urllib.error, urllib.request
+sys.path[0] = sys.argv[1]               # there it has its bytecode
+import lxc_autoscale_api as daemon
+config = daemon.read_settings(sys.argv[2])
 server = config.server
 host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
 scheme = "https" if config.tls else "http"
 url = f"{scheme}://[{host}]:{server.port}" if ":" in host else f"{scheme}://{host}:{server.port}"
 try:
-    handlers = [urllib.request.HTTPSHandler(context=daemon["unverified"]())] if config.tls else []
+    handlers = [urllib.request.HTTPSHandler(context=daemon.unverified())] if config.tls else []
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), *handlers)
     answer = opener.open(url + "/health/check", timeout=20)
 except urllib.error.HTTPError as error:
