@@ -3233,6 +3233,7 @@ class Change:
         self.requested, self.began, self.ended = time.time(), None, None
         self.started, self.future = Future(), Future()
         self.node = self.slots = self.before = self.ran = self.problem = None
+        self.on_node = ""                   # what a text says of where a command is to be run
         # One that was killed may leave its task at work.
         self.steps, self.lost, self.killed = [], [], False
         self.warnings, self.data = [], {}   # of the answer, if all goes well
@@ -3280,7 +3281,7 @@ class Change:
         if argv[1] == "resize" and CONFIG_UNWRITTEN.search(result.stderr):
             self.leave(
                 f"The volume of VM {self.vm_id} may have grown, though its configuration does not "
-                f"have the new size; to enter what it has{self.on_node()}: "
+                f"have the new size; to enter what it has{self.on_node}: "
                 f"pct rescan --vmid {self.vm_id}")
         elif at_once or (passing and len(self.steps) == 1 and self.is_as_before()):
             self.steps.pop()
@@ -3326,7 +3327,7 @@ class Change:
 
     def remove_temporary(self, name):
         what, how = (f"The temporary snapshot '{name}' of VM {self.vm_id}",
-                     f"remove it{self.on_node()} with: ")
+                     f"remove it{self.on_node} with: ")
         command, why, locked = f"pct delsnapshot {self.vm_id} {name}", "", None
         if self.lost:
             return self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, "
@@ -3403,14 +3404,12 @@ class Change:
         except Problem:
             return False
 
-    def on_node(self):
-        return f" on node '{self.node.name}'" if self.node else ""
-
     # Its life
 
     def run(self, node, slots):
         """Run the steps on a node, and return the Answer; Problem 404 if it has no container."""
         self.node, self.slots, self.steps, self.lost = node, slots, [], []
+        self.on_node = f" on node '{node.name}'" if node else ""
         self.before = self.host.files.read(self.host.pve.texts, self.containers, node)
         message = self.route.handler(self, **self.values)
         warnings = list(dict.fromkeys(self.warnings + self.left))
@@ -3455,12 +3454,12 @@ class Change:
         found = [each for vm_id in self.containers for each in self.lock_left(vm_id, texts[vm_id])]
         start = "if no task of it runs, start it" if self.killed else "start it"
         for vm_id, state in states.items():
-            how = f"{start}{self.on_node()} with: pct start {vm_id}"
+            how = f"{start}{self.on_node} with: pct start {vm_id}"
             if (vm_id == self.clone and state != "running"
                     and self.values["ip"] and not self.addressed):
                 start = start.replace("start", "remove")        # it may have another's address
                 found.append(f"VM {vm_id} is {state}, without its address; "
-                             f"{start}{self.on_node()} with: pct destroy {vm_id}")
+                             f"{start}{self.on_node} with: pct destroy {vm_id}")
             elif vm_id == self.clone and state != "running":
                 found.append(f"VM {vm_id} is {state}; {how}, "
                              f"or remove it with: pct destroy {vm_id}")
@@ -3480,14 +3479,14 @@ class Change:
             return []
         if vm_id != self.vm_id and lock == "create" and self.ran_any("clone"):
             return [f"VM {vm_id} is left half-made; if no task of it runs, "
-                    f"remove it{self.on_node()} with: "
+                    f"remove it{self.on_node} with: "
                     f"pct unlock {vm_id} && pct destroy {vm_id}"]
         for step in self.steps:
             own, mend = OWN_LOCKS.get(step[1], (None, ""))
             if lock == own and vm_id == self.vm_id:
                 command = f"pct unlock {vm_id}" + mend.format(vm_id=vm_id, name="".join(step[3:4]))
                 return [f"VM {vm_id} is left with the lock '{lock}'; if no task of it runs, "
-                        f"mend it{self.on_node()} with: {command}"]
+                        f"mend it{self.on_node} with: {command}"]
         return [f"VM {vm_id} is locked by Proxmox ({lock}), by another task"]
 
     def ran_any(self, command):
@@ -3815,7 +3814,7 @@ def start_clone(change, new_vm_id, start):
         if twice and start is None:
             change.leave(f"VM {new_vm_id} was not started, for its address would be on the network "
                          "twice; give it another (ip), "
-                         f"and start it{change.on_node()} with: pct start {new_vm_id}")
+                         f"and start it{change.on_node} with: pct start {new_vm_id}")
             return
         change.pct("start", vm_id=new_vm_id)
     except Problem as problem:
