@@ -64,7 +64,7 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict, deque, namedtuple
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -4804,26 +4804,52 @@ class Server(ThreadingHTTPServer):
         """Let threads take connections until the daemon stops, and look after both meanwhile.
 
         Python runs one thread at a time, so few are faster than many. Where none waits for the
-        next connection, others are added only if all are held up: HELD_SECONDS have passed, and
-        no more connections were taken in them than threads had just been added. Each time in
-        turn these are twice as many, so a crowd of slow clients delays nobody for long.
+        next connection, others are added only if all are held up: for HELD_SECONDS the daemon was
+        idle, or took no more connections than threads had just been added. These are twice as
+        many as the last time if those were all taken, so that a crowd of slow clients delays
+        nobody for long, and else half as many.
         """
-        added = looked = 0
+        added = before = looked = 0
         while not self.stopping.is_set():
             self.came.clear()
             if self.accepting.locked():
                 self.came.wait(LOOK_SECONDS)
-            taken = self.taken
+            used = time.process_time()
             self.stopping.wait(HELD_SECONDS)
-            held_up = not self.accepting.locked() and self.taken - taken <= added
-            added = min(2 * added or 1, self.max_connections) if held_up else 0
-            with suppress(RuntimeError):    # the host has no thread left now
-                for _ in range(added):
-                    threading.Thread(target=self.take_connections, daemon=True).start()
+            busy = time.process_time() - used > HELD_SECONDS / 2
+            taken, before = self.taken - before, self.taken
+            if self.accepting.locked() or (busy and taken > added):
+                added = 0
+            else:
+                added = max(1, 2 * added if taken >= added else added // 2)
+            self.add_threads(min(added, self.max_connections))
             if time.monotonic() - looked > LOOK_SECONDS:
                 looked = time.monotonic()
                 self.close_refused()
                 self.notice_departures()
+
+    def add_threads(self, count):
+        """Let so many more threads take connections; if none is left, turn away who waits for one."""
+        try:
+            for _ in range(count):
+                threading.Thread(target=self.take_connections, daemon=True).start()
+        except RuntimeError:                # the host has no thread left now
+            self.refuse_backlog()
+            self.stopping.wait(0.1)         # asking again at once would only burn CPU
+
+    def refuse_backlog(self):
+        """Turn away the connections that wait to be accepted, unless a thread accepts them."""
+        if not self.accepting.acquire(blocking=False):
+            return
+        try:
+            poll = select.poll()
+            poll.register(self.socket, select.POLLIN)
+            while poll.poll(0):
+                self.turn_away(self.get_request()[0])
+        except OSError:                     # it has left, or there is no descriptor for it
+            pass
+        finally:
+            self.accepting.release()
 
     def take_connections(self):
         """Accept connections and handle them, one after the other, until another thread waits.
@@ -4939,7 +4965,11 @@ class Server(ThreadingHTTPServer):
         for number in waiting:
             if number >= 0:                 # else it has just been closed
                 poll.register(number, 0 if waiting[number].changing else select.POLLRDHUP)
-        for number, _ in poll.poll(0):
+        try:
+            gone = poll.poll(0)
+        except OSError:                     # more than RLIMIT_NOFILE, which may have been lowered
+            gone = ()
+        for number, _ in gone:
             with self.changed:
                 if waiting[number].waited_for is None:
                     self.dismiss(waiting[number])
@@ -4989,7 +5019,7 @@ class Server(ThreadingHTTPServer):
     def shutdown_request(self, request):
         with self.changed:
             self.clients.pop(request, None)
-        self.close_request(request)         # which says so to the client, as shutdown() would
+        super().shutdown_request(request)
 
     def handle_error(self, request, client_address):
         log.exception("internal error in a connection from %s", client_address[0])
@@ -5019,6 +5049,7 @@ class Server(ThreadingHTTPServer):
             for client in self.clients.values():
                 if not client.asking:
                     self.hang_up(client)
+        self.refuse_backlog()
         try:
             # On Linux this ends a listening socket at once.
             self.socket.shutdown(socket.SHUT_RD)

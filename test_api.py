@@ -7774,62 +7774,159 @@ def test_a_body_that_comes_after_its_refusal_does_not_reset_the_connection(launc
             assert sock.recv(1) == b""              # closed, and neither reset nor lost
 
 
+@contextlib.contextmanager
+def listening(handle, serving=True):
+    """-> a Server whose connections handle(sock, address, server) handles, and a function that
+    connects to it."""
+    config = module.load_settings(
+        GOOD_KEY + f'server:\n  host: "127.0.0.1"\n  port: {free_port()}\n')
+    api = module.SimpleNamespace(metrics=module.Metrics())
+    with contextlib.ExitStack() as stack:
+        server = module.Server(config, api, handle)
+        stack.callback(wait_until, lambda: not server.accepting.locked())
+        thread = threading.Thread(target=server.serve_forever)
+        if serving:
+            thread.start()
+            stack.callback(thread.join, 10)
+        stack.callback(lambda: server.stopping.is_set() or server.stop_listening())
+        yield server, lambda: stack.enter_context(
+            socket.create_connection(server.server_address, 10))
+
+
 def test_each_connection_comes_to_a_thread_that_waits_for_it(monkeypatch):
-    """Each has what the listening socket had: no delay in sending, and bounds to its waiting. Where
-    no thread waits another is added, and until the host has one the connection waits."""
-    handled, released, left, refused = [], threading.Event(), [], []
+    """Each has what the listening socket had: no delay in sending, and bounds to its waiting.
+    While others are held up, a thread waits for the next; no more than one does."""
+    handled, threads, released = [], [], threading.Event()
+
+    def handle(sock, address, server):
+        handled.append((
+            sock.getpeername() == address, server.clients[sock].address, sock.gettimeout(),
+            sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY),
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16),
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, 16)))
+        threads.append(threading.current_thread())
+        sock.sendall(b"%d" % len(handled))
+        assert released.wait(10)
+    with listening(handle) as (server, connect):
+        socks = [connect() for _ in range(3)]
+        assert sorted(sock.recv(1) for sock in socks) == [b"1", b"2", b"3"]
+        bound = module.timeval(module.REQUEST_SECONDS)
+        assert handled == [(True, "127.0.0.1", None, 1, bound, bound)] * 3
+        assert len(set(threads)) == 3
+        monkeypatch.setattr(server, "make_room", lambda address: False)
+        server.max_connections = 3
+        assert [read_all(connect()) for _ in range(2)] == [module.TOO_MANY] * 2
+        released.set()
+        assert [read_all(sock) for sock in socks] == [b""] * 3
+        wait_until(lambda: sum(map(threading.Thread.is_alive, threads)) <= 1)
+        wait_until(server.accepting.locked)
+        assert len(handled) == 3 and server.clients == {}
+
+
+def test_a_connection_that_holds_its_thread_up_costs_another_one_or_two(monkeypatch):
+    released, started, start = threading.Event(), [], threading.Thread.start
+
+    def handle(sock, address, server):
+        sock.sendall(b"1")
+        assert released.wait(10)
+    monkeypatch.setattr(module.threading.Thread, "start", lambda thread: (
+        started.append(thread), start(thread)))
+    with listening(handle) as (server, connect):
+        for _ in range(12):
+            wait_until(server.accepting.locked)
+            assert connect().recv(1) == b"1"
+        wait_until(server.accepting.locked)
+        assert 12 <= len(started) <= 30         # with serve_forever's own
+        released.set()
+
+
+def test_threads_are_added_where_each_is_held_up_for_a_moment_and_the_processor_is_idle(
+        monkeypatch):
+    """One thread would take 1.2 s for these, and take some in each of HELD_SECONDS."""
+    monkeypatch.setattr(module, "HELD_SECONDS", 0.05)
+
+    def handle(sock, address, server):
+        time.sleep(0.03)
+        sock.sendall(b"1")
+    with listening(handle) as (server, connect):
+        wait_until(server.accepting.locked)
+        started = time.monotonic()
+        for _ in range(5):
+            for sock in [connect() for _ in range(8)]:
+                assert sock.recv(1) == b"1"
+        assert time.monotonic() - started < 0.9
+
+
+def test_where_no_thread_is_left_who_connects_is_told_to_try_again(monkeypatch):
+    released, refused = threading.Event(), []
+
+    def handle(sock, address, server):
+        sock.sendall(b"1")
+        assert released.wait(10)
 
     def refuse(thread):
         refused.append(thread)
         raise RuntimeError("can't start new thread")
-
-    class Record:
-        def __init__(self, sock, address, server):
-            handled.append((
-                sock.getpeername() == address, server.clients[sock].address, sock.gettimeout(),
-                sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY),
-                sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16),
-                sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, 16)))
-            left.append(threading.current_thread())
-            sock.sendall(b"%d" % len(handled))
-            assert released.wait(10)
-    config = module.load_settings(
-        GOOD_KEY + f'server:\n  host: "127.0.0.1"\n  port: {free_port()}\n')
-    api = module.SimpleNamespace(metrics=module.Metrics())
-    server, socks = module.Server(config, api, Record), []
-    serving = threading.Thread(target=server.serve_forever)
-    serving.start()
-    try:
-        def connect():
-            socks.append(socket.create_connection(server.server_address, 10))
-            return socks[-1]
-        assert [connect().recv(1) for _ in range(3)] == [b"1", b"2", b"3"]      # side by side
-        bound = module.timeval(module.REQUEST_SECONDS)
-        assert handled == [(True, "127.0.0.1", None, 1, bound, bound)] * 3
-        assert len(set(left)) == 3
+    with listening(handle) as (server, connect):
         wait_until(server.accepting.locked)
         with monkeypatch.context() as patched:
             patched.setattr(module.threading.Thread, "start", refuse)
-            assert connect().recv(1) == b"4"
-            late = connect()
-            wait_until(lambda: len(refused) > 3)
-            assert len(handled) == 4
-        assert late.recv(1) == b"5"
-        monkeypatch.setattr(server, "make_room", lambda address: False)
-        server.max_connections = 5
-        assert [read_all(connect()) for _ in range(2)] == [module.TOO_MANY] * 2
-        released.set()
-        assert [read_all(sock) for sock in socks[:5]] == [b""] * 5
-        wait_until(lambda: sum(map(threading.Thread.is_alive, left)) <= 1)
+            assert connect().recv(1) == b"1"
+            before, used = time.monotonic(), time.process_time()
+            assert [read_all(connect()) for _ in range(3)] == [module.TOO_MANY] * 3
+            assert time.monotonic() - before < 2 and len(refused) < 30
         wait_until(server.accepting.locked)
-        assert len(handled) == 5 and server.clients == {}
-    finally:
+        assert connect().recv(1) == b"1"
         released.set()
+
+
+def test_who_waits_to_be_accepted_when_the_daemon_stops_is_told_to_try_again():
+    with listening(None, serving=False) as (server, connect):
+        socks = [connect() for _ in range(3)]
         server.stop_listening()
-        serving.join(10)
-        for sock in socks:
-            sock.close()
-    wait_until(lambda: not server.accepting.locked())
+        assert [read_all(sock) for sock in socks] == [module.TOO_MANY] * 3
+
+
+def test_a_limit_of_descriptors_that_was_lowered_does_not_end_the_look_at_who_has_left(
+        monkeypatch):
+    """poll(2) refuses more descriptors than RLIMIT_NOFILE allows, though they are open."""
+    class Poll:
+        def register(self, *_):
+            pass
+
+        def poll(self, _):
+            raise OSError(errno.EINVAL, "Invalid argument")
+    with listening(None, serving=False) as (server, _):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            client = server.clients[ours] = module.Client(ours, "127.0.0.1")
+            client.asking, client.waited_for = time.monotonic() - 1, None
+            theirs.close()
+            with monkeypatch.context() as patched:
+                patched.setattr(module.select, "poll", Poll)
+                server.notice_departures()
+            assert not client.left.done()
+            server.notice_departures()
+            assert client.left.done() and server.clients == {}
+
+
+@pytest.mark.parametrize("version, more", [("1.0", b"\r\n"), ("1.1", HEALTH)])
+def test_what_comes_after_the_last_request_does_not_break_its_answer_s_end(
+        api, host, version, more):
+    """A connection that is closed while bytes wait in it is reset; who is told first that no more
+    will be sent reads the end all the same."""
+    host.faults(set={"delay": True})
+    body = '{"vm_id": 104, "cores": 4}'
+    with api.connect() as sock:
+        sock.sendall(framed(f"POST /scale/cores HTTP/{version}", "Host: x", LOGIN, JSON_KIND,
+                            "Connection: close", f"Content-Length: {len(body)}", body=body))
+        wait_until(host.calls)
+        sock.sendall(more)
+        host.go()
+        answer = b""
+        while data := sock.recv(65536):
+            answer += data
+        assert statuses(answer) == ([200], ok("CPU cores set to 4 for VM 104"))
 
 
 def test_one_connection_too_many_is_told_so_at_once(launch, host):
