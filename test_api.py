@@ -8205,8 +8205,7 @@ def test_a_stop_in_the_middle_of_a_clone_leaves_it_to_proxmox(launch, host):
             "vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
         wait_until(lambda: any("clone" in call for call in host.calls()))
         waiting = pool.submit(api.post, "/scale/cores", {"vm_id": 104, "cores": 4})
-        # of which two wait for requests' ends, and two are the changes
-        wait_until(lambda: threads(api) >= 4)
+        wait_until(lambda: [row["state"] for row in operations(api)] == ["waiting", "running"])
         api.process.send_signal(signal.SIGTERM)
         assert waiting.result().body == refused("Nothing was done: The daemon is stopping")
         reply = clone.result()
