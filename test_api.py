@@ -3174,7 +3174,8 @@ def test_identical_reads_share_a_process_and_none_sees_the_past(asking, host):
         wait_until(host.calls)
         later = [pool.submit(asking.get, "/resource/vm/status?vm_id=106") for _ in range(10)]
         other = pool.submit(asking.get, "/resource/vm/status?vm_id=104")
-        wait_until(lambda: threads(asking) >= 12)
+        # these twelve, and this question itself
+        wait_until(lambda: "_requests_in_progress 13\n" in asking.get("/metrics").body)
         host.path(106).write_text(
             host.path(106).read_text().replace("memory: 2048", "memory: 4096"))
         host.go()
@@ -7365,10 +7366,9 @@ def test_one_connection_too_many_is_closed_before_tls_begins(launch):
             return api.connect()
     held = [wait_until(let_in) for _ in range(2)]
     refused = int(re.search(r"connections_refused_total (\d+)", api_metrics(held[0]))[1])
-    before = threads(api)
     with api.connect_plainly() as sock:
         assert sock.recv(10) == b""
-    wait_until(lambda: threads(api) == before)
+    wait_until(lambda: threads(api) <= 2)
     assert f"lxc_autoscale_api_connections_refused_total {refused + 1}\n" in api_metrics(held[0])
     held.pop().close()
 
@@ -8300,10 +8300,10 @@ def test_random_requests_crash_and_leak_nothing(launch, host):
     (host.root / "bin/pct").write_text("#!/bin/sh\nexit 1\n")
     fuzz(api, 500, 1)
     wait_until(lambda: threads(api) == 0)
-    before = threads(api), descriptors(api), children(api)
+    before = descriptors(api), children(api)
     codes = fuzz(api, 2000, 2)
     wait_until(lambda: threads(api) == 0)
-    assert before == (threads(api), descriptors(api), children(api))
+    assert before == (descriptors(api), children(api))
     assert {200, 204, 400, 401, 404, 405, 411} <= set(codes)
     unexpected = [line for line in api.log("error").splitlines() if "internal error" in line]
     assert unexpected == [] and "Traceback" not in api.said()
