@@ -4829,7 +4829,7 @@ class Server(ThreadingHTTPServer):
                 self.notice_departures()
 
     def add_threads(self, count):
-        """Let so many more threads take connections; if none is left, turn away who waits for one."""
+        """Let so many more threads take connections; if none is left, turn away who waits."""
         try:
             for _ in range(count):
                 threading.Thread(target=self.take_connections, daemon=True).start()
