@@ -4805,26 +4805,28 @@ class Server(ThreadingHTTPServer):
 
         Python runs one thread at a time, so few are faster than many. Where none waits for the
         next connection, others are added only if all are held up: for HELD_SECONDS the daemon was
-        idle, or took no more connections than threads had just been added. These are twice as
-        many as the last time if those were all taken, so that a crowd of slow clients delays
-        nobody for long, and else half as many.
+        idle, or took less than one connection in such a time, or no more than threads had just
+        been added. These are twice as many as the last time if those were all taken, so that a
+        crowd of slow clients delays nobody for long, and else half as many.
         """
-        added = before = looked = 0
+        added = before = seen = looked = 0
         while not self.stopping.is_set():
             self.came.clear()
             if self.accepting.locked():
                 self.came.wait(LOOK_SECONDS)
             used = time.process_time()
             self.stopping.wait(HELD_SECONDS)
-            busy = time.process_time() - used > HELD_SECONDS / 2
+            busy, now = time.process_time() - used > HELD_SECONDS / 2, time.monotonic()
             taken, before = self.taken - before, self.taken
-            if self.accepting.locked() or (busy and taken > added):
+            elapsed, seen = now - seen, now
+            flows = busy and taken > added and taken * HELD_SECONDS > elapsed
+            if flows or self.accepting.locked():
                 added = 0
             else:
                 added = max(1, 2 * added if taken >= added else added // 2)
             self.add_threads(min(added, self.max_connections))
-            if time.monotonic() - looked > LOOK_SECONDS:
-                looked = time.monotonic()
+            if now - looked > LOOK_SECONDS:
+                looked = now
                 self.close_refused()
                 self.notice_departures()
 
@@ -4844,9 +4846,11 @@ class Server(ThreadingHTTPServer):
         try:
             poll = select.poll()
             poll.register(self.socket, select.POLLIN)
-            while poll.poll(0):
+            for _ in range(self.request_queue_size):        # and not as long as others come
+                if not poll.poll(0):
+                    break
                 self.turn_away(self.get_request()[0])
-        except OSError:                     # it has left, or there is no descriptor for it
+        except (OSError, ValueError):       # no descriptor is left, or the socket is closed
             pass
         finally:
             self.accepting.release()

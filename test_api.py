@@ -7889,6 +7889,19 @@ def test_who_waits_to_be_accepted_when_the_daemon_stops_is_told_to_try_again():
         assert [read_all(sock) for sock in socks] == [module.TOO_MANY] * 3
 
 
+def test_who_keeps_connecting_is_not_turned_away_for_ever():
+    """A stop waits for that, and so does whoever looks after the threads."""
+    with listening(None, serving=False) as (server, connect):
+        socks = [connect() for _ in range(8)]
+        server.request_queue_size = 5
+        server.refuse_backlog()
+        assert [read_all(sock) for sock in socks[:5]] == [module.TOO_MANY] * 5
+        assert len(server.refused) == 5 and not server.accepting.locked()
+        server.stop_listening()
+        server.refuse_backlog()             # of a socket that is closed already
+        assert not server.accepting.locked()
+
+
 def test_a_limit_of_descriptors_that_was_lowered_does_not_end_the_look_at_who_has_left(
         monkeypatch):
     """poll(2) refuses more descriptors than RLIMIT_NOFILE allows, though they are open."""
