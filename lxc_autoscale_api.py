@@ -2094,15 +2094,16 @@ class Workers:
         It raises Problem 503 if no thread is left.
         """
         with self.lock:
-            inbox = self.idle.pop() if self.idle else None
-        if inbox is None:
-            inbox = SimpleQueue()
-            try:
-                threading.Thread(target=self.serve, args=(inbox,), daemon=True).start()
-            except RuntimeError:
-                raise unavailable(
-                    "The host has no thread left; try again later", SLOT_SECONDS) from None
+            idle = self.idle.pop() if self.idle else None
+        inbox = idle or SimpleQueue()
         inbox.put((future, work, arguments))
+        if idle:
+            return
+        try:
+            threading.Thread(target=self.serve, args=(inbox,), daemon=True).start()
+        except RuntimeError:
+            raise unavailable(
+                "The host has no thread left; try again later", SLOT_SECONDS) from None
 
     def serve(self, inbox):
         """Do one job after the other, until none has come for WORKER_SECONDS."""
@@ -2312,7 +2313,7 @@ def client_of(headers, address, trusted):
 
 
 CONTAINER = "lxc_autoscale_container_"       # how the names of their metrics begin
-CONTAINER_USAGE = (                         # the rest of a metric's name, key of Proxmox.usage
+CONTAINER_USAGE = (                         # the rest of a metric's name, key of Cgroups.usage
     ("cpu_seconds_total", "cpu"), ("memory_usage_bytes", "memory"),
     ("disk_read_bytes_total", "disk_read"),
     ("disk_write_bytes_total", "disk_write"), ("oom_kills_total", "oom_kills"), ("pids", "pids"),
@@ -3233,7 +3234,7 @@ class Change:
         self.requested, self.began, self.ended = time.time(), None, None
         self.started, self.future = Future(), Future()
         self.node = self.slots = self.before = self.ran = self.problem = None
-        self.on_node = ""                   # what a text says of where a command is to be run
+
         # One that was killed may leave its task at work.
         self.steps, self.lost, self.killed = [], [], False
         self.warnings, self.data = [], {}   # of the answer, if all goes well
@@ -3404,12 +3405,16 @@ class Change:
         except Problem:
             return False
 
+    @property
+    def on_node(self):
+        """What a text says of where a command is to be run."""
+        return f" on node '{self.node.name}'" if self.node else ""
+
     # Its life
 
     def run(self, node, slots):
         """Run the steps on a node, and return the Answer; Problem 404 if it has no container."""
         self.node, self.slots, self.steps, self.lost = node, slots, [], []
-        self.on_node = f" on node '{node.name}'" if node else ""
         self.before = self.host.files.read(self.host.pve.texts, self.containers, node)
         message = self.route.handler(self, **self.values)
         warnings = list(dict.fromkeys(self.warnings + self.left))
@@ -4834,8 +4839,8 @@ class Server(ThreadingHTTPServer):
         """Let so many more threads take connections; if none is left, turn away who waits."""
         try:
             for _ in range(count):
-                threading.Thread(target=self.take_connections, daemon=True).start()
-        except RuntimeError:                # the host has no thread left now
+                self.api.workers.start(self.take_connections)
+        except Problem:                     # no thread is left
             self.refuse_backlog()
             self.stopping.wait(0.1)         # asking again at once would only burn CPU
 

@@ -1550,13 +1550,23 @@ def test_a_log_s_disk_that_hangs_costs_lines_and_nothing_else(launch, host):
     assert api.stop() == 0 and time.monotonic() - started < 3
 
 
-def test_a_log_for_which_no_thread_is_left_stays_where_it_was(tmp_path, monkeypatch, capsys):
-    def refuse(_):
+@contextlib.contextmanager
+def no_thread_left(monkeypatch):
+    """No thread can be started -> those that were to be."""
+    refused = []
+
+    def refuse(thread):
+        refused.append(thread)
         raise RuntimeError("can't start new thread")
-    old, new, log = tmp_path / "old", tmp_path / "new", module.LogFile()
-    log.point(str(old), [])
     with monkeypatch.context() as patched:
         patched.setattr(module.threading.Thread, "start", refuse)
+        yield refused
+
+
+def test_a_log_for_which_no_thread_is_left_stays_where_it_was(tmp_path, monkeypatch, capsys):
+    old, new, log = tmp_path / "old", tmp_path / "new", module.LogFile()
+    log.point(str(old), [])
+    with no_thread_left(monkeypatch):
         log.point(str(new), [])
     assert capsys.readouterr().err == (
         f"{new} cannot be written: no thread is left; going on as before\n")
@@ -4937,13 +4947,19 @@ def test_a_virtual_machine_is_called_one(lab):
     assert (reply.status, reply.body["error"]) == (409, "The id 170 is taken")
 
 
+def begin_clone(pool, api, host, vm_id, new_vm_id):
+    """Ask for a clone, which is delayed -> the Future of its answer, once pct clone has begun."""
+    host.faults(clone={"delay": True})
+    clone = pool.submit(api.post, "/clone/create", {
+        "vm_id": vm_id, "new_vm_id": new_vm_id, "new_vm_name": "x"})
+    wait_until(lambda: any(" clone " in call for call in host.calls()))
+    return clone
+
+
 def test_a_change_over_a_lost_connection_goes_on_and_its_caller_is_told(lab):
     pve2 = lab.hosts["pve2"]
-    pve2.faults(clone={"delay": True})
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        clone = pool.submit(lab.api.post, "/clone/create", {
-            "vm_id": 206, "new_vm_id": 250, "new_vm_name": "far"})
-        wait_until(lambda: any("clone" in call for call in pve2.calls()))
+        clone = begin_clone(pool, lab.api, pve2, 206, 250)
         for pid in lab.processes("pve2", "sshd: root"):
             os.kill(pid, signal.SIGKILL)
         reply = clone.result()
@@ -5035,11 +5051,8 @@ def test_what_a_node_has_done_counts_before_word_of_it_has_come(lab):
 
 def test_a_clone_on_another_node_outlives_the_daemon(lab):
     pve2, daemon = lab.hosts["pve2"], lab.daemon(constants={"STOP_SECONDS": 5})
-    pve2.faults(clone={"delay": True})
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        clone = pool.submit(daemon.post, "/clone/create", {
-            "vm_id": 206, "new_vm_id": 251, "new_vm_name": "far"})
-        wait_until(lambda: any("clone" in call for call in pve2.calls()))
+        clone = begin_clone(pool, daemon, pve2, 206, 251)
         assert daemon.stop() == 0
         assert clone.result().status == 504
     assert not pve2.ended("clone")
@@ -6396,12 +6409,9 @@ def test_a_linked_clone_of_a_running_container_is_refused_before_a_snapshot_is_t
 
 
 def test_a_stop_bears_a_waiting_change_whose_client_has_left(launch, host):
-    host.faults(clone={"delay": True})
     api = launch(constants={"LOOK_SECONDS": 0.05})
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        clone = pool.submit(api.post, "/clone/create", {
-            "vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
-        wait_until(lambda: any(" clone " in call for call in host.calls()))
+        clone = begin_clone(pool, api, host, 104, 105)
         body = '{"vm_id": 104, "cores": 4}'
         with api.connect() as sock:
             sock.sendall(framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND,
@@ -7361,7 +7371,8 @@ def api_metrics(sock):
 
 
 def test_one_connection_too_many_is_closed_before_tls_begins(launch):
-    api = launch(tls=True, server={"max_connections": 2}, constants={"YIELD_SECONDS": 60})
+    api = launch(tls=True, server={"max_connections": 2}, constants={
+        "YIELD_SECONDS": 60, "WORKER_SECONDS": 0.1})
 
     def let_in():
         with contextlib.suppress(ConnectionError, ssl.SSLError):
@@ -7782,7 +7793,7 @@ def listening(handle, serving=True):
     connects to it."""
     config = module.load_settings(
         GOOD_KEY + f'server:\n  host: "127.0.0.1"\n  port: {free_port()}\n')
-    api = module.SimpleNamespace(metrics=module.Metrics())
+    api = module.SimpleNamespace(metrics=module.Metrics(), workers=module.Workers())
     with contextlib.ExitStack() as stack:
         server = module.Server(config, api, handle)
         stack.callback(wait_until, lambda: not server.accepting.locked())
@@ -7799,6 +7810,7 @@ def test_each_connection_comes_to_a_thread_that_waits_for_it(monkeypatch):
     """Each has what the listening socket had: no delay in sending, and bounds to its waiting.
     While others are held up, a thread waits for the next; no more than one does."""
     handled, threads, released = [], [], threading.Event()
+    monkeypatch.setattr(module, "WORKER_SECONDS", 0.2)
 
     def handle(sock, address, server):
         handled.append((
@@ -7860,21 +7872,16 @@ def test_threads_are_added_where_each_is_held_up_for_a_moment_and_the_processor_
 
 
 def test_where_no_thread_is_left_who_connects_is_told_to_try_again(monkeypatch):
-    released, refused = threading.Event(), []
+    released = threading.Event()
 
     def handle(sock, address, server):
         sock.sendall(b"1")
         assert released.wait(10)
-
-    def refuse(thread):
-        refused.append(thread)
-        raise RuntimeError("can't start new thread")
     with listening(handle) as (server, connect):
         wait_until(server.accepting.locked)
-        with monkeypatch.context() as patched:
-            patched.setattr(module.threading.Thread, "start", refuse)
+        with no_thread_left(monkeypatch) as refused:
             assert connect().recv(1) == b"1"
-            before, used = time.monotonic(), time.process_time()
+            before = time.monotonic()
             assert [read_all(connect()) for _ in range(3)] == [module.TOO_MANY] * 3
             assert time.monotonic() - before < 2 and len(refused) < 30
         wait_until(server.accepting.locked)
@@ -7988,7 +7995,8 @@ def test_a_place_held_without_a_request_goes_to_an_honest_client(launch, tls):
 
 
 def test_500_silent_or_slow_connections_do_not_delay_an_honest_request(launch):
-    api = launch(constants={"REQUEST_SECONDS": 1.3, "YIELD_SECONDS": 0.5, "LINGER_SECONDS": 0.3})
+    api = launch(constants={"REQUEST_SECONDS": 1.3, "YIELD_SECONDS": 0.5, "LINGER_SECONDS": 0.3,
+                            "WORKER_SECONDS": 0.2})
     assert api.get("/health/check").status == 200
     slow = [api.connect() for _ in range(500)]
     begun, times = time.monotonic(), []
@@ -8213,12 +8221,9 @@ def test_a_change_whose_body_comes_after_the_signal_is_not_begun(api, host):
 
 
 def test_a_stop_in_the_middle_of_a_clone_leaves_it_to_proxmox(launch, host):
-    host.faults(clone={"delay": True})
     api = launch(constants={"STOP_SECONDS": 5.2})
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        clone = pool.submit(api.post, "/clone/create", {
-            "vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
-        wait_until(lambda: any("clone" in call for call in host.calls()))
+        clone = begin_clone(pool, api, host, 104, 105)
         waiting = pool.submit(api.post, "/scale/cores", {"vm_id": 104, "cores": 4})
         wait_until(lambda: [row["state"] for row in operations(api)] == ["waiting", "running"])
         api.process.send_signal(signal.SIGTERM)
