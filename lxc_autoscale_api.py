@@ -297,9 +297,9 @@ def decimal(value):
     return float(value) if "." in value else int(value)
 
 
-def is_number(value):
+def are_numbers(values):
     try:
-        return math.isfinite(value)
+        return all(map(math.isfinite, values))
     except (TypeError, OverflowError):      # an integer that no float can hold overflows
         return False
 
@@ -1286,7 +1286,8 @@ def parse_net_dev(document):
     return traffic
 
 
-PRESSURE = re.compile(r"some avg10=(\S{1,9}) avg60=\S{1,9} avg300=\S{1,9} total=([0-9]{1,19})\n")
+PRESSURE = re.compile(r"some avg10=(?:([0-9]{1,3}\.[0-9]{2})|\S{1,9}) avg60=\S{1,9} avg300=\S{1,9} "
+                      r"total=([0-9]{1,19})\n")
 
 
 def parse_pressure(text):
@@ -1296,7 +1297,9 @@ def parse_pressure(text):
     Documentation/accounting/psi.rst).
     """
     match = text and PRESSURE.match(text)
-    return (decimal(match[1]), int(match[2]) / 1e6) if match else (None, None)
+    if not match:
+        return None, None
+    return match[1] and float(match[1]), int(match[2]) / 1e6
 
 
 def option(value, name):
@@ -1385,19 +1388,23 @@ def row_number(key, text):
 
 
 IO_DEVICE = re.compile(r"[0-9]+:[0-9]+\b")
-IO_BYTES = [(f" {key}=", re.compile(rf" {key}=([0-9]{{1,19}})\s")) for key in ("rbytes", "wbytes")]
+IO_BYTES = re.compile(r" rbytes=([0-9]{1,19}) wbytes=([0-9]{1,19})\s")
 
 
 def parse_io(text):
     """Read a cgroup's io.stat as (bytes read, bytes written) over all devices, or Nones.
 
     The file is empty until the first I/O, on ZFS often for ever; a device may have a name only.
+    The kernel writes both numbers side by side (blk-cgroup.c, blkcg_print_one_stat).
     """
     if text is None or (text and not (text[-1] == "\n" and IO_DEVICE.match(text))):
         return None, None
-    found = [(pattern.findall(text), text.count(key)) for key, pattern in IO_BYTES]
-    return tuple(sum(map(int, numbers)) if len(numbers) == rows else None
-                 for numbers, rows in found)
+    devices, came, went = IO_BYTES.findall(text), 0, 0
+    if len(devices) != text.count(" rbytes="):
+        return None, None
+    for read, written in devices:
+        came, went = came + int(read), went + int(written)
+    return came, went
 
 
 def is_init(status):
@@ -1892,10 +1899,11 @@ class ClusterFiles:
     def documents(self, node=None):
         """Yield (id, text of its configuration) of all containers of a node, in the ids' order."""
         folder = self.conf_folder(node)
-        ids = sorted(int(name[:-5]) for name in names_in(folder) if CONF_NAME.fullmatch(name))
-        documents = ((vm_id, read_text(f"{folder}/{vm_id}.conf")) for vm_id in ids)
-        return ((vm_id, document) for vm_id, document in documents
-                if document is not None)    # one may vanish
+        for vm_id in sorted(
+                int(name[:-5]) for name in names_in(folder) if CONF_NAME.fullmatch(name)):
+            document = read_text(f"{folder}/{vm_id}.conf")
+            if document is not None:        # one may vanish
+                yield vm_id, document
 
     def confs(self, node=None):
         """Return {id: Conf} of all containers of a node whose files are there."""
@@ -1944,6 +1952,15 @@ class ClusterFiles:
                 for name in conf.snapshots if name.startswith(TEMPORARY_SNAPSHOT)]
 
 
+class Usage(namedtuple("Usage", [
+        "cpu", "memory", "shared", "swap", "disk_read", "disk_write", "oom_kills", "pids",
+        *(f"{kind}_{name}" for name in PRESSURES for kind in ("pressure", "waited"))])):
+    """What a running container uses or has used, in seconds and bytes; None where nobody tells.
+
+    For each of PRESSURES, `pressure_NAME` and `waited_NAME` are what parse_pressure reads.
+    """
+
+
 class Cgroups:
     """What the cgroups (version 2) of this host's containers say, and /proc of what runs there."""
 
@@ -1979,10 +1996,9 @@ class Cgroups:
         return [name for name in CGROUP_FILES if name in there]
 
     def usage(self, vm_id, names=CGROUP_FILES):
-        """Return what the cgroup (v2) of a running container says, in bytes and seconds, or None.
+        """Return the Usage of a container by the files in its cgroup that have these names.
 
-        Of its files those with these names are read. For each of PRESSURES, `pressure_NAME` is the
-        percentage and `waited_NAME` are the seconds that parse_pressure reads.
+        It is None if the container does not run.
         """
         folder = self.path(vm_id) + "/"
         text = {name: read_text(folder + name) for name in names}.get
@@ -1990,21 +2006,14 @@ class Cgroups:
         if cpu is None and memory is None:
             return None
         used, cached = only_number(memory), row_number("file", stat)
-        seconds = row_number("usage_usec", cpu)
-        came, went = parse_io(text("io.stat"))
-        usage = {
-            "cpu": seconds and seconds / 1e6,
-            # As pct counts it.
-            "memory": None if None in (used, cached) else max(0, used - cached),
-            "shared": row_number("shmem", stat), "swap": only_number(text("memory.swap.current")),
-            "disk_read": came, "disk_write": went,
-            "oom_kills": row_number("oom_kill", text("memory.events")),
-            "pids": only_number(text("pids.current")),
-        }
-        for name in PRESSURES:
-            usage["pressure_" + name], usage["waited_" + name] = (
-                parse_pressure(text(name + ".pressure")))
-        return usage
+        microseconds = row_number("usage_usec", cpu)
+        waits = [number for name in PRESSURES for number in parse_pressure(text(f"{name}.pressure"))]
+        return Usage(
+            microseconds and microseconds / 1e6,
+            None if None in (used, cached) else max(0, used - cached),      # as pct counts it
+            row_number("shmem", stat), only_number(text("memory.swap.current")),
+            *parse_io(text("io.stat")), row_number("oom_kill", text("memory.events")),
+            only_number(text("pids.current")), *waits)
 
     def init_pid(self, vm_id):
         """Return the process that is a running container's init, or None.
@@ -2313,13 +2322,12 @@ def client_of(headers, address, trusted):
 
 
 CONTAINER = "lxc_autoscale_container_"       # how the names of their metrics begin
-CONTAINER_USAGE = (                         # the rest of a metric's name, key of Cgroups.usage
-    ("cpu_seconds_total", "cpu"), ("memory_usage_bytes", "memory"),
-    ("disk_read_bytes_total", "disk_read"),
-    ("disk_write_bytes_total", "disk_write"), ("oom_kills_total", "oom_kills"), ("pids", "pids"),
-    ("swap_usage_bytes", "swap"), ("memory_shared_bytes", "shared"),
-    *((f"pressure_{name}_waiting_seconds_total", f"waited_{name}") for name in PRESSURES),
-)
+CONTAINER_USAGE = {                         # field of Usage: the rest of a metric's name
+    "cpu": "cpu_seconds_total", "memory": "memory_usage_bytes", "shared": "memory_shared_bytes",
+    "swap": "swap_usage_bytes", "disk_read": "disk_read_bytes_total",
+    "disk_write": "disk_write_bytes_total", "oom_kills": "oom_kills_total", "pids": "pids",
+    **{f"waited_{name}": f"pressure_{name}_waiting_seconds_total" for name in PRESSURES},
+}
 
 
 class Family(namedtuple("Family", "kind labels help buckets", defaults=[()])):
@@ -2405,34 +2413,34 @@ def escape_label(text):
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-@lru_cache(maxsize=16384)
+@lru_cache(maxsize=1024)
 def braced(names, values):
-    """Write labels in their braces; most families of a container have the same."""
+    """Write labels as they stand behind a metric's name, such as `{container_id="104"}`."""
     pairs = ",".join(f'{name}="{escape_label(text)}"' for name, text in zip(names, values))
     return "{" + pairs + "}" if pairs else ""
 
 
-def histogram(name, family, labels, counts):
-    if not all(map(is_number, counts)):
+def histogram(name, buckets, labels, counts):
+    if not are_numbers(counts):
         return []
-    lines, total, below = [], 0, (*family.labels, "le")
-    for bound, count in zip([*family.buckets, "+Inf"], counts):
+    lines, total = [], 0
+    for bound, count in zip([*buckets, "+Inf"], counts):
         total += count
-        lines.append(f"{name}_bucket{braced(below, (*labels, str(bound)))} {total}")
-    labels = braced(family.labels, labels)
+        lines.append(f'{name}_bucket{labels[:-1]},le="{bound}"}} {total}')
     return [*lines, f"{name}_sum{labels} {counts[-1]}", f"{name}_count{labels} {total}"]
 
 
 def exposition(name, family, series):
-    """Write a family's series {labels: value} as lines.
+    """Write a family's series {labels in braces: value} as lines.
 
     There are none of what is no number, for which a whole scrape is refused.
     """
     if family.kind == "histogram":
         return [line for labels, counts in series.items()
-                for line in histogram(name, family, labels, counts)]
-    return [f"{name}{braced(family.labels, labels)} {value}"
-            for labels, value in series.items() if is_number(value)]
+                for line in histogram(name, family.buckets, labels, counts)]
+    if not are_numbers(series.values()):
+        series = {labels: value for labels, value in series.items() if are_numbers([value])}
+    return [f"{name}{labels} {value}" for labels, value in series.items()]
 
 
 def platform_version():
@@ -2443,17 +2451,20 @@ FAILURE_LABELS = {400: "refused", 404: "not_found", 409: "conflict", 503: "unava
 
 
 class Metrics:
-    """Counters and histograms of this process, and their text exposition (format 0.0.4)."""
+    """Counters and histograms of this process, and their text exposition (format 0.0.4).
+
+    `series` is {a family's name: {labels in braces: value}}.
+    """
 
     def __init__(self):
         self.lock, self.series = threading.Lock(), {name: {} for name in FAMILIES}
-        self.series["lxc_autoscale_api_build_info"][VERSION, platform_version()] = 1
+        self.add("lxc_autoscale_api_build_info", VERSION, platform_version())
         for name in ("rate_limited_total", "auth_failures_total", "connections_refused_total"):
-            self.series["lxc_autoscale_api_" + name][()] = 0
+            self.series["lxc_autoscale_api_" + name][""] = 0
 
     def add(self, name, *labels):
+        series, labels = self.series[name], braced(FAMILIES[name].labels, labels)
         with self.lock:
-            series = self.series[name]
             series[labels] = series.get(labels, 0) + 1
 
     def count_scaling(self, change, known):
@@ -2474,16 +2485,17 @@ class Metrics:
 
         A series is the buckets' own counts, one for what is above all, and the sum.
         """
-        buckets = FAMILIES[name].buckets
+        family = FAMILIES[name]
+        labels, first = braced(family.labels, labels), [0] * (len(family.buckets) + 1) + [0.0]
         with self.lock:
-            counts = self.series[name].setdefault(labels, [0] * (len(buckets) + 1) + [0.0])
-            counts[bisect_left(buckets, value)] += 1
+            counts = self.series[name].setdefault(labels, first)
+            counts[bisect_left(family.buckets, value)] += 1
             counts[-1] += value
 
     def render(self, gauges):
         """Write the exposition, with the families that were read just now.
 
-        These are `gauges`: {name: {labels: value}}.
+        These are `gauges`, of the same form as `series`.
         """
         with self.lock:
             series = {name: {labels: list(value) if isinstance(value, list) else value
@@ -2513,7 +2525,7 @@ def process_metrics():
         "resident_memory_bytes": int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
         "start_time_seconds": boot + int(fields[19]) / tick,
     }
-    return {"process_" + name: {(): value} for name, value in values.items()}
+    return {"process_" + name: {"": value} for name, value in values.items()}
 
 
 # Processes
@@ -2646,9 +2658,9 @@ class Commands:
 
     def gauges(self):
         known = list(self.nodes.values())
-        return {"lxc_autoscale_api_commands_in_progress": {(): sum(
+        return {"lxc_autoscale_api_commands_in_progress": {"": sum(
                     each.width - each.semaphore.free for each in known)},
-                "lxc_autoscale_api_commands_waiting": {(): sum(
+                "lxc_autoscale_api_commands_waiting": {"": sum(
                     len(semaphore.queue) for each in known
                     for semaphore in (each.semaphore, each.long))}}
 
@@ -2840,14 +2852,15 @@ def described_by(vm_id, document):
 
     That is what it says in /metrics.
     """
-    values, one = parse_config(document).values, (str(vm_id),)
+    values, name = parse_config(document).values, str(vm_id)
     (cores, memory, _), (lock, template, _) = allotted(values), marks(values)
-    samples = [("info", (*one, container_name(vm_id, values)), 1),
-               ("locked", (*one, lock), lock and 1),
-               ("cpu_cores", one, cores), ("memory_mb", one, memory),
-               ("memory_limit_bytes", one, memory and memory * MIB)]
-    return one, template, [(CONTAINER + name, labels, value)
-                           for name, labels, value in samples if value is not None]
+    samples = [("info", (name, container_name(vm_id, values)), 1),
+               ("locked", (name, lock), lock and 1),
+               ("cpu_cores", (name,), cores), ("memory_mb", (name,), memory),
+               ("memory_limit_bytes", (name,), memory and memory * MIB)]
+    return braced(ONE, (name,)), template, [
+        (CONTAINER + family, braced(FAMILIES[CONTAINER + family].labels, labels), value)
+        for family, labels, value in samples if value is not None]
 
 
 class Proxmox:
@@ -2979,11 +2992,12 @@ class Proxmox:
             return {**found, **dict.fromkeys(
                 ("mem", "swap", "uptime", "netin", "netout", "diskread", "diskwrite"), 0)}
         netin, netout = read_traffic().get(vm_id, (None, None))
-        return {**found, "mem": usage["memory"], "shared": usage["shared"], "swap": usage["swap"],
+        return {**found, "mem": usage.memory, "shared": usage.shared, "swap": usage.swap,
                 "pid": pid, "uptime": process_uptime(pid),
-                **{f"pressure{name}some": usage[f"pressure_{name}"] for name in PRESSURES},
+                **{f"pressure{name}some": getattr(usage, f"pressure_{name}")
+                   for name in PRESSURES},
                 "netin": netin, "netout": netout,
-                "diskread": usage["disk_read"], "diskwrite": usage["disk_write"]}
+                "diskread": usage.disk_read, "diskwrite": usage.disk_write}
 
     def disk_used(self, pid):
         """Return how many bytes are in use on a container's root disk, seen through its init.
@@ -3057,6 +3071,8 @@ class Proxmox:
         families = {name: {} for name in FAMILIES if name.startswith(CONTAINER)}
         self.pve.check_mounted()
         has_cgroups, traffic, described = self.cgroups.are_there(), read_traffic(), {}
+        up, received, sent = (families[CONTAINER + name] for name in (
+            "up", "network_receive_bytes_total", "network_transmit_bytes_total"))
         running, usages = self.cgroups.running(), {}
         names = self.cgroups.files(running)
         for vm_id, document in self.pve.documents():
@@ -3065,20 +3081,20 @@ class Proxmox:
                 known = document, *described_by(vm_id, document)
             described[vm_id] = known
             _, one, template, samples = known
-            usage = self.cgroups.usage(vm_id, names) if one[0] in running else None
+            usage = self.cgroups.usage(vm_id, names) if str(vm_id) in running else None
             if usage:
                 usages[one] = usage
             if has_cgroups and not template:
-                families[CONTAINER + "up"][one] = int(usage is not None)
+                up[one] = 1 if usage else 0
+            if vm_id in traffic:
+                received[one], sent[one] = traffic[vm_id]
             for name, labels, value in samples:
                 families[name][labels] = value
-        for name, key in CONTAINER_USAGE:
-            families[CONTAINER + name] = {
-                one: usage[key] for one, usage in usages.items() if usage[key] is not None}
-        for way, name in enumerate(("network_receive_bytes_total", "network_transmit_bytes_total")):
-            families[CONTAINER + name] = {
-                known[1]: traffic[vm_id][way] for vm_id, known in described.items()
-                if vm_id in traffic}
+        for field, values in zip(Usage._fields, zip(*usages.values())):
+            if field in CONTAINER_USAGE:
+                families[CONTAINER + CONTAINER_USAGE[field]] = {
+                    one: value for one, value in zip(usages, values) if value is not None}
+
         self.described = described
         return families
 
@@ -3691,7 +3707,7 @@ def show_metrics(api):
     gauges = {**api.host.files.read(api.host.gauges),
               **api.host.commands.gauges(),
               **api.host.files.read(process_metrics),
-              "lxc_autoscale_api_requests_in_progress": {(): api.in_progress()}}
+              "lxc_autoscale_api_requests_in_progress": {"": api.in_progress()}}
     return Answer(200, api.metrics.render(gauges),
                   content_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -889,6 +889,11 @@ def start_daemon(host, config, constants=None, inside=(), env=None, **popen):
                             env=env, **popen)
 
 
+def one(vm_id):
+    """Return the labels of a metric of one container."""
+    return f'{{container_id="{vm_id}"}}'
+
+
 def proxmox_of(host):
     """The daemon's view of a simulated host's files, without its commands."""
     return module.Proxmox(
@@ -2270,8 +2275,8 @@ def test_what_is_allotted_has_the_defaults_of_proxmox_or_is_null(
     config = proxmox.config(107, 128, 1048576)
     assert (config["cores"], config["memory_mb"], config["swap_mb"]) == (cores, memory, swap)
     gauges = proxmox.gauges()
-    assert gauges["lxc_autoscale_container_cpu_cores"].get(("107",)) == cores
-    assert gauges["lxc_autoscale_container_memory_limit_bytes"].get(("107",)) == (
+    assert gauges["lxc_autoscale_container_cpu_cores"].get(one(107)) == cores
+    assert gauges["lxc_autoscale_container_memory_limit_bytes"].get(one(107)) == (
         memory and memory * 2**20)
 
 
@@ -3470,15 +3475,15 @@ def test_histograms_are_cumulative_and_labels_are_escaped():
 @pytest.mark.parametrize(
     "value", ["", "max", None, [], float("nan"), float("inf"), -float("inf"), 10 ** 400])
 def test_what_is_no_number_is_left_out_of_the_exposition(value):
-    metrics, one = module.Metrics(), "lxc_autoscale_container_pids"
+    metrics, pids = module.Metrics(), "lxc_autoscale_container_pids"
     whole = metrics.render({})
     # a family without samples is not named either
-    assert metrics.render({one: {("104",): value}}) == whole
-    help_and_type = f"# HELP {one} Processes and threads.\n# TYPE {one} gauge\n"
-    told = metrics.render({one: {("104",): value, ("105",): 7}})
-    assert help_and_type + f'{one}{{container_id="105"}} 7\n' in told and "104" not in told
+    assert metrics.render({pids: {one(104): value}}) == whole
+    help_and_type = f"# HELP {pids} Processes and threads.\n# TYPE {pids} gauge\n"
+    told = metrics.render({pids: {one(104): value, one(105): 7}})
+    assert help_and_type + f'{pids}{{container_id="105"}} 7\n' in told and "104" not in told
     metrics.observe("lxc_autoscale_api_command_duration_seconds", 0.5, "pct set")
-    metrics.series["lxc_autoscale_api_command_duration_seconds"]["pct set",][-1] = value
+    metrics.series["lxc_autoscale_api_command_duration_seconds"]['{command="pct set"}'][-1] = value
     assert metrics.render({}) == whole
 
 
@@ -3515,9 +3520,9 @@ def test_a_scrape_opens_no_file_that_this_kernel_does_not_have(host, monkeypatch
     assert cgroups == [
         f"{host.cgroup}/lxc/{vm_id}/{name}" for vm_id in (104, 107, 108) for name in names]
     waiting = "lxc_autoscale_container_pressure_{}_waiting_seconds_total"
-    assert set(gauges[waiting.format("cpu")]) == {("104",), ("107",), ("108",)}
+    assert set(gauges[waiting.format("cpu")]) == {one(104), one(107), one(108)}
     assert gauges["lxc_autoscale_container_up"] == {
-        ("104",): 1, ("106",): 0, ("107",): 1, ("108",): 1}
+        one(104): 1, one(106): 0, one(107): 1, one(108): 1}
     for vm_id in (104, 107, 108):           # as a cgroup is that goes while it is read
         for path in (host.cgroup / f"lxc/{vm_id}").iterdir():
             path.unlink() if path.is_file() else shutil.rmtree(path)
@@ -3676,9 +3681,9 @@ def test_the_traffic_of_all_containers_is_read_once(host, monkeypatch):
     host.add(107, running=True)
     gauges = proxmox_of(host).gauges()
     assert gauges["lxc_autoscale_container_network_receive_bytes_total"] == {
-        ("104",): 208, ("106",): 212}
+        one(104): 208, one(106): 212}
     assert gauges["lxc_autoscale_container_network_transmit_bytes_total"] == {
-        ("104",): 104, ("106",): 106}
+        one(104): 104, one(106): 106}
     assert (read["dev"], read["memory.stat"]) == (1, 2)         # of 104 and 107; 106 is stopped
 
 
@@ -3687,7 +3692,7 @@ def test_a_scrape_parses_what_has_changed_and_nothing_else(host, monkeypatch):
     monkeypatch.setattr(
         module, "parse_config", lambda document: parsed.append(document) or real(document))
     proxmox, cores = proxmox_of(host), "lxc_autoscale_container_cpu_cores"
-    assert (proxmox.gauges()[cores] == proxmox.gauges()[cores] == {("104",): 2, ("106",): 2}
+    assert (proxmox.gauges()[cores] == proxmox.gauges()[cores] == {one(104): 2, one(106): 2}
             and len(parsed) == 2)
     before, stat = host.path(104).read_text(), host.path(104).stat()
     host.path(104).write_text(before.replace("cores: 2", "cores: 3"))
@@ -3697,7 +3702,7 @@ def test_a_scrape_parses_what_has_changed_and_nothing_else(host, monkeypatch):
     assert (after.st_ino, after.st_size, after.st_mtime_ns) == (
         stat.st_ino, stat.st_size, stat.st_mtime_ns)
     host.path(106).unlink()
-    assert (proxmox.gauges()[cores] == {("104",): 3} and len(parsed) == 3
+    assert (proxmox.gauges()[cores] == {one(104): 3} and len(parsed) == 3
             and list(proxmox.described) == [104])
 
 
@@ -3936,7 +3941,7 @@ def test_a_container_that_vanishes_during_a_scrape_is_left_out(api, host, monkey
         return None if "/104/" in path else real(path)
     monkeypatch.setattr(module, "read_text", vanish)
     gauges = proxmox.gauges()
-    assert (gauges["lxc_autoscale_container_up"] == {("104",): 0}
+    assert (gauges["lxc_autoscale_container_up"] == {one(104): 0}
             and gauges["lxc_autoscale_container_pids"] == {})
 
 
