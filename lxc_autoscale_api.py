@@ -2007,7 +2007,8 @@ class Cgroups:
             return None
         used, cached = only_number(memory), row_number("file", stat)
         microseconds = row_number("usage_usec", cpu)
-        waits = [number for name in PRESSURES for number in parse_pressure(text(f"{name}.pressure"))]
+        waits = (
+            number for name in PRESSURES for number in parse_pressure(text(f"{name}.pressure")))
         return Usage(
             microseconds and microseconds / 1e6,
             None if None in (used, cached) else max(0, used - cached),      # as pct counts it
