@@ -1739,6 +1739,10 @@ def read_text(path):
     return data.decode("utf-8", "replace")
 
 
+def read_texts(*paths):
+    return [read_text(path) for path in paths]
+
+
 def is_there(path):
     """Tell whether a path exists; OSError if that cannot be seen."""
     try:
@@ -3251,6 +3255,7 @@ class Change:
         self.requested, self.began, self.ended = time.time(), None, None
         self.started, self.future = Future(), Future()
         self.node = self.slots = self.before = self.ran = self.problem = None
+        self.on_node = ""                   # what a text says of where a command is to be run
 
         # One that was killed may leave its task at work.
         self.steps, self.lost, self.killed = [], [], False
@@ -3395,8 +3400,7 @@ class Change:
         """
         paths = {vm_id: self.host.pve.conf_path(vm_id) for vm_id in vm_ids or self.containers}
         if not self.node:
-            return self.host.files.read(
-                lambda: {vm_id: read_text(path) for vm_id, path in paths.items()})
+            return dict(zip(paths, self.host.files.read(read_texts, *paths.values())))
         results = {vm_id: self.look("cat", path) for vm_id, path in paths.items()}
         return {vm_id: None if result.stderr.endswith(": No such file or directory\n")
                 else checked(("cat", paths[vm_id]), result).stdout
@@ -3422,16 +3426,13 @@ class Change:
         except Problem:
             return False
 
-    @property
-    def on_node(self):
-        """What a text says of where a command is to be run."""
-        return f" on node '{self.node.name}'" if self.node else ""
 
     # Its life
 
     def run(self, node, slots):
         """Run the steps on a node, and return the Answer; Problem 404 if it has no container."""
         self.node, self.slots, self.steps, self.lost = node, slots, [], []
+        self.on_node = f" on node '{node.name}'" if node else ""
         self.before = self.host.files.read(self.host.pve.texts, self.containers, node)
         message = self.route.handler(self, **self.values)
         warnings = list(dict.fromkeys(self.warnings + self.left))

@@ -5258,6 +5258,21 @@ def change_of(path, **values):
     return module.Change(module.PATHS[path], values, "127.0.0.1", None)
 
 
+def test_a_configuration_that_hangs_under_a_change_is_not_read_again_and_again(host, monkeypatch):
+    proxmox, released = proxmox_of(host), threading.Event()
+    change = module.Change(
+        module.PATHS["/scale/cores"], {"vm_id": 104, "cores": 4}, "127.0.0.1", proxmox)
+    assert change.texts() == {104: host.path(104).read_text()}
+    monkeypatch.setattr(module, "FILE_SECONDS", 0.05)
+    monkeypatch.setattr(module, "read_text", lambda path: released.wait(10))
+    for _ in range(3):
+        with pytest.raises(module.Problem, match="do not answer"):
+            change.texts()
+        assert len(proxmox.files.hung) == 1
+    released.set()
+    wait_until(lambda: not proxmox.files.hung)
+
+
 def test_a_change_is_either_cancelled_or_begun():
     changes = module.Changes(None, None, lambda change: None)
     begun, refused_one = (change_of("/scale/cores", vm_id=104, cores=4) for _ in range(2))
