@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """A REST API to scale, snapshot, clone and watch the LXC containers of a Proxmox VE host.
 
-How a request travels; the file tells it from the bottom of this drawing upwards, so that
-whoever has read to a name knows all that it uses:
+How a request travels. The file begins with what stands at the bottom of this drawing: what is
+used comes before what uses it, but for what is handed over to be called later (a handler to
+its Change, a Handler to the Server):
 
     socket -> Server      a bounded number of connections, a thread each
            -> Handler     bytes, perhaps through Tls, to a strictly framed Request, in time
@@ -12,8 +13,8 @@ whoever has read to a name knows all that it uses:
            -> Proxmox     the host: files under /etc/pve and /sys/fs/cgroup, pct, pvesh
            -> Commands    the one place that starts a process, here or by ssh on another node
 
-and back as an Answer, in one write. An error anywhere is a Problem, and becomes an
-Answer in Api.answer. The parts, in their order:
+and back as an Answer, in one write unless it is large. An error anywhere is a Problem, and
+becomes an Answer in Problem.answer. The parts, in their order:
 
     values, logs              what travels, and the lines that tell of it
     settings, parameters      what the administrator and a client may write
@@ -100,10 +101,11 @@ MAX_SESSIONS = 8            # commands at once on another node (sshd's MaxSessio
 
 REQUEST_SECONDS = 10        # for a whole request to arrive, and for an answer to leave
 IDLE_SECONDS = 30           # between two requests on one connection
-YIELD_SECONDS = 1           # after which a connection without a request gives up its place
+YIELD_SECONDS = 1           # after which a connection gives way to one of an address with as many
 LINGER_SECONDS = 1          # for a refused client to take its answer
 LOCK_SECONDS = 60           # waiting for another change to the same container
-SLOT_SECONDS = 30           # waiting for a slot to run a command
+SLOT_SECONDS = 30           # waiting for a slot to run commands
+RETRY_SECONDS = 30          # after which a client may ask again for what is not there now
 FILE_SECONDS = 5            # for a file under /etc/pve to be read
 KILL_SECONDS = 1            # for a command to end that was killed
 WORKER_SECONDS = 5          # that an idle thread waits for work
@@ -111,7 +113,7 @@ PROBE_SECONDS = 10          # a health probe's result is kept
 REACH_SECONDS = 4           # for another node to answer over SSH
 BROADCAST_SECONDS = 60      # what nodes broadcast every 10 s is believed
 LOOK_SECONDS = 0.5          # between two looks at who has left
-HELD_SECONDS = 0.002        # that all are held up who take connections, before one is added
+HELD_SECONDS = 0.002        # for which all threads are held up that take connections, before more
 COMPLAINT_SECONDS = 60      # between two lines about an address that holds too many connections
 LOG_SECONDS = 0.5           # for a main or error log line to be written before its caller goes on
 STOP_SECONDS = 30           # for requests in work to be answered when the daemon stops
@@ -205,19 +207,19 @@ def lost(node, argv, begun, details):
     else:
         problem = unavailable(f"Node '{node.name}' cannot run commands over SSH; "
                               "to see why, on this host: "
-                              f"pvesh get /nodes/{node.name}/version", SLOT_SECONDS, NotBegun)
+                              f"pvesh get /nodes/{node.name}/version", RETRY_SECONDS, NotBegun)
     if details:
         problem.add_details(details[-MAX_DETAILS:])
     return problem
 
 
 def stopping():
-    return unavailable("The daemon is stopping", SLOT_SECONDS)
+    return unavailable("The daemon is stopping", RETRY_SECONDS)
 
 
 def hanging():
     return unavailable("Proxmox's files (/etc/pve) do not answer; "
-                       "see: systemctl status pve-cluster", SLOT_SECONDS)
+                       "see: systemctl status pve-cluster", RETRY_SECONDS)
 
 
 def internal_error(error):
@@ -395,12 +397,12 @@ class LogFile(logging.Handler):
             if patience and not self.hangs:
                 self.hangs = not self.changed.wait_for(lambda: self.written >= number, patience)
 
-    def flush(self, seconds=LOG_SECONDS):
-        """Let the lines that wait be written now, if that takes no longer."""
+    def flush(self):
+        """Let the lines that wait be written now, and wait for that for LOG_SECONDS at most."""
         with self.changed:
             self.gather = 0
             self.changed.notify_all()
-            self.changed.wait_for(lambda: self.written >= self.added, seconds)
+            self.changed.wait_for(lambda: self.written >= self.added, LOG_SECONDS)
 
     def write_lines(self, path):
         """Write lines to the file at a path until another one is wanted."""
@@ -471,9 +473,9 @@ def point_logs(settings, keys):
 class ConfigError(Exception):
     """What is wrong in a configuration file, and in which line (0: in the file as a whole).
 
-    `others` are further ConfigErrors of the same file. `code` is the exit status of a start
-    that it stops: another than EX_CONFIG, which systemd takes as final, if it may pass by
-    itself.
+    `others` are further ConfigErrors of the same file. `code` is the exit status of the start
+    that it stops: EX_CONFIG, after which systemd does not try again, or 1 if the fault may pass
+    by itself.
     """
 
     def __init__(self, line, text, others=(), code=EX_CONFIG):
@@ -588,7 +590,9 @@ def yaml_key(content, line):
 
 
 def load_yaml(text):
-    """Read a YAML document; return (its value, {path: line}), a path being a tuple of keys.
+    """Read a YAML document; return (its value, {path: line}).
+
+    A path is a tuple of keys and of places in lists.
 
     Taken: nested mappings, block and flow lists of scalars, plain and quoted scalars on
     one line, comments. What is taken is read as YAML 1.1 (PyYAML's safe_load) reads it;
@@ -602,7 +606,7 @@ def load_yaml(text):
                 else "a control character is not taken here")
         raise ConfigError(text.count("\n", 0, unreadable.start()) + 1, what)
     document, where = {}, {}
-    levels = []                             # (indentation, container, path) of what is open
+    levels = []                             # (indentation, dict or list, path) of what is open
     hole = (-1, document, None, ())         # the key that still waits for its value
     for number, line in enumerate(text.split("\n"), 1):
         content = line.strip(" ")
@@ -619,9 +623,9 @@ def load_yaml(text):
         item = content == "-" or content.startswith("- ")
         if hole and (indent > hole[0] or
                      (item and indent == hole[0] and isinstance(hole[1], dict))):
-            container = [] if item else {}
-            hole[1][hole[2]] = container
-            levels.append((indent, container, hole[3]))
+            holder = [] if item else {}
+            hole[1][hole[2]] = holder
+            levels.append((indent, holder, hole[3]))
             if len(levels) > 20:
                 raise ConfigError(number, "nested too deeply")
         hole = None
@@ -632,21 +636,21 @@ def load_yaml(text):
         if not levels or levels[-1][0] != indent:
             raise ConfigError(number, "the indentation fits no line above "
                                       "(values on several lines are not taken)")
-        _, container, path = levels[-1]
-        if item != isinstance(container, list):
+        _, holder, path = levels[-1]
+        if item != isinstance(holder, list):
             raise ConfigError(
                 number, "a list item among keys" if item else "a key among list items")
         if item:
-            where[path + (len(container),)] = number
-            container.append(yaml_value(content[1:].strip(" "), number, flow_list=False))
+            where[path + (len(holder),)] = number
+            holder.append(yaml_value(content[1:].strip(" "), number, flow_list=False))
             continue
         key, rest = yaml_key(content, number)
-        if key in container:
+        if key in holder:
             raise ConfigError(number, f"the key '{key}' is there twice")
         where[path + (key,)] = number
-        container[key] = yaml_value(rest, number)
+        holder[key] = yaml_value(rest, number)
         if re.fullmatch(r"(?:#.*)?", rest):
-            hole = (indent, container, key, path + (key,))
+            hole = (indent, holder, key, path + (key,))
     return document.get(None), where
 
 
@@ -838,11 +842,14 @@ def keys_in_force(login, credential, where):
 
 
 def load_settings(document, credential=None):
-    """Turn a file's text into a namespace of sections; ConfigError tells all that is wrong.
+    """Turn a file's text into a namespace of sections, or raise ConfigError.
 
-    Beside the settings it has `keys`, the API keys that are in force, `read_only_keys`, those
-    that may only read, and `where`, {(section, key): line}; `credential` is the key that counts
-    if the text has none that may change containers.
+    That tells all that is wrong with keys and values, or the first thing that is no YAML.
+
+    Beside the settings the namespace has `keys`, the API keys that are in force,
+    `read_only_keys`, those that may only read, and `where`, {(section, key): line}; `tls` and
+    `tls_ends` are None until read_tls has read the files. `credential` is the key that counts if
+    the text has none that may change containers.
     """
     tree, where = load_yaml(document)
     tree = {} if tree is None else tree
@@ -1011,7 +1018,7 @@ def parse_query(query):
 def read_json(document, **options):
     """Read a JSON text that others wrote; ValueError if it is none, or too deep.
 
-    An integer beyond 64 bits is None, for int() takes time in the square of its digits.
+    An integer of more than 20 characters is None: int() takes time in the square of its digits.
     """
     try:
         return json.loads(
@@ -1159,9 +1166,9 @@ class Cluster(namedtuple("Cluster", "name quorate nodes")):
 def incomprehensible(name):
     """Make the Problem 503 for a file that is half or garbled.
 
-    That must not be taken for a host without cluster, quorum or guests.
+    Such a file must not be taken for a host without cluster, quorum or guests.
     """
-    return unavailable(f"Proxmox's file {name} cannot be understood", SLOT_SECONDS)
+    return unavailable(f"Proxmox's file {name} cannot be understood", RETRY_SECONDS)
 
 
 def parse_members(document):
@@ -1438,7 +1445,7 @@ LASTING = "snapshot|snapshot-delete|rollback|create|destroyed"      # locks that
 # What pct and pvesh say when they fail, as their sources write it, by what a client is told.
 # A pattern stands for the start of a line, with or without what PREFIX takes away; it may begin
 # with the name of the command, such as "resize: ". A long line must not cost more than its
-# length: no two parts of a pattern that follow each other may both take the same characters.
+# length: no two repetitions with nothing fixed between them may take the same characters.
 FAILURES = {
     (404, r"VM \2 does not exist on node '\1'"): [
         r"Configuration file 'nodes/([^/']+)/lxc/(\d+)\.conf' does not exist"],
@@ -1701,7 +1708,7 @@ def explain_failure(argv, result):
     stderr, stdout = last_lines(result.stderr), last_lines(result.stdout)
     found = verdict(argv, stderr) or reason(stdout)
     status, error = found or (500, own_words(command, result.exit, stderr or stdout))
-    headers = {"Retry-After": "30"} if status == 503 else None
+    headers = {"Retry-After": str(RETRY_SECONDS)} if status == 503 else None
     return Problem(status, error, headers, details=said)
 
 
@@ -1816,8 +1823,8 @@ def read_traffic():
 class ClusterFiles:
     """What /etc/pve says, the same on every node: Proxmox's cluster file system (pmxcfs).
 
-    Any of these reads may hang, for it is a FUSE file system: who must not wait for ever asks
-    by Files.read. A `node` is the Node whose containers are meant, or None for this one.
+    Any of these reads may hang, for it is a FUSE file system: who must not wait for ever lets
+    Files (below) do it. A `node` is the Node whose containers are meant, or None for this one.
     """
 
     def __init__(self, folder, clustered):
@@ -1830,9 +1837,10 @@ class ClusterFiles:
         return own, cluster if self.clustered else None
 
     def find(self, vm_id):
-        """Return the Node where a container lives, None for this one; Problem 404 if it is nowhere.
+        """Return the Node where a container lives; Problem 404 if the cluster's list has no such.
 
-        Its file here is looked for first: no id is on two nodes, and the list may be long.
+        None stands for this node, or for one that is not known: whoever reads the file here will
+        see. Its file here is looked for first: no id is on two nodes, and the list may be long.
         """
         if is_there(self.conf_path(vm_id)):
             self.seen.add(vm_id)
@@ -1860,7 +1868,7 @@ class ClusterFiles:
         """
         if not os.path.lexists(self.conf_folder()) and is_there(self.folder):
             raise unavailable(f"Proxmox's cluster file system is not mounted at {self.folder}; "
-                              "see: systemctl status pve-cluster", SLOT_SECONDS)
+                              "see: systemctl status pve-cluster", RETRY_SECONDS)
 
     def with_known_hosts(self, node):
         """Return a Node with the path of the file that has its SSH key, if there is one."""
@@ -1872,7 +1880,7 @@ class ClusterFiles:
         node, (_, cluster) = self.find(vm_id), self.members()
         if cluster and not cluster.quorate:
             raise unavailable("The Proxmox cluster has no quorum, so nothing can be changed; "
-                              "see: pvecm status", 30)
+                              "see: pvecm status", RETRY_SECONDS)
         return node
 
     def text(self, vm_id):
@@ -1959,9 +1967,10 @@ class ClusterFiles:
 class Usage(namedtuple("Usage", [
         "cpu", "memory", "shared", "swap", "disk_read", "disk_write", "oom_kills", "pids",
         *(f"{kind}_{name}" for name in PRESSURES for kind in ("pressure", "waited"))])):
-    """What a running container uses or has used, in seconds and bytes; None where nobody tells.
+    """What a running container uses or has used; None where nobody tells.
 
-    For each of PRESSURES, `pressure_NAME` and `waited_NAME` are what parse_pressure reads.
+    Processor time is in seconds, memory and disk in bytes; for each of PRESSURES,
+    `pressure_NAME` and `waited_NAME` are what parse_pressure reads.
     """
 
 
@@ -1990,14 +1999,18 @@ class Cgroups:
         return is_there(self.path(vm_id))
 
     def files(self, running):
-        """Return those of CGROUP_FILES that this kernel has, as the first of the `running` shows.
+        """Return those of CGROUP_FILES that this kernel has, as the first few `running` show.
 
         Siblings have the same ones: the kernel makes them for what their parent's
-        cgroup.subtree_control names (its Documentation/admin-guide/cgroup-v2.rst).
+        cgroup.subtree_control names. But who writes 0 to a cgroup's cgroup.pressure hides its
+        *.pressure (both in its Documentation/admin-guide/cgroup-v2.rst).
         """
-        shown = (set(names_in(self.path(each))) for each in running)
-        there = next((names for names in shown if "cpu.stat" in names), CGROUP_FILES)
-        return [name for name in CGROUP_FILES if name in there]
+        there = set()
+        for each in sorted(running)[:8]:
+            there.update(names_in(self.path(each)))
+            if there.issuperset(CGROUP_FILES):
+                break
+        return [name for name in CGROUP_FILES if name in there or "cpu.stat" not in there]
 
     def usage(self, vm_id, names=CGROUP_FILES):
         """Return the Usage of a container by the files in its cgroup that have these names.
@@ -2117,7 +2130,7 @@ class Workers:
             threading.Thread(target=self.serve, args=(inbox,), daemon=True).start()
         except RuntimeError:
             raise unavailable(
-                "The host has no thread left; try again later", SLOT_SECONDS) from None
+                "The host has no thread left; try again later", RETRY_SECONDS) from None
 
     def serve(self, inbox):
         """Do one job after the other, until none has come for WORKER_SECONDS."""
@@ -2147,10 +2160,11 @@ class Workers:
 
 
 class SingleFlight:
-    """One call for all who ask the same at the same time, each in a thread of its own.
+    """One call answers all who ask the same question at the same time.
 
     All who ask before a call begins share it, and who comes later waits for the next: one at
-    a time, and nothing is told from before it was asked.
+    a time, and nothing is told from before it was asked. The calls of different questions run
+    at once, in a thread each.
     """
 
     def __init__(self, workers):
@@ -2196,13 +2210,13 @@ class Files:
     """Reads what may hang, and waits for none of it longer than FILE_SECONDS.
 
     /etc/pve is a FUSE file system, and a container's disk may be somewhere in the network.
-    A read that hangs cannot be ended, so it is left alone in its thread. The same is not read
-    again before, or one container's file or disk would soon stand for all; when MAX_HUNG
-    of them hang, no further one is begun.
+    A read that hangs cannot be ended, so it is left alone in its thread. While it hangs, the
+    same is not begun again, or one container's file or disk would soon stand for all; while
+    MAX_HUNG of them hang, no further one is begun.
     """
 
     def __init__(self, workers):
-        self.workers, self.hung = workers, {}       # what is read, and the Future of it
+        self.workers, self.hung = workers, set()    # what is being read and hangs
 
     def read(self, function, *arguments):
         """Return function(*arguments); Problem 503 if it hangs, or cannot read what is there."""
@@ -2214,12 +2228,12 @@ class Files:
         try:
             error = future.exception(FILE_SECONDS)
         except FutureTimeout:
-            self.hung[question] = future
-            future.add_done_callback(lambda _: self.hung.pop(question, None))
+            self.hung.add(question)
+            future.add_done_callback(lambda _: self.hung.discard(question))
             raise hanging() from None
         if isinstance(error, OSError):
             raise unavailable(f"{error.filename or 'A file'} cannot be read: {error.strerror}",
-                              SLOT_SECONDS)
+                              RETRY_SECONDS)
         return future.result()
 
 
@@ -2326,7 +2340,7 @@ def client_of(headers, address, trusted):
     return str(client), False
 
 
-CONTAINER = "lxc_autoscale_container_"       # how the names of their metrics begin
+CONTAINER = "lxc_autoscale_container_"       # how the names of containers' metrics begin
 CONTAINER_USAGE = {                         # field of Usage: the rest of a metric's name
     "cpu": "cpu_seconds_total", "memory": "memory_usage_bytes", "shared": "memory_shared_bytes",
     "swap": "swap_usage_bytes", "disk_read": "disk_read_bytes_total",
@@ -2428,17 +2442,17 @@ def braced(names, values):
 def histogram(name, buckets, labels, counts):
     if not are_numbers(counts):
         return []
-    lines, total = [], 0
+    lines, total, others = [], 0, labels[1:-1] + "," if labels else ""
     for bound, count in zip([*buckets, "+Inf"], counts):
         total += count
-        lines.append(f'{name}_bucket{labels[:-1]},le="{bound}"}} {total}')
+        lines.append(f'{name}_bucket{{{others}le="{bound}"}} {total}')
     return [*lines, f"{name}_sum{labels} {counts[-1]}", f"{name}_count{labels} {total}"]
 
 
 def exposition(name, family, series):
     """Write a family's series {labels in braces: value} as lines.
 
-    There are none of what is no number, for which a whole scrape is refused.
+    A value that is no number is left out: Prometheus would refuse the whole scrape for it.
     """
     if family.kind == "histogram":
         return [line for labels, counts in series.items()
@@ -2517,7 +2531,7 @@ class Metrics:
 
 def process_metrics():
     """Read the process_* families from /proc, as Prometheus's own clients do."""
-    # They begin with field 3 of proc(5).
+    # The first of these is field 3 of proc(5).
     fields = read_text("/proc/self/stat").rpartition(")")[2].split()
     boot, tick = (
         int(re.search(r"^btime (\d+)", read_text("/proc/stat"), re.MULTILINE)[1]),
@@ -2553,7 +2567,7 @@ def new_output(bounded):
         fd = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError as error:
         raise unavailable(f"The host has no room for a command's output: {error.strerror}",
-                          SLOT_SECONDS, NotBegun) from None
+                          RETRY_SECONDS, NotBegun) from None
     if bounded:                             # a write past the size fails with EPERM
         os.ftruncate(fd, MAX_OUTPUT)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
@@ -2633,7 +2647,7 @@ ROOT = {"HOME": "/root", "LOGNAME": "root", "SHELL": "/bin/bash", "USER": "root"
 
 
 def environment():
-    """Return the environment of every command: root's, and nothing else of the daemon's own.
+    """Return the environment of every command: root's, and of the daemon's own only PATH and TZ.
 
     What systemd tells its services (systemd.exec(5): the notification socket, the watchdog,
     where credentials are, …) is not for pct, storage tools and hook scripts. PATH says where
@@ -2644,9 +2658,10 @@ def environment():
 
 
 class Commands:
-    """Starts every process, at most `width` at once on each node.
+    """Starts every process, each without a shell and with nothing on stdin.
 
-    Each is started without a shell, with nothing on stdin.
+    A node has `width` slots for commands: a read takes one for its command, a change one for all
+    its commands, and a probe needs none.
 
     `node` is the Node where a command runs, or None for this one; on others MAX_SESSIONS is a
     bound, too. Each has a session of its own: what kills the daemon's group, or stops its
@@ -2700,7 +2715,7 @@ class Commands:
             return known
         if not (node.online and node.address):
             raise unavailable(f"Node '{node.name}' is offline; "
-                              "to see why, on this host: pvecm status", SLOT_SECONDS)
+                              "to see why, on this host: pvecm status", RETRY_SECONDS)
         with known.lock:
             now = time.monotonic()
             if (known.tried < max(since or now, now - 1)
@@ -2723,7 +2738,7 @@ class Commands:
             return self.run(node, [*map(str, argv)], self.read_seconds, slots)
 
     def run(self, node, argv, seconds=None, slots=None):
-        """Run a command in a slot that is held already; return its Result, or raise Problem.
+        """Run a command, in the slot that the caller holds; return its Result, or raise Problem.
 
         With `seconds` it changes nothing: past them it is killed with its whole group, and
         `slots` are kept while it cannot be ended. Without, it may change something, and is never
@@ -2826,12 +2841,11 @@ def checked(argv, result):
 # The host
 
 def cpu_meter(clock):
-    """Begin to measure, and return a function that tells how busy so many processors were since.
+    """Begin to measure; return a function that tells in percent how busy processors were since.
 
-    It tells that in percent, or None.
-
-    clock() gives (busy, total), or None where nobody tells. `pct status` does not, so it is
-    measured around that, and over 0.1 s at least.
+    Their number is its argument; it returns None where nobody tells. clock() gives (busy,
+    total), or None. At least 0.1 s is measured, and the time that a command takes meanwhile
+    counts into it.
     """
     begun, before = time.monotonic(), clock()
 
@@ -2853,17 +2867,17 @@ def listed_container(vm_id, node, name, status, cores, memory, uptime, onboot, m
 
 
 def described_by(vm_id, document):
-    """Return (its labels, whether it is a template, its samples) from a container's configuration.
+    """Return what /metrics says of a container by its configuration.
 
-    That is what it says in /metrics.
+    That is: its labels in braces, whether it is a template, [(family, labels, value)].
     """
-    values, name = parse_config(document).values, str(vm_id)
+    values, own_id = parse_config(document).values, str(vm_id)
     (cores, memory, _), (lock, template, _) = allotted(values), marks(values)
-    samples = [("info", (name, container_name(vm_id, values)), 1),
-               ("locked", (name, lock), lock and 1),
-               ("cpu_cores", (name,), cores), ("memory_mb", (name,), memory),
-               ("memory_limit_bytes", (name,), memory and memory * MIB)]
-    return braced(ONE, (name,)), template, [
+    samples = [("info", (own_id, container_name(vm_id, values)), 1),
+               ("locked", (own_id, lock), lock and 1),
+               ("cpu_cores", (own_id,), cores), ("memory_mb", (own_id,), memory),
+               ("memory_limit_bytes", (own_id,), memory and memory * MIB)]
+    return braced(ONE, (own_id,)), template, [
         (CONTAINER + family, braced(FAMILIES[CONTAINER + family].labels, labels), value)
         for family, labels, value in samples if value is not None]
 
@@ -2878,6 +2892,7 @@ class Proxmox:
 
     def __init__(self, commands, files, pve_dir, cgroup_dir, clustered):
         self.commands, self.files = commands, files
+        self.disks = Files(files.workers)   # apart: a storage that hangs must not stop the rest
         self.pve, self.cgroups = ClusterFiles(pve_dir, clustered), Cgroups(cgroup_dir)
         self.probed = (-math.inf, False, "")
         self.described = {}                 # by id, what the last scrape read in the configurations
@@ -2906,7 +2921,10 @@ class Proxmox:
         return run(now)
 
     def text_at(self, node, path):
-        """Return a small file's text on any node, or None if it cannot be read."""
+        """Return a small file's text on any node, or None if it is not there.
+
+        Of another node it is None, too, if it cannot be read.
+        """
         if not node:
             return self.files.read(read_text, path)
         result = self.commands.read(node, "cat", path)
@@ -3010,7 +3028,7 @@ class Proxmox:
         It is None if that disk does not answer.
         """
         try:
-            return self.files.read(used_bytes, f"/proc/{pid}/root")
+            return self.disks.read(used_bytes, f"/proc/{pid}/root")
         except Problem:
             return None
 
@@ -3099,7 +3117,6 @@ class Proxmox:
             if field in CONTAINER_USAGE:
                 families[CONTAINER + CONTAINER_USAGE[field]] = {
                     one: value for one, value in zip(usages, values) if value is not None}
-
         self.described = described
         return families
 
@@ -3113,7 +3130,7 @@ class Proxmox:
     def node_status(self, name):
         """Return a node's load: of this node from /proc, of any other from its pvesh.
 
-        That would itself count as load if it ran already.
+        The processors are measured before pvesh is started, which would count as load itself.
         """
         own, cluster = self.files.read(self.pve.members)
         known = cluster.nodes if cluster else {own: None} if own else {}
@@ -3257,7 +3274,7 @@ class Change:
         self.node = self.slots = self.before = self.ran = self.problem = None
         self.on_node = ""                   # what a text says of where a command is to be run
 
-        # One that was killed may leave its task at work.
+        # killed: a command was killed, and its task may still be at work.
         self.steps, self.lost, self.killed = [], [], False
         self.warnings, self.data = [], {}   # of the answer, if all goes well
         # What was done, for who hears of a failure, and what stays behind.
@@ -3286,17 +3303,17 @@ class Change:
             self.node is not None and result.exit == 128 + signal.SIGKILL)
         if result.exit:
             raise self.failed(argv, result)
-        # They tell nothing of what it did: storages, plugins and old lines of a configuration
-        # have something to say at every call.
+        # stderr says nothing of the work that was done: storages, plugins and old lines of a
+        # configuration have something to say at every call.
         said = map(str.strip, result.stderr[-MAX_DETAILS:].splitlines())
         self.warnings += filter(None, said)
         return result
 
     def failed(self, argv, result):
-        """Make a failed step's Problem; it was no step if Proxmox refused it before it began.
+        """Return the Problem for a command that failed; it stays a step unless it changed nothing.
 
-        What is said in the middle of a work may have changed something, unless it was the
-        first, and all is as it was.
+        It changed nothing if Proxmox refused it before it began, or if it was the first step and
+        all is as before.
         """
         problem = failed(argv, result)
         at_once = problem.status in (400, 404) or AT_ONCE.match(f"{argv[1]}: {problem.error}")
@@ -3329,9 +3346,9 @@ class Change:
         return self.ran
 
     def conf(self, vm_id=None):
-        """Return the container's Conf as its node has it.
+        """Return the container's Conf as its own node has it.
 
-        What was changed there is seen here some milliseconds later.
+        In this node's /etc/pve, a change on another node is seen some milliseconds later.
         """
         vm_id = vm_id or self.vm_id
         text = self.texts(vm_id)[vm_id]
@@ -3426,7 +3443,6 @@ class Change:
         except Problem:
             return False
 
-
     # Its life
 
     def run(self, node, slots):
@@ -3454,9 +3470,10 @@ class Change:
             outcome, status = INCOMPLETE, 409 if problem.status == 409 else 500
             try:
                 self.left += self.remains()
-            except Exception:               # nobody must wait for ever for want of this
+            except Exception:               # even so, the caller must get an answer
                 log.exception("internal error in %s", self.title)
-        error = problem.error.partition("; try again")[0]       # that would be done twice
+        # Trying again would do the first steps twice.
+        error = problem.error.partition("; try again")[0]
         concluded = Problem(status, error, outcome=outcome, **problem.fields)
         concluded.add_details(*notes, *self.left)
         return concluded
@@ -3553,7 +3570,7 @@ class Changes:
             if self.stopping:
                 raise stopping()
             if len(self.pending) >= MAX_OPERATIONS:
-                raise unavailable("Too many changes wait; try again later", SLOT_SECONDS)
+                raise unavailable("Too many changes wait; try again later", RETRY_SECONDS)
             self.pending.add(change)
         try:
             self.workers.start(self.work, change)
@@ -3615,7 +3632,7 @@ class Changes:
         """
         since, who = time.monotonic(), f"{change.title}, since {utc(int(time.time()))}"
         files, pve, commands = self.host.files, self.host.pve, self.host.commands
-        # Without this it would wait behind one that waits for a dead node.
+        # Before the locks, or it would wait behind a change that waits for a dead node.
         commands.reachable(files.read(pve.changeable, change.vm_id), since)
         with ExitStack() as held:
             # All go in one order, so that no two wait for each other.
@@ -3641,9 +3658,9 @@ class Changes:
             return change.run(moved, slots)
 
     def cancel(self, change, problem):
-        """Let a change never begin, unless it has.
+        """Cancel a change that has not begun.
 
-        Its client may leave while the daemon stops, and one of them is first.
+        Its client may leave while the daemon stops: then the first of the two reasons counts.
         """
         with self.lock:
             first = not change.future.cancelled() and change.future.cancel()
@@ -3687,9 +3704,9 @@ class Changes:
         self.ending.set_result(None)
 
     def rows(self, id=None, vm_id=None):
-        """Return what is known of the changes, newest first.
+        """Return the rows of /operations, newest first.
 
-        If asked for, that is of one of them, or of one container's.
+        They are all, or that of one id, or those of one container.
         """
         return [change.row() for change in list(self.recent)
                 if id in (None, change.id) and (vm_id is None or vm_id in change.containers)]
@@ -3797,9 +3814,9 @@ def roll_back(change, vm_id, snapshot_name):
 
 
 def set_address(change, new_vm_id, ip):
-    """Change the address in the clone's net0, and nothing else.
+    """Change the address in the clone's net0; with dhcp, its gateway goes.
 
-    Without its hwaddr, pct would make a new one.
+    All else stays: without its hwaddr, pct would make a new one.
     """
     name = "ip6" if ":" in ip else "ip"
     try:
@@ -3824,9 +3841,9 @@ def addresses_twice(change, vm_id):
 
 
 def start_clone(change, new_vm_id, start):
-    """Start a clone if that was asked for, or if it does no harm.
+    """Start a clone if `start` is true, not if it is false.
 
-    If nothing was asked, it is started if its addresses are nobody else's.
+    If it is None, the clone is started if no other container has its static addresses.
     """
     if start is False:
         return
@@ -3848,7 +3865,7 @@ def start_clone(change, new_vm_id, start):
 
 
 def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full):
-    """Clone, give the clone its address, and start it unless somebody has that address already."""
+    """Clone, give the clone its address, and start it as start_clone says."""
     if new_vm_id == vm_id:
         raise Problem(400, "Invalid new_vm_id: must differ from vm_id")
     if change.host.files.read(change.host.pve.is_taken, new_vm_id):
@@ -3881,9 +3898,9 @@ def delete_clone(change, vm_id):
 
 
 def unless_so_already(change, refusal, *command):
-    """Run a command that is refused where the container is in that state already.
+    """Run a command that pct refuses if the container is in the wanted state already.
 
-    Then this is a warning only.
+    Such a refusal becomes a warning.
     """
     change.ran = command[0] != "start"      # or it is refused
     try:
@@ -4002,10 +4019,10 @@ LIMITS = record(
     max=shown("integer", "The most, in MB.")),
     disk_gb=record("Root disk.", min=shown("number?", "Its size, in GB: it cannot shrink.")))
 OUTCOMES = {                                # what a failed change has done
-    "nothing_done": "no changing command was begun, or Proxmox refused the first one",
-    "incomplete": "something was done, or may be left behind; details says how to mend it",
-    "running": "it goes on in Proxmox",
-    "unknown": "its result could not be learned; ask before trying again",
+    NOTHING_DONE: "no changing command was begun, or Proxmox refused the first one",
+    INCOMPLETE: "something was done, or may be left behind; details says how to mend it",
+    RUNNING: "it goes on in Proxmox",
+    UNKNOWN: "its result could not be learned; ask before trying again",
 }
 FAILED = {
     "status": {"const": "error"},
@@ -4124,7 +4141,7 @@ SCHEMAS = {
         requested=shown("string", "When it was asked for, in UTC.", format="date-time"),
         began=shown("string?", "When it began, in UTC.", format="date-time"),
         ended=shown("string?", "When it ended, in UTC.", format="date-time"),
-        status=shown("integer?", "The HTTP status of its answer."),
+        status=shown("integer?", "The HTTP status that its end has; null before."),
         error=shown("string?", "What was wrong."),
         warnings={"type": "array", "items": {"type": "string"},
                   "description": "What there is to say."}),
@@ -4390,17 +4407,18 @@ def read_object(request):
 
 
 def loggable_path(path):
-    """Return a path as the log may have it.
+    """Return as much of a path as may be logged: all, if it is an endpoint's.
 
-    Of one that is no endpoint, that is only what cannot hold a key behind some mistyped '?'.
+    Of any other it is what stands before the first mark that may be a mistyped '?', for a key
+    may follow it.
     """
     return path if path in PATHS else re.split(r"[^A-Za-z0-9/._~-]", path, maxsplit=1)[0][:100]
 
 
 class Api:
-    """Request -> Answer; the one place where a Problem becomes an Answer."""
+    """Request -> Answer: limits, authenticates, finds the row of ROUTES and calls its handler."""
 
-    def __init__(self, config, host, metrics, workers=None):
+    def __init__(self, config, host, metrics, workers):
         self.host, self.metrics, self.workers, self.flights = (
             host, metrics, workers, SingleFlight(workers))
         self.changes = Changes(
@@ -4591,6 +4609,10 @@ def no_passphrase():
     raise ValueError
 
 
+class BadFile(Exception):
+    """A file that cannot be used: which setting names it, and what is wrong with it."""
+
+
 def bad_file(config, setting, text):
     """Make the ConfigError for a file that cannot be used.
 
@@ -4609,30 +4631,26 @@ def unverified():
     return context
 
 
-def load_tls(config):
-    """Load (SSLContext, when its certificate ends) as the settings say, or ConfigError.
-
-    It waits for the files.
-    """
-    certificate, key = config.server.tls_certificate, config.server.tls_key
+def load_tls(certificate, key):
+    """Load (SSLContext, when its certificate ends) from the two files, or raise BadFile."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")      # of TLS 1.2: with forward secrecy
-    for setting, rule, load, arguments in (
-            ("tls_certificate", "must hold a certificate in PEM",
+    for setting, path, rule, load, arguments in (
+            ("tls_certificate", certificate, "must hold a certificate in PEM",
              unverified().load_verify_locations, (certificate,)),
-            ("tls_key", "must hold the key of that certificate, in PEM and without a passphrase",
+            ("tls_key", key,
+             "must hold the key of that certificate, in PEM and without a passphrase",
              context.load_cert_chain, (certificate, key, no_passphrase))):
-        path = getattr(config.server, setting)
         try:
             load(*arguments)
         except (ssl.SSLError, ValueError) as error:
             why = getattr(error, "reason", None)
-            text = f"{path} {rule}" + (f" (OpenSSL says {why})" if why else "")
-            raise bad_file(config, setting, text) from None
+            raise BadFile(
+                setting, f"{path} {rule}" + (f" (OpenSSL says {why})" if why else "")) from None
         except OSError as error:
-            raise bad_file(config, setting, f"{path} cannot be read: {error.strerror}") from None
+            raise BadFile(setting, f"{path} cannot be read: {error.strerror}") from None
     with open(certificate, encoding="latin-1") as file:
         return context, end_of_certificate(file.read())
 
@@ -4644,10 +4662,13 @@ def read_tls(config, files):
     /etc/pve, and nobody waits for that without end; if it hangs or is not mounted, as it may
     be while a host starts, that passes, and systemd tries the start again.
     """
-    if not config.server.tls_certificate:
+    certificate, key = config.server.tls_certificate, config.server.tls_key
+    if not certificate:
         return None, None
     try:
-        return files.read(lambda: load_tls(config))
+        return files.read(load_tls, certificate, key)
+    except BadFile as fault:
+        raise bad_file(config, *fault.args) from None
     except Problem as problem:
         line = config.where["server", "tls_certificate"]
         raise ConfigError(line, f"server.tls_certificate: {problem.error}", code=1) from None
@@ -4786,7 +4807,9 @@ def parse_head(block, minor):
     return headers
 
 
-TOO_MANY_BODY = '{"status": "error", "error": "Too many connections; try again later"}\n'
+# Whether a change was asked for is not known.
+TOO_MANY_BODY = ('{"status": "error", "error": "Too many connections; try again later", '
+                 f'"outcome": "{NOTHING_DONE}"}}\n')
 TOO_MANY = (f"{STATUS_LINES[503]}Retry-After: 1\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(TOO_MANY_BODY)}\r\nConnection: close\r\n\r\n"
             f"{TOO_MANY_BODY}").encode()
@@ -4923,9 +4946,9 @@ class Server(ThreadingHTTPServer):
     def make_room(self, address):
         """Close a connection of the address that holds most, and tell whether there is room now.
 
-        It is for a client from `address`. If that is one of those which hold most, only a
-        connection that has been there for some time already gives way, and none whose change
-        has begun.
+        It is for a client from `address`. If that is one of those which hold most, a connection
+        gives way only if it has waited, or been answered, for YIELD_SECONDS, and its change has
+        not begun.
         """
         holders = [(client, networks_of(client.address)[0]) for client in self.clients.values()]
         newcomer = networks_of(address)[0]
@@ -4951,9 +4974,9 @@ class Server(ThreadingHTTPServer):
         client.leave()
 
     def hang_up(self, client):
-        """Wake a connection's thread: it reads an end.
+        """Wake a connection's thread: its next read finds the end of the connection.
 
-        What is sent to one that asks for nothing still goes out.
+        To a client without a request in work, what is being sent still goes out.
         """
         try:
             client.sock.shutdown(socket.SHUT_RDWR if client.asking else socket.SHUT_RD)
@@ -5002,9 +5025,10 @@ class Server(ThreadingHTTPServer):
                     self.dismiss(waiting[number])
 
     def turn_away(self, request):
-        """Tell one too many, without a thread; it is closed when it had time to read.
+        """Answer 503 to a connection that is one too many, without a thread.
 
-        With TLS it is closed without a word, for that would need a handshake.
+        It is closed LINGER_SECONDS later, when it had time to read. With TLS nothing is sent,
+        for that would need a handshake.
         """
         self.api.metrics.add("lxc_autoscale_api_connections_refused_total")
         try:
@@ -5087,8 +5111,8 @@ class Server(ThreadingHTTPServer):
     def wait_for_answers(self, seconds):
         """Wait for so many seconds at most, and tell whether all was done.
 
-        That is: all requests in work were answered, and all changes ended. A change may go on
-        though its client has left, and its steps must not end half-way.
+        That is: all requests in work were answered, and all changes ended, or were left running.
+        A change may go on though its client has left, and its steps must not end half-way.
         """
         def in_work():
             return self.api.changes.are_running() or any(
@@ -5125,7 +5149,9 @@ class Handler(BaseHTTPRequestHandler):
         except Problem as problem:
             self.linger, self.client.address = True, self.client_address[0]
             self.server.api.count("other", "unknown", problem.status, 0)
-            return self.respond(problem.answer(self.method in CHANGING), "-", "-", 0)
+            # Of a request line that cannot be read, the method may be plain.
+            method = self.method or bytes(self.buffer[:7]).partition(b" ")[0].decode("latin-1")
+            return self.respond(problem.answer(method in CHANGING), "-", "-", 0)
         except (ClientLeft, OSError):
             return None
         speaks_for = client_of(request.headers, self.client_address[0],
@@ -5162,7 +5188,10 @@ class Handler(BaseHTTPRequestHandler):
                 and "close" not in options and (self.minor or "keep-alive" in options))
 
     def read_request(self):
-        """Read the next well-framed Request; Problem, or ClientLeft if none has begun."""
+        """Read the next well-framed Request, or raise Problem.
+
+        It raises ClientLeft if the connection ends, or if no request begins in time.
+        """
         self.method = None                  # not known yet
         self.await_request()
         line_end = self.read_until(b"\r\n", 0, MAX_LINE, 414, "The request line is")
@@ -5374,9 +5403,9 @@ class Signals:
     """What signals ask for: to stop, which stays asked for, or else to reload.
 
     A handler alone could be missed: Python runs it between two steps of the main thread,
-    which may be about to wait. So each signal also comes as a byte through a socket. That
-    may be full, and what does not fit is not lost: the handler keeps it. Python must not
-    warn of that: it may wait for itself then (CPython, signalmodule.c, trip_signal).
+    which may be about to wait. So each signal also comes as a byte through a socket. That may
+    be full: then the handler keeps a stop, and a reload is in the socket already. Python must
+    not warn of that: it may wait for itself then (CPython, signalmodule.c, trip_signal).
     """
 
     def __init__(self):
@@ -5435,8 +5464,11 @@ def watchdog_seconds():
 
 
 def fixed_settings(config):
-    """Return the settings that a reload does not take over."""
-    return {**vars(config.server), "tls_certificate": None, "tls_key": None}, config.proxmox
+    """Return the settings under server: and proxmox: that count only after a restart."""
+    taken_over = ("tls_certificate", "tls_key", "trusted_proxies",
+                  "change_timeout_seconds", "long_change_timeout_seconds")
+    return {name: value for name, value in (vars(config.server) | vars(config.proxmox)).items()
+            if name not in taken_over}
 
 
 def warn_of_certificate(config):
@@ -5512,7 +5544,7 @@ def serve(server, signals, config_path):
         each.flush()
 
 
-def leave():
+def exit_now():
     """End the process with status 0 now, once Python would begin to take itself apart.
 
     Threads may still be anywhere, in OpenSSL too, and would use what is being freed: with 500
@@ -5552,7 +5584,7 @@ def main():
                  f"{error.strerror}")
         return 1
     serve(server, signals, arguments.config)
-    atexit.register(leave)
+    atexit.register(exit_now)
     return 0
 
 

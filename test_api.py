@@ -3066,6 +3066,16 @@ def test_a_container_s_disk_that_does_not_answer_is_null(launch, host):
         200, None, 500)
 
 
+def test_disks_that_hang_do_not_stand_for_the_files_of_proxmox(launch, host):
+    api = launch(constants={"FILE_SECONDS": 0.1, "MAX_HUNG": 2, "STOP_SECONDS": 5.1,
+                            "used_bytes": Code("lambda path: daemon.time.sleep(60)")})
+    for pid in (os.getpid(), os.getppid(), 1):
+        (host.cgroup / "lxc/104/ns/init.scope/cgroup.procs").write_text(f"{pid}\n")
+        assert api.get("/resource/vm/status?vm_id=104").body["data"]["disk_used"] is None
+    assert api.get("/resource/vm/config?vm_id=104").status == 200
+    assert api.post("/scale/cores", {"vm_id": 104, "cores": 4}).status == 200
+
+
 def framed(line="GET /routes HTTP/1.1", *headers, body=""):
     return "\r\n".join([line, *headers, "", body]).encode("latin-1")
 
@@ -3528,6 +3538,19 @@ def test_a_scrape_opens_no_file_that_this_kernel_does_not_have(host, monkeypatch
             path.unlink() if path.is_file() else shutil.rmtree(path)
     assert proxmox.cgroups.files(["104", "107"]) == list(module.CGROUP_FILES)
     assert set(proxmox.gauges()["lxc_autoscale_container_up"].values()) == {0}
+
+
+def test_a_container_whose_pressure_is_hidden_hides_no_other_one_s(host):
+    """Whoever writes 0 to cgroup.pressure hides these files of one cgroup."""
+    for vm_id in (107, 108, 109):
+        host.add(vm_id, running=True)
+    for vm_id in (104, 107, 108):
+        for name in ("cpu", "memory", "io"):
+            (host.cgroup / f"lxc/{vm_id}/{name}.pressure").unlink()
+    gauges = proxmox_of(host).gauges()
+    waiting = "lxc_autoscale_container_pressure_{}_waiting_seconds_total"
+    for name in ("cpu", "memory", "io"):
+        assert set(gauges[waiting.format(name)]) == {one(109)}
 
 
 def test_traffic_is_told_from_inside_the_container():
@@ -7129,7 +7152,7 @@ def test_time_does_not_tell_how_much_of_a_key_is_right():
     """All keys are compared, as digests of one length, whatever was sent."""
     config = module.load_settings(
         f'authentication:\n  api_key: "{KEY}"\n  read_only_keys: ["second-key-0123456789"]\n')
-    api, compared = module.Api(config, None, module.Metrics()), []
+    api, compared = module.Api(config, None, module.Metrics(), module.Workers()), []
     real, module.hmac.compare_digest = module.hmac.compare_digest, lambda a, b: (
         compared.append((len(a), len(b))) or real(a, b))
     try:
@@ -7263,11 +7286,9 @@ def test_tls_1_2_and_1_3_are_spoken_and_nothing_older_nor_without_forward_secrec
 
 
 def test_renegotiation_and_compression_are_off(tmp_path):
-    config = module.load_settings(
-        GOOD_KEY
-        + "server:\n  tls_certificate: {}\n  tls_key: {}\n".format(*tls_files(tmp_path).values()))
+    context, _ = module.load_tls(*tls_files(tmp_path).values())
     off = ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
-    assert module.load_tls(config)[0].options & off == off
+    assert context.options & off == off
 
 
 def test_plain_http_on_a_tls_port_is_told_so(steady_tls):
@@ -7347,13 +7368,11 @@ def test_a_handshake_is_part_of_the_first_request_s_time(launch):
 
 def test_what_the_network_takes_in_pieces_arrives_whole(tmp_path):
     """A send may take a part only; no byte of a record may be lost or sent twice."""
-    config = module.load_settings(
-        GOOD_KEY
-        + "server:\n  tls_certificate: {}\n  tls_key: {}\n".format(*tls_files(tmp_path).values()))
+    context, _ = module.load_tls(*tls_files(tmp_path).values())
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
     sock = module.SimpleNamespace(recv=to_server.read, sendall=to_client.write,
                                   send=lambda data, *_: to_client.write(data[:7000]))
-    server, client = (module.Tls(sock, module.load_tls(config)[0]),
+    server, client = (module.Tls(sock, context),
                       module.unverified().wrap_bio(to_client, to_server))
     for _ in range(2):
         with contextlib.suppress(ssl.SSLWantReadError):
@@ -7442,6 +7461,22 @@ def test_a_reload_takes_a_renewed_certificate_and_closes_nothing(launch, host):
         f"WARNING server.tls_certificate {host.root}/tls.pem has expired "
         "(20210101000000, in UTC); clients will refuse it\n") in api.log("error"))
     assert "may need a restart" not in api.log()
+
+
+def test_a_certificate_that_hangs_is_read_by_one_thread_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FILE_SECONDS", 0.05)
+    names, files = tls_files(tmp_path), module.Files(module.Workers())
+    config = module.load_settings(
+        GOOD_KEY + "server:\n  tls_certificate: {}\n  tls_key: {}\n".format(*names.values()))
+    os.remove(names["tls_certificate"])
+    os.mkfifo(names["tls_certificate"])
+    for _ in range(3):
+        with pytest.raises(module.ConfigError) as caught:
+            module.read_tls(config, files)
+        assert (caught.value.code, caught.value.text, len(files.hung)) == (
+            1, f"server.tls_certificate: {HANGING}", 1)
+    os.close(os.open(names["tls_certificate"], os.O_WRONLY))
+    wait_until(lambda: not files.hung)
 
 
 def test_a_certificate_that_hangs_at_a_reload_delays_nobody(launch, host):
@@ -7540,6 +7575,16 @@ def test_a_badly_framed_request_is_refused_in_json_and_ends_the_connection(eithe
     codes, body = statuses(either.raw(data + smuggled))
     assert codes == [status]
     assert body["status"] == "error" and re.fullmatch(r"[A-Z][\x20-\x7e]+", body["error"])
+
+
+@pytest.mark.parametrize("line, status", [
+    (b"POST /scale/cores HTTP/2.0", 505), (b"POST /scale/c\xc3\xb6res HTTP/1.1", 400),
+    (b"DELETE /" + b"x" * 9000 + b" HTTP/1.1", 414), (b"POST /scale/cores", 400)])
+def test_a_change_whose_request_line_cannot_be_read_has_an_outcome(either, line, status):
+    codes, body = statuses(either.raw(line + b"\r\nHost: x\r\n\r\n"))
+    assert (codes, body) == ([status], refused(body["error"]))
+    codes, body = statuses(either.raw(b"GET" + line[line.index(b" "):] + b"\r\nHost: x\r\n\r\n"))
+    assert (codes, body) == ([status], error(body["error"]))
 
 
 @pytest.mark.parametrize("line, headers, status", [
@@ -7993,7 +8038,7 @@ def test_one_connection_too_many_is_told_so_at_once(launch, host):
     started = time.monotonic()
     for _ in range(22):
         codes, body = statuses(api.raw(b""))
-        assert (codes, body) == ([503], error("Too many connections; try again later"))
+        assert (codes, body) == ([503], refused("Too many connections; try again later"))
     assert time.monotonic() - started < 1
     wait_until(lambda: threads(api) == 4)
     wait_until(lambda: descriptors(api) == used)    # they are closed when they had time to read
@@ -8450,6 +8495,24 @@ def test_reloads_do_not_starve_the_watchdog(launch, manager):
         api.process.send_signal(signal.SIGHUP)
         wait_until(lambda: fed.append(manager.recv(1000)) or fed[-1] == b"READY=1")
         assert len(fed) < 10000
+
+
+def test_a_reload_takes_over_trusted_proxies_and_the_timeouts_of_changes(launch, host):
+    api = limited(launch, max_requests_per_minute=1)
+    via = {"X-Forwarded-For": "198.51.100.7"}
+    assert [api.get("/routes", headers=via).status for _ in range(2)] == [200, 429]
+    (host.root / "api.yaml").write_text(config_text(
+        host, api.port, KEY, rate_limiting={"max_requests_per_minute": 1},
+        server={"trusted_proxies": ["192.0.2.1"]}, proxmox={"change_timeout_seconds": 1}))
+    api.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: " INFO reloaded " in api.log())
+    assert [api.get("/routes", headers=via).status for _ in range(2)] == [200, 200]
+    host.faults(set={"delay": True})
+    reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4})
+    assert (reply.status, "did not finish in 1 s" in reply.body["error"]) == (504, True)
+    host.go()
+    wait_until(lambda: api.get("/operations").body["data"][0]["ended"])
+    assert "may need a restart" not in api.log()
 
 
 def test_a_reload_takes_over_keys_limits_rails_and_logs_and_closes_nothing(launch, host):
