@@ -195,7 +195,7 @@ def too_many(node):
     return unavailable(f"Too many commands run on {where}; try again later", SLOT_SECONDS)
 
 
-def lost(node, argv, begun, details):
+def broken_off(node, argv, begun, details):
     """Make the Problem for an ssh that ended without a word of its command's end.
 
     A change that had `begun` may run there still.
@@ -310,8 +310,8 @@ def in_unit(value, unit):
     """Express bytes in MIB or GIB, with at most two decimals; None stays None."""
     if value is None:
         return None
-    number = round(value / unit, 2)
-    return int(number) if number == int(number) else number
+    rounded = round(value / unit, 2)
+    return int(rounded) if rounded == int(rounded) else rounded
 
 
 # Logs
@@ -1159,6 +1159,11 @@ class Node(namedtuple("Node", "name local online address known_hosts", defaults=
     """
 
 
+def on(node):
+    """Return what a text says of where something is to be run: nothing for this node (None)."""
+    return f" on node '{node.name}'" if node else ""
+
+
 class Cluster(namedtuple("Cluster", "name quorate nodes")):
     """A cluster as this node sees it; `nodes` is {name: Node}, this one among them."""
 
@@ -1959,7 +1964,7 @@ class ClusterFiles:
 
     def forgotten_snapshots(self):
         """Return commands that remove what an earlier daemon left, stopped during a clone."""
-        return [f"pct delsnapshot {vm_id} {name}" + (f" (on node '{node.name}')" if node else "")
+        return [f"pct delsnapshot {vm_id} {name}" + (f" ({on(node)[1:]})" if node else "")
                 for node, vm_id, conf in self.all_confs()
                 for name in conf.snapshots if name.startswith(TEMPORARY_SNAPSHOT)]
 
@@ -2024,8 +2029,7 @@ class Cgroups:
             return None
         used, cached = only_number(memory), row_number("file", stat)
         microseconds = row_number("usage_usec", cpu)
-        waits = (
-            number for name in PRESSURES for number in parse_pressure(text(f"{name}.pressure")))
+        waits = (each for name in PRESSURES for each in parse_pressure(text(f"{name}.pressure")))
         return Usage(
             microseconds and microseconds / 1e6,
             None if None in (used, cached) else max(0, used - cached),      # as pct counts it
@@ -2239,12 +2243,12 @@ class Files:
 
 # Limits and metrics
 
-def networks_of(client):
+def networks_of(address):
     """Return what an address may be counted as, the narrowest first: its kind, and first bytes."""
-    if ":" in client:
-        packed, lengths = socket.inet_pton(socket.AF_INET6, client), (8, 6, 4, 0)
+    if ":" in address:
+        packed, lengths = socket.inet_pton(socket.AF_INET6, address), (8, 6, 4, 0)
     else:
-        packed, lengths = socket.inet_pton(socket.AF_INET, client), (4, 3, 2, 0)
+        packed, lengths = socket.inet_pton(socket.AF_INET, address), (4, 3, 2, 0)
     return [(len(packed), packed[:length]) for length in lengths]
 
 
@@ -2724,7 +2728,7 @@ class Commands:
                 try:
                     self.run(node, ["true"], REACH_SECONDS)
                 except Problem as problem:
-                    silent = lost(node, (), False, f"no answer within {REACH_SECONDS} s")
+                    silent = broken_off(node, (), False, f"no answer within {REACH_SECONDS} s")
                     known.problem = silent if problem.status == 504 else problem
                 known.tried = time.monotonic()
             if known.problem:               # a copy, for each has a caller who may add to it
@@ -2759,9 +2763,8 @@ class Commands:
             code, out, err = reply or (process.returncode, out, err)
         if node and seconds and took > seconds and code == 128 + signal.SIGKILL:
             in_time = False                 # `timeout` there was a little faster than we
-        there = f" on {node.name}" if node else ""
         how = f"exit {code}" if gone else "it cannot be ended"
-        log.info("ran %s%s: %s in %.3f s", shlex.join(argv), there, how, took)
+        log.info("ran %s%s: %s in %.3f s", shlex.join(argv), on(node), how, took)
         result = "timeout" if not in_time else "ok" if code == 0 else "failed"
         self.metrics.add("lxc_autoscale_api_commands_total", label, result)
         self.metrics.observe("lxc_autoscale_api_command_duration_seconds", took, label)
@@ -2769,10 +2772,10 @@ class Commands:
             raise self.still_hung(node, argv)
         if not in_time:
             raise Problem(
-                504, f"{' '.join(argv[:3])}{there} did not finish in {seconds} s and was ended")
+                504, f"{' '.join(argv[:3])}{on(node)} did not finish in {seconds} s and was ended")
         if node and not (reply or full):
             begun = not seconds and code not in (1, 2)      # REMOTE ends so if it cannot begin
-            raise lost(node, argv, begun, err.decode("utf-8", "replace").strip())
+            raise broken_off(node, argv, begun, err.decode("utf-8", "replace").strip())
         if node and code == 127:            # as the shell there says it
             raise unavailable(f"{argv[0]} is not installed on node '{node.name}', "
                               "or not on its PATH", 60, NotBegun)
@@ -2801,8 +2804,7 @@ class Commands:
         return False
 
     def still_hung(self, node, argv):
-        where = f" on node '{node.name}'" if node else ""
-        return Problem(504, f"{' '.join(argv[:3])}{where} hangs and cannot be ended "
+        return Problem(504, f"{' '.join(argv[:3])}{on(node)} hangs and cannot be ended "
                             f"(process {self.hung.get((node, *argv), 'gone now')}); "
                             "the storage or /etc/pve behind it does not answer")
 
@@ -3272,7 +3274,7 @@ class Change:
         self.requested, self.began, self.ended = time.time(), None, None
         self.started, self.future = Future(), Future()
         self.node = self.slots = self.before = self.ran = self.problem = None
-        self.on_node = ""                   # what a text says of where a command is to be run
+        self.on_node = on(None)
 
         # killed: a command was killed, and its task may still be at work.
         self.steps, self.lost, self.killed = [], [], False
@@ -3366,25 +3368,25 @@ class Change:
                 self.remove_temporary(name)
 
     def remove_temporary(self, name):
+        """Remove a temporary snapshot, or tell in `left` how to."""
         what, how = (f"The temporary snapshot '{name}' of VM {self.vm_id}",
                      f"remove it{self.on_node} with: ")
         command, why, locked = f"pct delsnapshot {self.vm_id} {name}", "", None
+        if not self.lost:
+            try:
+                if name not in self.conf().snapshots:
+                    return
+                locked = self.own_lock()    # of a command that was killed: no other is taken now
+                if not locked:
+                    self.pct("delsnapshot", name)
+                    self.notes.append(f"{what} was removed again")
+                    return
+            except Problem as problem:
+                why = f" ({problem.error})"
+                locked = None if self.lost else self.own_lock()
         if self.lost:
-            return self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, "
-                              f"{how}{command}")
-        try:
-            if name not in self.conf().snapshots:
-                return
-            locked = self.own_lock()        # of a command that was killed: no other is taken now
-            if not locked:
-                self.pct("delsnapshot", name)
-                self.notes.append(f"{what} was removed again")
-                return
-        except Problem as problem:
-            if self.lost:
-                return self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, "
-                                  f"{how}{command}")
-            why, locked = f" ({problem.error})", self.own_lock()
+            self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, {how}{command}")
+            return
         if locked:
             self.told_locks.add(self.vm_id)
             how, command = (f"if no task of VM {self.vm_id} runs, {how}",
@@ -3448,12 +3450,16 @@ class Change:
     def run(self, node, slots):
         """Run the steps on a node, and return the Answer; Problem 404 if it has no container."""
         self.node, self.slots, self.steps, self.lost = node, slots, [], []
-        self.on_node = f" on node '{node.name}'" if node else ""
+        self.on_node = on(node)
         self.before = self.host.files.read(self.host.pve.texts, self.containers, node)
         message = self.route.handler(self, **self.values)
-        warnings = list(dict.fromkeys(self.warnings + self.left))
+        warnings = self.all_warnings()
         data = {**self.data, **({"warnings": warnings} if warnings else {})}
         return success(message, data or None)
+
+    def all_warnings(self):
+        """Return what pct warned of and what is left, each once."""
+        return list(dict.fromkeys(self.warnings + self.left))
 
     def conclude(self, problem):
         """Turn what a step failed with into the Problem that the caller hears."""
@@ -3546,7 +3552,7 @@ class Change:
                 "requested": moments[0], "began": moments[1], "ended": moments[2],
                 "status": None if not ended else problem.status if problem else 200,
                 "error": problem and problem.error,
-                "warnings": list(dict.fromkeys(self.warnings + self.left))}
+                "warnings": self.all_warnings()}
 
 
 class Changes:
@@ -3978,6 +3984,10 @@ def shown(kind, description, **more):
     return {"type": [kind[:-1], "null"] if nullable else kind, "description": description, **more}
 
 
+def text_list(description):
+    return shown("array", description, items={"type": "string"})
+
+
 def record(description, optional=(), /, **properties):
     """A JSON object that has all of these properties, but for the optional ones."""
     return {"type": "object", "description": description, "properties": properties,
@@ -4010,7 +4020,7 @@ PLACE = {
 MARKS = {
     "lock": shown("string?", "Why Proxmox holds it locked, such as backup; null if it does not."),
     "template": shown("boolean", "Whether it is a template, which cannot be started."),
-    "tags": {"type": "array", "items": {"type": "string"}, "description": "Its tags."},
+    "tags": text_list("Its tags."),
 }
 LIMITS = record(
     "What makes sense on this node.",
@@ -4104,7 +4114,7 @@ SCHEMAS = {
         quorate=shown("boolean", "Whether it has a quorum."), nodes=list_of("ClusterNode")),
     "Endpoint": record(
         "An endpoint.", endpoint=shown("string", "Its path."),
-        methods={"type": "array", "items": {"type": "string"}, "description": "Its methods."},
+        methods=text_list("Its methods."),
         description=shown("string", "What it does.")),
     "Health": record(
         "Whether the daemon can do its work.",
@@ -4115,14 +4125,12 @@ SCHEMAS = {
             detail=shown("string", "What it said.")))),
     "Changed": record(
         "What there is to say of a change that succeeded.", ("warnings",),
-        warnings={"type": "array", "items": {"type": "string"},
-                  "description": "What pct printed on stderr though it succeeded, "
-                                 "or what was left behind."}),
+        warnings=text_list("What pct printed on stderr though it succeeded, "
+                       "or what was left behind.")),
     "Cloned": record(
         "What became of a clone.", ("warnings",), vm_id=shown("integer", "The clone's id."),
         started=shown("boolean", "Whether it was started."),
-        warnings={"type": "array", "items": {"type": "string"},
-                  "description": "What there is to say."}),
+        warnings=text_list("What there is to say.")),
     "Accepted": record(
         "A change that will be begun, and may be asked for in /operations.",
         status={"const": "accepted"},
@@ -4142,9 +4150,7 @@ SCHEMAS = {
         began=shown("string?", "When it began, in UTC.", format="date-time"),
         ended=shown("string?", "When it ended, in UTC.", format="date-time"),
         status=shown("integer?", "The HTTP status that its end has; null before."),
-        error=shown("string?", "What was wrong."),
-        warnings={"type": "array", "items": {"type": "string"},
-                  "description": "What there is to say."}),
+        error=shown("string?", "What was wrong."), warnings=text_list("What there is to say.")),
     "Error": record("An error.", ("details",), **FAILED),
     "ChangeError": record(
         "An error of a change.", ("details", "operation"), **FAILED,
@@ -4908,15 +4914,15 @@ class Server(ThreadingHTTPServer):
         """
         while not self.stopping.is_set() and self.accepting.acquire(blocking=False):
             try:
-                request, client_address = self.get_request()
+                sock, client_address = self.get_request()
                 self.taken += 1
             except OSError:                 # none came for REQUEST_SECONDS, or the daemon stops
                 continue
             finally:
                 self.accepting.release()
             self.came.set()
-            if self.admit(request, client_address):
-                self.process_request_thread(request, client_address)
+            if self.admit(sock, client_address):
+                self.process_request_thread(sock, client_address)
 
     def get_request(self):
         """Accept a connection; return (its socket, (the address of its other end, port))."""
@@ -4929,18 +4935,18 @@ class Server(ThreadingHTTPServer):
             raise
         return request, (str(plain_address(address)) if ":" in address else address, port)
 
-    def admit(self, request, client_address):
+    def admit(self, sock, client_address):
         """Take in a connection, or turn it away; tell which."""
         with self.changed:
             full = (len(self.clients) >= self.max_connections
                     and client_address != self.own_address)
             room = not full or self.make_room(client_address[0])
             if room:
-                client = self.clients[request] = Client(request, client_address[0])
+                client = self.clients[sock] = Client(sock, client_address[0])
                 if self.stopping.is_set():  # it came at the last moment
                     self.hang_up(client)
         if not room:
-            self.turn_away(request)
+            self.turn_away(sock)
         return room
 
     def make_room(self, address):
@@ -5024,7 +5030,7 @@ class Server(ThreadingHTTPServer):
                 if waiting[number].waited_for is None:
                     self.dismiss(waiting[number])
 
-    def turn_away(self, request):
+    def turn_away(self, sock):
         """Answer 503 to a connection that is one too many, without a thread.
 
         It is closed LINGER_SECONDS later, when it had time to read. With TLS nothing is sent,
@@ -5032,14 +5038,14 @@ class Server(ThreadingHTTPServer):
         """
         self.api.metrics.add("lxc_autoscale_api_connections_refused_total")
         try:
-            request.setblocking(False)
+            sock.setblocking(False)
             if not self.tls:
-                request.send(TOO_MANY)
-            request.shutdown(socket.SHUT_WR)
+                sock.send(TOO_MANY)
+            sock.shutdown(socket.SHUT_WR)
         except OSError:
             pass
         with self.changed:
-            self.refused.append((time.monotonic() + LINGER_SECONDS, request))
+            self.refused.append((time.monotonic() + LINGER_SECONDS, sock))
             if len(self.refused) > self.max_connections:
                 self.refused.popleft()[1].close()
 

@@ -5106,7 +5106,7 @@ def test_a_hung_read_is_ended_on_its_own_node(lab):
     started = time.monotonic()
     reply = daemon.get("/resource/vm/status?vm_id=304")
     assert (reply.status, reply.body["error"]) == (
-        504, "pct status 304 on pve3 did not finish in 1 s and was ended")
+        504, "pct status 304 on node 'pve3' did not finish in 1 s and was ended")
     assert time.monotonic() - started < 4
     wait_until(lambda: not lab.processes("pve3", "status"))
     assert daemon.stop() == 0
@@ -5140,7 +5140,7 @@ def test_one_connection_to_a_node_is_shared(lab):
         replies = list(pool.map(lambda cores: lab.api.post(
             "/scale/cores", {"vm_id": 204 + cores % 2 * 2, "cores": cores}), range(1, 13)))
     assert {reply.status for reply in replies} == {200} and lab.logins("pve2") == before
-    assert "on pve2: exit 0" in lab.api.log()
+    assert "on node 'pve2': exit 0" in lab.api.log()
 
 
 def test_commands_beyond_what_a_connection_takes_wait(lab):
@@ -5177,7 +5177,7 @@ def test_a_read_that_its_own_node_ends_first_did_not_finish_in_time(lab):
         "try:\n    commands.run(pve2, ['sleep', '60'], 0.2)\n"
         "except daemon.Problem as problem:\n"
         "    print(json.dumps([problem.status, problem.error]))"), None)
-    assert told == [504, "sleep 60 on pve2 did not finish in 0.2 s and was ended"]
+    assert told == [504, "sleep 60 on node 'pve2' did not finish in 0.2 s and was ended"]
 
 
 HOSTILE = ["; touch /tmp/x", "$(id)", "`id`", "a b", "a\nb", "'", '"', "''; id; '", "\\", "--",
@@ -6256,18 +6256,18 @@ reboot reboot fails: 500 incomplete | pct reboot 124 failed: odd | odd | + VM 12
 reboot reboot killed: 500 incomplete | pct reboot 124 was ended by SIGKILL\
  | + VM 124 is running now | running [s1] | none
 rootfs resize unread there: 500 unknown | pct resize 124 has ended, but what it did cannot be read:\
- cat /pve/lxc/124.conf on pve2 did not finish in 0.5 s and was ended\
+ cat /pve/lxc/124.conf on node 'pve2' did not finish in 0.5 s and was ended\
  | running rootfs=local-lvm:vm-124-disk-0,size=13G [s1] | none
 mp0 resize unread there: 500 unknown | pct resize 124 has ended, but what it did cannot be read:\
- cat /pve/lxc/124.conf on pve2 did not finish in 0.5 s and was ended\
+ cat /pve/lxc/124.conf on node 'pve2' did not finish in 0.5 s and was ended\
  | running mp0=local-lvm:vm-124-disk-1,mp=/data,size=9G [s1] | none
 rollback-runs rollback lost: 504 unknown | The connection to node 'pve2' was lost during pct\
  rollback 124, which goes on if the node does. Ask for the container's state before trying again\
  | = VM 124 ran before | running [s1] | none
 clone-stopped clone unread there: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's\
  files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned\
- | + What is left cannot be read: cat /pve/lxc/150.conf on pve2 did not finish in 0.5 s and was\
- ended | stopped [s1] | stopped
+ | + What is left cannot be read: cat /pve/lxc/150.conf on node 'pve2' did not finish in 0.5 s and\
+ was ended | stopped [s1] | stopped
 clone-stopped clone lost: 504 unknown | The connection to node 'pve2' was lost during pct clone\
  126, which goes on if the node does. Ask for the container's state before trying again\
  | stopped [s1] | stopped
@@ -6281,8 +6281,8 @@ clone-runs snapshot lost: 504 unknown | The connection to node 'pve2' was lost d
 clone-runs clone unread there: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's\
  files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned\
  | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again\
- | + What is left cannot be read: cat /pve/lxc/150.conf on pve2 did not finish in 0.5 s and was\
- ended | running [s1] | stopped
+ | + What is left cannot be read: cat /pve/lxc/150.conf on node 'pve2' did not finish in 0.5 s and\
+ was ended | running [s1] | stopped
 clone-runs clone lost: 504 unknown | The connection to node 'pve2' was lost during pct clone 124,\
  which goes on if the node does. Ask for the container's state before trying again\
  | + The temporary snapshot 'TEMPORARY' of VM 124 may be left; once no task of VM 124 runs, remove\
@@ -6294,8 +6294,8 @@ clone-runs delsnapshot killed there: 200 - | - | + The temporary snapshot 'TEMPO
 clone-runs delsnapshot unread there: 500 incomplete | VM 150 was cloned, but did not start:\
  Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster\
  | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again\
- | + What is left cannot be read: cat /pve/lxc/124.conf on pve2 did not finish in 0.5 s and was\
- ended | running [s1] | stopped
+ | + What is left cannot be read: cat /pve/lxc/124.conf on node 'pve2' did not finish in 0.5 s and\
+ was ended | running [s1] | stopped
 clone-runs delsnapshot lost: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124 may be\
  left; once no task of VM 124 runs, remove it{there} with: pct delsnapshot 124 TEMPORARY\
  | running [s1] | running
@@ -6304,16 +6304,16 @@ clone-runs start lost: 504 unknown | VM 150 was cloned, but whether it started i
  the container's state before trying again | = VM 150 was cloned\
  | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again | running [s1] | running
 clone-ip clone unread there: 500 incomplete | VM 150 was cloned, but did not get its address: cat\
- /pve/lxc/150.conf on pve2 did not finish in 0.5 s and was ended | = VM 150 was cloned\
- | + What is left cannot be read: cat /pve/lxc/150.conf on pve2 did not finish in 0.5 s and was\
- ended | stopped [s1] | stopped
+ /pve/lxc/150.conf on node 'pve2' did not finish in 0.5 s and was ended | = VM 150 was cloned\
+ | + What is left cannot be read: cat /pve/lxc/150.conf on node 'pve2' did not finish in 0.5 s and\
+ was ended | stopped [s1] | stopped
 clone-ip clone lost: 504 unknown | The connection to node 'pve2' was lost during pct clone 126,\
  which goes on if the node does. Ask for the container's state before trying again | stopped [s1]\
  | stopped
 clone-ip set unread there: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files\
  (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned\
- | = VM 150 got its address | + What is left cannot be read: cat /pve/lxc/150.conf on pve2 did not\
- finish in 0.5 s and was ended | stopped [s1] | stopped ip=192.0.2.5/24
+ | = VM 150 got its address | + What is left cannot be read: cat /pve/lxc/150.conf on node 'pve2'\
+ did not finish in 0.5 s and was ended | stopped [s1] | stopped ip=192.0.2.5/24
 clone-ip set lost: 504 unknown | VM 150 was cloned, but whether it got its address is not known:\
  The connection to node 'pve2' was lost during pct set 150, which goes on if the node does. Ask for\
  the container's state before trying again | = VM 150 was cloned | stopped [s1]\
@@ -6359,7 +6359,7 @@ def expected(name, step, fault, there=""):
         status, outcome, error, said = (AT_A_LOOK if step == "status" else AT_FIRST)[fault]
         said = [said] if said else []
     error = error and error.format(
-        title=title, step=step, vm_id=story.vm_id, on=" on pve2" if there else "")
+        title=title, step=step, vm_id=story.vm_id, on=" on node 'pve2'" if there else "")
     if fault == "killed" and there and error:   # there a shell says it
         error, said = error.replace("was ended by SIGKILL", "failed: Killed"), [*said, "Killed"]
     if outcome == "nothing_done":
