@@ -2432,14 +2432,14 @@ FAMILIES = {
 }
 
 
-def escape_label(text):
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 @lru_cache(maxsize=1024)
 def braced(names, values):
     """Write labels as they stand behind a metric's name, such as `{container_id="104"}`."""
-    pairs = ",".join(f'{name}="{escape_label(text)}"' for name, text in zip(names, values))
+    pairs = ",".join(
+        f'{name}="{text.translate(LABEL_ESCAPES)}"' for name, text in zip(names, values))
     return "{" + pairs + "}" if pairs else ""
 
 
@@ -3354,7 +3354,8 @@ class Change:
         """
         vm_id = vm_id or self.vm_id
         text = self.texts(vm_id)[vm_id]
-        return parse_config(text if text is not None else self.ask("pct", "config", vm_id))
+        return parse_config(
+            text if text is not None else self.look("pct", "config", vm_id).stdout)
 
     @contextmanager
     def temporary_snapshot(self):
@@ -3399,17 +3400,18 @@ class Change:
 
     # Looking
 
-    def ask(self, *argv):
-        return checked(argv, self.look(*map(str, argv))).stdout
+    def look(self, *argv, check=True):
+        """Run a command that changes nothing there, in the change's own slot; return its Result.
 
-    def look(self, *argv):
-        """Run a command that changes nothing there, in the change's own slot."""
-        commands = self.host.commands
-        return commands.run(self.node, argv, commands.read_seconds, self.slots)
+        If it fails, it raises a Problem, unless that is not to be checked.
+        """
+        commands, argv = self.host.commands, [*map(str, argv)]
+        result = commands.run(self.node, argv, commands.read_seconds, self.slots)
+        return checked(argv, result) if check else result
 
     def state(self, vm_id=None):
         """Return `running` or `stopped`, as pct says."""
-        return parse_status(self.ask("pct", "status", vm_id or self.vm_id)).get("status")
+        return parse_status(self.look("pct", "status", vm_id or self.vm_id).stdout).get("status")
 
     def texts(self, *vm_ids):
         """Return {id: text, or None} of the containers' configurations, as the node has them.
@@ -3420,7 +3422,7 @@ class Change:
         paths = {vm_id: self.host.pve.conf_path(vm_id) for vm_id in vm_ids or self.containers}
         if not self.node:
             return dict(zip(paths, self.host.files.read(read_texts, *paths.values())))
-        results = {vm_id: self.look("cat", path) for vm_id, path in paths.items()}
+        results = {vm_id: self.look("cat", path, check=False) for vm_id, path in paths.items()}
         return {vm_id: None if result.stderr.endswith(": No such file or directory\n")
                 else checked(("cat", paths[vm_id]), result).stdout
                 for vm_id, result in results.items()}
