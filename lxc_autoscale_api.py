@@ -501,13 +501,13 @@ YAML_WORDS = {word: value for words, value in (
     ("~ null Null NULL", None), ("true True TRUE yes Yes YES on On ON", True),
     ("false False FALSE no No NO off Off OFF", False)) for word in words.split()}
 YAML_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)")
-YAML_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+][0-9]+)?|\.[0-9]+(?:[eE][-+][0-9]+)?)")
+YAML_FLOAT = re.compile(r"[-+]?[0-9]+\.[0-9]*(?:[eE][-+][0-9]+)?|\.[0-9]+(?:[eE][-+][0-9]+)?")
 # What YAML 1.1 takes for a number, a date or a merge as well.
 YAML_EXOTIC = re.compile(
     r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+"
     r"|[1-9][0-9_]*(?::[0-5]?[0-9])*|[0-9][0-9_]*(?::[0-5]?[0-9])+\.[0-9_]*"
-    r"|[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9_]+(?:[eE][-+][0-9]+)?"
-    r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
+    r"|[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?"
+    r"|\.(?:inf|Inf|INF))|\.[0-9_]+(?:[eE][-+][0-9]+)?|\.(?:nan|NaN|NAN)"
     r"|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}.*|<<|=")
 
 
@@ -932,14 +932,28 @@ def flag_parameter(name):
 
 
 def is_interface_address(text):
-    """Tell whether a text is `dhcp`, or an address with its prefix length."""
+    """Tell whether a text is `dhcp`, or an address with a prefix length that Proxmox takes.
+
+    (PVE::JSONSchema, pve_verify_cidrv4 and pve_verify_cidrv6.)
+    """
     if text == "dhcp":
         return True
     try:
         return bool(re.fullmatch(r"[0-9A-Fa-f:.]{2,45}/[0-9]{1,3}", text)
-                    and ipaddress.ip_interface(text))
+                    and ipaddress.ip_interface(text).network.prefixlen > 7)
     except ValueError:
         return False
+
+
+def hostname(name):
+    """Return the hostname that a container gets, which cannot hold `_`."""
+    return name.replace("_", "-")
+
+
+def is_vm_name(text):
+    """Tell whether a name makes a hostname that Proxmox takes (PVE::JSONSchema, dns-name)."""
+    label = "[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
+    return len(text) <= 63 and bool(re.fullmatch(rf"(?:{label}\.)*{label}", hostname(text)))
 
 
 def is_description(text):
@@ -950,7 +964,11 @@ def is_description(text):
 VM_ID = number_parameter("vm_id", 100, 999999, also=("lxc_id", "container_id"))
 ANY_VM_ID = VM_ID._replace(default=None)
 NEW_VM_ID = number_parameter("new_vm_id", 100, 999999, also=("new_lxc_id",))
-NEW_VM_NAME = name_parameter("new_vm_name", "_.-", 63, also=("new_lxc_name", "hostname"))
+NEW_VM_NAME = text_parameter(
+    "new_vm_name", is_vm_name,
+    "must be 1 to 63 letters, digits or _ . - (ASCII), of which each part between dots begins "
+    "and ends with a letter or digit", REQUIRED, also=("new_lxc_name", "hostname"),
+    pattern="^[A-Za-z0-9]([A-Za-z0-9_.\\-]*[A-Za-z0-9])?$", minLength=1, maxLength=63)
 CORES = number_parameter("cores", 1, 128)
 MEMORY = number_parameter("memory", 64, 1048576)
 DISK_SIZE = number_parameter("disk_size", 1, 16384)     # ext4's default bound; more breaks it
@@ -963,7 +981,7 @@ STORAGE = text_parameter(
     pattern="^[A-Za-z][A-Za-z0-9._\\-]{1,99}$")
 IP = text_parameter(
     "ip", is_interface_address,
-    "must be dhcp, or an address with its prefix length, such as 192.0.2.5/24")
+    "must be dhcp, or an address with its prefix length (8 or more), such as 192.0.2.5/24")
 DISK = text_parameter(
     "disk", matches(r"rootfs|mp(?:[0-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"),
     "must be rootfs, or mp0 to mp255", "rootfs", pattern="^(rootfs|mp[0-9]{1,3})$")
@@ -3230,7 +3248,7 @@ CLIENT_LEFT = 499           # in log and metrics, as nginx has it: there was nob
 OWN_LOCKS = {
     "snapshot": ("snapshot", " && pct delsnapshot {vm_id} {name}"),
     "delsnapshot": ("snapshot-delete", " && pct delsnapshot {vm_id} {name}"),
-    "rollback": ("rollback", ""),
+    "rollback": ("rollback", " && pct rollback {vm_id} {name}{start}"),
     "clone": ("disk", ""),
     "destroy": ("destroyed", " && pct destroy {vm_id}"),
 }
@@ -3243,12 +3261,13 @@ AT_ONCE = re.compile(
     r"|(?!delsnapshot)\w+: The container is a template"     # that one sets its lock before it looks
     r"|resize: (?:The disk has this size already|A disk cannot shrink)"
     r"|\w+: The id \d+ is taken|\w+: Snapshot '[^']*' exists already"
+    r"|destroy: Another Proxmox command holds the container"
     rf"|(?:{'|'.join(POWER)}): VM \d+ is (?:not|already) running")
 
 # What a resize says after the volume has grown already, of the file in which the size is to be
 # noted (PVE::API2::LXC, resize_vm: volume_resize, then write_config): so the file does not tell
 # that nothing was done.
-CONFIG_UNWRITTEN = re.compile(r"'/etc/pve/[^']*\.conf\.tmp\b")
+CONFIG_UNWRITTEN = re.compile(r"'/etc/pve/[^']*\.conf(?:\.tmp\b|')")
 
 
 class Change:
@@ -3309,6 +3328,10 @@ class Change:
         # configuration have something to say at every call.
         said = map(str.strip, result.stderr[-MAX_DETAILS:].splitlines())
         self.warnings += filter(None, said)
+        # Then pct has asked HA, and no more (PVE::API2::LXC::Status).
+        if re.search(r"^Requesting HA (?:start|stop) for CT", result.stdout, re.MULTILINE):
+            self.warnings.append(f"Proxmox HA was asked to {command} VM {self.vm_id} and may do so "
+                                 "later; ask for the container's state")
         return result
 
     def failed(self, argv, result):
@@ -3319,7 +3342,10 @@ class Change:
         """
         problem = failed(argv, result)
         at_once = problem.status in (400, 404) or AT_ONCE.match(f"{argv[1]}: {problem.error}")
-        passing = problem.status == 503 or (problem.status != 500 and argv[1] not in POWER)
+        # A destroy frees volume after volume, and changes the configuration only when all have
+        # gone (PVE::LXC, destroy_lxc_container): so that does not tell that nothing was done.
+        passing = argv[1] != "destroy" and (
+            problem.status == 503 or (problem.status != 500 and argv[1] not in POWER))
         if argv[1] == "resize" and CONFIG_UNWRITTEN.search(result.stderr):
             self.leave(
                 f"The volume of VM {self.vm_id} may have grown, though its configuration does not "
@@ -3347,6 +3373,13 @@ class Change:
         self.ran = self.state() == "running"
         return self.ran
 
+    def runs_now(self):
+        """Tell whether the container runs, by its cgroup if that is there, for pct takes long."""
+        path = self.host.cgroups.path(self.vm_id)
+        there = (self.look("test", "-d", path, check=False).exit == 0 if self.node
+                 else self.host.files.read(is_there, path))
+        return there or self.state() == "running"
+
     def conf(self, vm_id=None):
         """Return the container's Conf as its own node has it.
 
@@ -3373,19 +3406,21 @@ class Change:
         what, how = (f"The temporary snapshot '{name}' of VM {self.vm_id}",
                      f"remove it{self.on_node} with: ")
         command, why, locked = f"pct delsnapshot {self.vm_id} {name}", "", None
+        unseen = False                      # of a command that was killed, it may yet come
         if not self.lost:
             try:
-                if name not in self.conf().snapshots:
+                unseen = name not in self.conf().snapshots
+                if unseen and not self.killed:
                     return
                 locked = self.own_lock()    # of a command that was killed: no other is taken now
-                if not locked:
+                if not locked and not unseen:
                     self.pct("delsnapshot", name)
                     self.notes.append(f"{what} was removed again")
                     return
             except Problem as problem:
                 why = f" ({problem.error})"
                 locked = None if self.lost else self.own_lock()
-        if self.lost:
+        if self.lost or unseen:
             self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, {how}{command}")
             return
         if locked:
@@ -3459,6 +3494,11 @@ class Change:
         data = {**self.data, **({"warnings": warnings} if warnings else {})}
         return success(message, data or None)
 
+    def goes_on(self):
+        """Return what a daemon that stops tells of a change that it leaves."""
+        step = " ".join(self.steps[-1][:4]) if self.steps else "nothing"
+        return f"{step} goes on in Proxmox, and what was to follow it will not be done"
+
     def all_warnings(self):
         """Return what pct warned of and what is left, each once."""
         return list(dict.fromkeys(self.warnings + self.left))
@@ -3492,14 +3532,15 @@ class Change:
         That is locks, a half-made container, who runs and who does not.
         """
         last = self.steps[-1][1]
-        asked = ([self.vm_id] * bool(self.ran or last in POWER and not self.clone)
+        asked = ([self.vm_id] * bool(self.ran or last in (*POWER, "destroy") and not self.clone)
                  + [self.clone] * bool(self.clone))
         try:
             texts = self.texts()
             states = {vm_id: self.state(vm_id) for vm_id in asked if texts[vm_id] is not None}
         except Problem as problem:
             return [f"What is left cannot be read: {problem.error}"]
-        found = [each for vm_id in self.containers for each in self.lock_left(vm_id, texts[vm_id])]
+        found = [each for vm_id in self.containers for each in self.lock_left(vm_id, texts)]
+        mended = any(f"pct unlock {self.vm_id} &&" in each for each in found)
         start = "if no task of it runs, start it" if self.killed else "start it"
         for vm_id, state in states.items():
             how = f"{start}{self.on_node} with: pct start {vm_id}"
@@ -3511,28 +3552,41 @@ class Change:
             elif vm_id == self.clone and state != "running":
                 found.append(f"VM {vm_id} is {state}; {how}, "
                              f"or remove it with: pct destroy {vm_id}")
+            elif last == "destroy":
+                was = "ran before and is" if self.ran and state != "running" else "is"
+                remove = start.replace("start", "remove")
+                force = " --force 1" if state == "running" else ""
+                found.append(f"VM {vm_id} {was} {state} now, and its volumes or snapshots may be "
+                             "gone already" + ("" if mended else (
+                                 f"; {remove}{self.on_node} with: pct destroy {vm_id}{force}")))
             elif self.ran and state != "running" and last not in ("stop", "shutdown"):
-                found.append(f"VM {vm_id} ran before and is {state} now; {how}")
+                found.append(f"VM {vm_id} ran before and is {state} now"
+                             + ("" if mended else f"; {how}"))
             elif vm_id == self.clone or (last in POWER and not self.clone):
                 found.append(f"VM {vm_id} is {state} now")
-        if self.killed and not found + self.left:
+        if self.killed and "no task of " not in "".join(found + self.left):
             found.append("Its task may still be at work: look again before trying again")
         return found
 
-    def lock_left(self, vm_id, text):
+    def lock_left(self, vm_id, texts):
         """Return what to say of a lock that a container has now and had not before."""
-        lock, had = (parse_config(each or "").current.get("lock")
-                     for each in (text, self.before[vm_id]))
-        if not lock or lock == had or vm_id in self.told_locks:
+        now, had = (parse_config(each or "").current for each in (texts[vm_id], self.before[vm_id]))
+        lock = now.get("lock")
+        if not lock or lock == had.get("lock") or vm_id in self.told_locks:
             return []
         if vm_id != self.vm_id and lock == "create" and self.ran_any("clone"):
+            # Another task may have taken the id: of ours, the source is locked, or it has our name.
+            source = parse_config(texts[self.vm_id] or "").current.get("lock")
+            if source != "disk" and now.get("hostname") != hostname(self.values["new_vm_name"]):
+                return [f"VM {vm_id} is being created, perhaps by another task; look at it"]
             return [f"VM {vm_id} is left half-made; if no task of it runs, "
                     f"remove it{self.on_node} with: "
                     f"pct unlock {vm_id} && pct destroy {vm_id}"]
         for step in self.steps:
             own, mend = OWN_LOCKS.get(step[1], (None, ""))
             if lock == own and vm_id == self.vm_id:
-                command = f"pct unlock {vm_id}" + mend.format(vm_id=vm_id, name="".join(step[3:4]))
+                command = f"pct unlock {vm_id}" + mend.format(
+                    vm_id=vm_id, name="".join(step[3:4]), start=" --start 1" if self.ran else "")
                 return [f"VM {vm_id} is left with the lock '{lock}'; if no task of it runs, "
                         f"mend it{self.on_node} with: {command}"]
         return [f"VM {vm_id} is locked by Proxmox ({lock}), by another task"]
@@ -3605,10 +3659,12 @@ class Changes:
             raise stopping()
         if change.future.done():
             return change.future.result()
-        why = ("has not finished, and the daemon stops" if self.ending.done()
-               else f"did not finish in {seconds} s")
-        raise Problem(504, f"{change.title} {why}; it is still running in Proxmox, "
-                           "and its container stays reserved until it ends. "
+        if self.ending.done():
+            why = f"has not finished, and the daemon stops: {change.goes_on()}"
+        else:
+            why = (f"did not finish in {seconds} s; it is still running in Proxmox, "
+                   "and its container stays reserved until it ends")
+        raise Problem(504, f"{change.title} {why}. "
                            "Ask for the container's state before trying again",
                       outcome=RUNNING, operation=change.id)
 
@@ -3708,7 +3764,8 @@ class Changes:
         """Tell who still waits that Proxmox goes on, and log what is left, for the daemon ends."""
         for change in list(self.pending):
             if change.future.running():
-                log.warning("left running: %s by %s", change.title, change.client)
+                log.warning("left running: %s by %s: %s",
+                            change.title, change.client, change.goes_on())
         self.ending.set_result(None)
 
     def rows(self, id=None, vm_id=None):
@@ -3816,8 +3873,16 @@ def delete_snapshot(change, vm_id, snapshot_name):
 
 
 def roll_back(change, vm_id, snapshot_name):
-    """Roll back; a container that ran is started again, for pct leaves it stopped."""
-    change.pct("rollback", snapshot_name, *(("--start", 1) if change.runs() else ()))
+    """Roll back; a container that ran is started again, for pct leaves it stopped.
+
+    pct ends with 0 even if that start failed, for it is a task of its own whose end it does not
+    pass on (PVE::API2::LXC::Snapshot, rollback).
+    """
+    ran = change.runs()
+    result = change.pct("rollback", snapshot_name, *(("--start", 1) if ran else ()))
+    if ran and not change.verify(change.runs_now):
+        raise Problem(500, f"VM {vm_id} was rolled back to snapshot '{snapshot_name}', "
+                           "but did not start", details=result.stdout.strip()[-MAX_DETAILS:])
     return f"Rolled back VM {vm_id} to snapshot '{snapshot_name}'"
 
 
@@ -3874,13 +3939,11 @@ def start_clone(change, new_vm_id, start):
 
 def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full):
     """Clone, give the clone its address, and start it as start_clone says."""
-    if new_vm_id == vm_id:
-        raise Problem(400, "Invalid new_vm_id: must differ from vm_id")
     if change.host.files.read(change.host.pve.is_taken, new_vm_id):
         raise Problem(409, f"The id {new_vm_id} is taken")
     if ip and "net0" not in change.conf().current:
         raise Problem(409, f"VM {vm_id} has no net0, which could get an address")
-    options = ["--hostname", new_vm_name.replace("_", "-")]
+    options = ["--hostname", hostname(new_vm_name)]
     options += ["--storage", storage] if storage else []
     options += ["--full", int(full)] if full is not None else []
     # On RBD it needs that snapshot for good (PVE::Storage::RBDPlugin, clone_image).
@@ -4562,8 +4625,13 @@ class Api:
         return query
 
     def guard(self, route, values):
-        """Hold a caller to the configuration's `containers`, or Problem 403 or 400."""
+        """Hold a caller to the configuration's `containers`, or Problem 403 or 400.
+
+        A clone cannot be its own source, either.
+        """
         rules = self.config.containers
+        if values.get("new_vm_id") == values["vm_id"]:
+            raise Problem(400, "Invalid new_vm_id: must differ from vm_id")
         for name in route.changes:
             if values[name] in rules.protected:
                 raise Problem(403, f"VM {values[name]} is protected: "
@@ -4706,7 +4774,9 @@ class Tls:
             return b""
         if not self.begun and received[0] != 0x16:          # a handshake (RFC 8446 section 5.1)
             self.plain = True
-            raise Problem(400, "This port speaks TLS: ask for https:// instead of http://")
+            changing = received.startswith((b"POST ", b"DELETE "))
+            raise Problem(400, "This port speaks TLS: ask for https:// instead of http://",
+                          **({"outcome": NOTHING_DONE} if changing else {}))
         self.begun = True
         self.incoming.write(received)
         return self.decrypted(size)

@@ -507,7 +507,10 @@ def pct_rollback(vm_id, name, start="0"):
                 back = {k: v for k, v in sections[name].items()
                         if k not in ("snaptime", "parent", "#")}
                 save(vm_id, dict(back, parent=name, lock="rollback"), sections)
-        if start == "1":
+        # a task of its own, whose end this one does not pass on
+        if start == "1" and FAULTS.get("rollback", {}).get("start_fails"):
+            say("startup for container '%s' failed" % vm_id)
+        elif start == "1":
             globals()["start"](vm_id)
     return task(work)
 
@@ -1616,7 +1619,7 @@ def test_a_rotated_log_loses_no_line(api, host):
 
 SCALARS = """
     5000 0 -1 +7 127.0.0.1 0.0.0.0 ::1 text two_words a-b a.b a/b /var/log/x.log \
-1.5 -0.25 .5 1. 1.5e+3 1.5e3 1e3 08 09
+1.5 -0.25 .5 -.5 +.5 1. 1.5e+3 1.5e3 1e3 08 09
     true True TRUE false False FALSE yes Yes YES no No NO on On ON off Off OFF y n Y N tRUE \
 ~ null Null NULL nULL
     "double" 'single' "" '' "5000" '5000' "true" 'yes' "a\\"b" 'it''s' \
@@ -5673,8 +5676,8 @@ def test_who_does_not_want_to_wait_finds_what_came_of_it(api, host):
         "client": ASKER, "state": "failed", "outcome": "incomplete", "status": 500,
         "error": "pct rollback 104 failed: odd", "warnings": [
             "VM 104 is left with the lock 'rollback'; if no task of it runs, mend it with: "
-            "pct unlock 104",
-            "VM 104 ran before and is stopped now; start it with: pct start 104"]}
+            "pct unlock 104 && pct rollback 104 s1 --start 1",
+            "VM 104 ran before and is stopped now"]}
     late = [row[each] for each in ("requested", "began", "ended")]
     assert late == sorted(late) and all(
         re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", each) for each in late)
@@ -5721,8 +5724,8 @@ def test_a_stop_tells_what_waits_and_what_runs_apart(launch, host):
             503, refused("Nothing was done: The daemon is stopping"), "30")
         reply = runs.result()
     assert (reply.status, reply.body, reply.headers.get("Retry-After")) == (504, error(
-        "POST /snapshot/create vm_id=104 snapshot_name=s1 has not finished, and the daemon stops; "
-        "it is still running in Proxmox, and its container stays reserved until it ends. "
+        "POST /snapshot/create vm_id=104 snapshot_name=s1 has not finished, and the daemon stops: "
+        "pct snapshot 104 s1 goes on in Proxmox, and what was to follow it will not be done. "
         "Ask for the container's state before trying again",
         outcome="running", operation=id), None)
     assert api.process.wait(5) == 0 and host.calls() == ["pct snapshot 104 s1"]
@@ -6078,18 +6081,18 @@ unsnapshot delsnapshot killed: 500 incomplete | pct delsnapshot 124 was ended by
  pct unlock 124 && pct delsnapshot 124 s1 | running lock=snapshot-delete [s1 delete] | none
 rollback-runs rollback fails: 500 incomplete | pct rollback 124 failed: odd | odd\
  | + VM 124 is left with the lock 'rollback'; if no task of it runs, mend it{there} with: pct\
- unlock 124 | + VM 124 ran before and is stopped now; start it{there} with: pct start 124\
+ unlock 124 && pct rollback 124 s1 --start 1 | + VM 124 ran before and is stopped now\
  | stopped lock=rollback [s1] | none
 rollback-runs rollback killed: 500 incomplete | pct rollback 124 was ended by SIGKILL\
  | + VM 124 is left with the lock 'rollback'; if no task of it runs, mend it{there} with: pct\
- unlock 124 | + VM 124 ran before and is stopped now; if no task of it runs, start it{there} with:\
- pct start 124 | stopped lock=rollback [s1] | none
+ unlock 124 && pct rollback 124 s1 --start 1 | + VM 124 ran before and is stopped now\
+ | stopped lock=rollback [s1] | none
 rollback-stopped rollback fails: 500 incomplete | pct rollback 126 failed: odd | odd\
  | + VM 126 is left with the lock 'rollback'; if no task of it runs, mend it{there} with: pct\
- unlock 126 | stopped lock=rollback [s1] | none
+ unlock 126 && pct rollback 126 s1 | stopped lock=rollback [s1] | none
 rollback-stopped rollback killed: 500 incomplete | pct rollback 126 was ended by SIGKILL\
  | + VM 126 is left with the lock 'rollback'; if no task of it runs, mend it{there} with: pct\
- unlock 126 | stopped lock=rollback [s1] | none
+ unlock 126 && pct rollback 126 s1 | stopped lock=rollback [s1] | none
 clone-stopped clone fails: 500 incomplete | pct clone 126 failed: clone failed: odd\
  | creating a clone of container 126 with ID 150 | create full clone of mountpoint rootfs\
  (local-lvm:vm-126-disk-0) | clone failed: odd | stopped [s1] | none
@@ -6233,28 +6236,36 @@ clone-ip start killed: 500 incomplete | VM 150 was cloned, but did not start: pc
  ended by SIGKILL | = VM 150 was cloned | = VM 150 got its address\
  | + VM 150 is stopped; if no task of it runs, start it{there} with: pct start 150, or remove it\
  with: pct destroy 150 | stopped [s1] | stopped ip=192.0.2.5/24
+destroy destroy busy: 500 incomplete | The storage is busy with another Proxmox command\
+ | cfs-lock 'storage-local-lvm' error: got lock request timeout\
+ | + VM 124 is running now, and its volumes or snapshots may be gone already; remove it{there}\
+ with: pct destroy 124 --force 1 | running [s1] | none
 destroy destroy fails: 500 incomplete | pct destroy 124 failed: odd\
- | forced to stop CT 124 before destroying! | odd | + VM 124 ran before and is stopped now; start\
- it{there} with: pct start 124 | stopped [s1] | none
+ | forced to stop CT 124 before destroying! | odd | + VM 124 ran before and is stopped now, and its\
+ volumes or snapshots may be gone already; remove it{there} with: pct destroy 124\
+ | stopped [s1] | none
 destroy destroy killed: 500 incomplete | pct destroy 124 was ended by SIGKILL\
- | forced to stop CT 124 before destroying! | + VM 124 ran before and is stopped now; if no task of\
- it runs, start it{there} with: pct start 124 | stopped [s1] | none
+ | forced to stop CT 124 before destroying! | + VM 124 ran before and is stopped now, and its\
+ volumes or snapshots may be gone already; if no task of it runs, remove it{there} with: pct\
+ destroy 124 | stopped [s1] | none
 start start fails: 500 incomplete | pct start 126 failed: odd | odd | + VM 126 is stopped now\
  | stopped [s1] | none
 start start killed: 500 incomplete | pct start 126 was ended by SIGKILL | + VM 126 is stopped now\
- | stopped [s1] | none
+ | + Its task may still be at work: look again before trying again | stopped [s1] | none
 stop stop fails: 500 incomplete | pct stop 124 failed: odd | odd | + VM 124 is running now\
  | running [s1] | none
 stop stop killed: 500 incomplete | pct stop 124 was ended by SIGKILL | + VM 124 is running now\
- | running [s1] | none
+ | + Its task may still be at work: look again before trying again | running [s1] | none
 shutdown shutdown fails: 500 incomplete | pct shutdown 124 failed: odd | odd\
  | + VM 124 is running now | running [s1] | none
 shutdown shutdown killed: 500 incomplete | pct shutdown 124 was ended by SIGKILL\
- | + VM 124 is running now | running [s1] | none
+ | + VM 124 is running now | + Its task may still be at work: look again before trying again\
+ | running [s1] | none
 reboot reboot fails: 500 incomplete | pct reboot 124 failed: odd | odd | + VM 124 is running now\
  | running [s1] | none
 reboot reboot killed: 500 incomplete | pct reboot 124 was ended by SIGKILL\
- | + VM 124 is running now | running [s1] | none
+ | + VM 124 is running now | + Its task may still be at work: look again before trying again\
+ | running [s1] | none
 rootfs resize unread there: 500 unknown | pct resize 124 has ended, but what it did cannot be read:\
  cat /pve/lxc/124.conf on node 'pve2' did not finish in 0.5 s and was ended\
  | running rootfs=local-lvm:vm-124-disk-0,size=13G [s1] | none
@@ -6436,7 +6447,82 @@ def test_what_the_caller_hears_if_a_step_fails_on_another_node(stage_there, name
     check_row(stage_there, name, step, fault, " on node 'pve2'")
 
 
+def test_a_rollback_whose_container_does_not_start_again_is_no_success(api, host):
+    """pct ends with 0: the start is a task of its own."""
+    api.post("/snapshot/create", {"vm_id": 104, "snapshot_name": "s1"})
+    host.faults(rollback={"start_fails": True})
+    reply = api.post("/snapshot/rollback", {"vm_id": 104, "snapshot_name": "s1"})
+    said = ('Logical volume "vm-104-disk-0" successfully removed.\n'
+            "startup for container '104' failed")
+    assert (reply.status, reply.body) == (500, error(
+        "VM 104 was rolled back to snapshot 's1', but did not start", outcome="incomplete",
+        details=said + "\nVM 104 ran before and is stopped now; start it with: pct start 104"))
+    assert not host.running(104) and host.calls()[-2:] == ["pct status 104"] * 2
+
+
+@pytest.mark.parametrize("says, status", [
+    ("error during cfs-locked 'storage-local-lvm' operation: got lock request timeout", 500),
+    ("lvremove 'pve/vm-106-disk-1' error:   Logical volume pve/vm-106-disk-1 in use.", 409)])
+def test_a_destroy_that_fails_may_have_freed_volumes_though_the_configuration_stays(
+        api, host, says, status):
+    """PVE::LXC, destroy_lxc_container, changes the file when all volumes have gone."""
+    host.faults(destroy={"exit": 255, "stderr": says + "\n"})
+    reply = api.delete("/clone/delete", {"vm_id": 106})
+    assert (reply.status, reply.headers.get("Retry-After"), reply.body["outcome"]) == (
+        status, None, "incomplete")
+    assert reply.body["details"] == says + (
+        "\nVM 106 is stopped now, and its volumes or snapshots may be gone already; "
+        "remove it with: pct destroy 106")
+    row, = api.get("/operations?vm_id=106").body["data"]
+    assert (row["outcome"], row["status"]) == ("incomplete", status)
+    assert "incomplete: DELETE /clone/delete vm_id=106" in api.log("error")
+
+
+@pytest.mark.parametrize("path, command, asked", [
+    ("/power/stop", "stop", "stop"), ("/power/shutdown", "shutdown", "stop"),
+    ("/power/start", "start", "start")])
+def test_what_only_ha_was_asked_for_is_said(api, host, path, command, asked):
+    """PVE::API2::LXC::Status: of a container under HA, the task asks HA and ends."""
+    vm_id = 106 if command == "start" else 104
+    host.faults(**{command: {"exit": 0, "stdout": f"Requesting HA {asked} for CT {vm_id}\n"}})
+    reply = api.post(path, {"vm_id": vm_id})
+    assert (reply.status, reply.body["data"]["warnings"]) == (200, [
+        f"Proxmox HA was asked to {command} VM {vm_id} and may do so later; "
+        "ask for the container's state"])
+
+
+def test_a_container_that_somebody_else_creates_under_the_clone_s_id_is_not_ours(api, host):
+    def foreign(hostname):
+        host.path(105).write_text(f"arch: amd64\nhostname: {hostname}\nlock: create\n")
+    body = {"vm_id": 106, "new_vm_id": 105, "new_vm_name": "x_1", "start": False}
+    host.faults(clone={"pause": True, "exit": 255, "stderr": "odd\n"})
+    for hostname, said in (
+            ("payroll", "VM 105 is being created, perhaps by another task; look at it"),
+            ("x-1", "VM 105 is left half-made; if no task of it runs, remove it with: "
+                    "pct unlock 105 && pct destroy 105")):
+        host.faults(clone={"pause": True, "exit": 255, "stderr": "odd\n"})
+        begun = len(host.calls())
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(api.post, "/clone/create", body)
+            wait_until(lambda: [call for call in host.calls()[begun:] if "pct clone" in call])
+            foreign(hostname)
+            host.go()
+            assert asked.result().body["details"] == "odd\n" + said
+        host.path(105).unlink()
+
+
+def test_a_temporary_snapshot_that_a_killed_command_may_yet_take_is_told(api, host):
+    host.faults(snapshot={"signal": 9})
+    reply = api.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
+    name, = re.findall(r"autoscale_clone_[0-9a-f]{8}", " ".join(host.calls()))
+    assert (reply.status, reply.body) == (500, error(
+        "pct snapshot 104 was ended by SIGKILL", outcome="incomplete",
+        details=f"The temporary snapshot '{name}' of VM 104 may be left; once no task of VM 104 "
+                f"runs, remove it with: pct delsnapshot 104 {name}"))
+
+
 @pytest.mark.parametrize("says", [
+    "close (rename) atomic file '/etc/pve/nodes/proxmox/lxc/104.conf' failed: Permission denied",
     "unable to open file '/etc/pve/nodes/proxmox/lxc/104.conf.tmp.99' - Permission denied",
     "unable to write '/etc/pve/nodes/proxmox/lxc/104.conf.tmp.99' - "
     "Transport endpoint is not connected"])
@@ -6795,10 +6881,14 @@ def test_a_clone_needs_an_id_of_its_own(api, host):
         "Invalid new_vm_id: must differ from vm_id")
     assert api.post("/clone/create", {**body, "new_vm_id": 106}).body["error"] == (
         "The id 106 is taken")
-    assert api.post("/clone/create", {
-        **body, "new_vm_id": 105, "new_vm_name": "a..b"}).body["error"].startswith(
-            "Invalid new_vm_name: Proxmox takes a DNS name")
+    for name in ("a..b", "a-", "test_clone_", "_x", ".a", "a.", "a._b"):
+        reply = api.post("/clone/create", {**body, "new_vm_id": 105, "new_vm_name": name})
+        assert (reply.status, reply.body) == (400, refused(
+            f"Invalid new_vm_name: {module.NEW_VM_NAME.rule}"))
+    asynchronous = {"Prefer": "respond-async"}
+    assert api.request("POST", "/clone/create", body, headers=asynchronous).status == 400
     assert host.snapshots(104) == [] and not host.path(105).exists()
+    assert "pct clone 104" not in " ".join(host.calls())
 
 
 def test_the_old_service_s_client_reads_sixty_configurations_and_scales_them_at_the_first_try(
@@ -7297,7 +7387,8 @@ def test_plain_http_on_a_tls_port_is_told_so(steady_tls):
                  b"\x00", b"\r\n"):
         with steady_tls.connect_plainly() as sock:
             sock.sendall(data)
-            assert statuses(read_all(sock)) == ([400], error(
+            told = refused if data.startswith(b"POST") else error
+            assert statuses(read_all(sock)) == ([400], told(
                 "This port speaks TLS: ask for https:// instead of http://"))
 
 
@@ -8303,7 +8394,9 @@ def test_a_stop_in_the_middle_of_a_clone_leaves_it_to_proxmox(launch, host):
         api.process.send_signal(signal.SIGTERM)
         assert waiting.result().body == refused("Nothing was done: The daemon is stopping")
         reply = clone.result()
-        assert reply.status == 504 and "it is still running in Proxmox" in reply.body["error"]
+        assert reply.status == 504 and (
+            "the daemon stops: pct clone 104 105 goes on in Proxmox, and what was to follow it "
+            "will not be done. Ask for" in reply.body["error"])
     assert api.process.wait(5) == 0
     assert ("left running: POST /clone/create vm_id=104 new_vm_id=105 new_vm_name=x by 127.0.0.1"
             in api.log("error"))
