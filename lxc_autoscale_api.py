@@ -3537,9 +3537,10 @@ class Change:
         try:
             texts = self.texts()
             states = {vm_id: self.state(vm_id) for vm_id in asked if texts[vm_id] is not None}
+            found = self.frozen() if self.ran_any("snapshot") else []
         except Problem as problem:
             return [f"What is left cannot be read: {problem.error}"]
-        found = [each for vm_id in self.containers for each in self.lock_left(vm_id, texts)]
+        found += [each for vm_id in self.containers for each in self.lock_left(vm_id, texts)]
         mended = any(f"pct unlock {self.vm_id} &&" in each for each in found)
         start = "if no task of it runs, start it" if self.killed else "start it"
         for vm_id, state in states.items():
@@ -3567,6 +3568,20 @@ class Change:
         if self.killed and "no task of " not in "".join(found + self.left):
             found.append("Its task may still be at work: look again before trying again")
         return found
+
+    def frozen(self):
+        """Return what to say of a container that a snapshot has frozen and not thawed.
+
+        pct freezes it for the moment of the snapshot (PVE::LXC::Config, __snapshot_freeze). A
+        cgroup below a frozen one says so, too (Linux, Documentation/admin-guide/cgroup-v2.rst).
+        """
+        path = self.host.cgroups.path(self.vm_id) + "/ns/cgroup.events"
+        events = (self.look("cat", path, check=False).stdout if self.node
+                  else self.host.files.read(read_text, path))
+        if not re.search(r"^frozen 1$", events or "", re.MULTILINE):
+            return []
+        return [f"VM {self.vm_id} is frozen, so that all its processes stand still; "
+                f"if no task of it runs, thaw it{self.on_node} with: lxc-unfreeze -n {self.vm_id}"]
 
     def lock_left(self, vm_id, texts):
         """Return what to say of a lock that a container has now and had not before."""

@@ -6460,6 +6460,22 @@ def test_a_rollback_whose_container_does_not_start_again_is_no_success(api, host
     assert not host.running(104) and host.calls()[-2:] == ["pct status 104"] * 2
 
 
+def test_a_container_that_a_killed_snapshot_has_left_frozen_is_told(api, host):
+    (host.cgroup / "lxc/104/ns/cgroup.events").write_text("populated 1\nfrozen 1\n")
+    host.faults(snapshot={"kills_pct": True})
+    reply = api.post("/snapshot/create", {"vm_id": 104, "snapshot_name": "s1"})
+    assert (reply.status, reply.body) == (500, error(
+        "pct snapshot 104 was ended by SIGKILL", outcome="incomplete",
+        details="VM 104 is frozen, so that all its processes stand still; if no task of it runs, "
+                "thaw it with: lxc-unfreeze -n 104\n"
+                "VM 104 is left with the lock 'snapshot'; if no task of it runs, mend it with: "
+                "pct unlock 104 && pct delsnapshot 104 s1"))
+    (host.cgroup / "lxc/104/ns/cgroup.events").write_text("populated 1\nfrozen 0\n")
+    host.faults(snapshot={"work_fails": "odd"})
+    reply = api.post("/snapshot/create", {"vm_id": 104, "snapshot_name": "s2"})
+    assert "frozen" not in reply.body["details"]
+
+
 @pytest.mark.parametrize("says, status", [
     ("error during cfs-locked 'storage-local-lvm' operation: got lock request timeout", 500),
     ("lvremove 'pve/vm-106-disk-1' error:   Logical volume pve/vm-106-disk-1 in use.", 409)])
