@@ -883,6 +883,36 @@ def load_settings(document, credential=None):
 REQUIRED = object()                         # instead of a default
 
 
+def is_interface_address(text):
+    """Tell whether a text is `dhcp`, or an address with a prefix length that Proxmox takes.
+
+    (PVE::JSONSchema, pve_verify_cidrv4 and pve_verify_cidrv6.)
+    """
+    if text == "dhcp":
+        return True
+    try:
+        return bool(re.fullmatch(r"[0-9A-Fa-f:.]{2,45}/[0-9]{1,3}", text)
+                    and ipaddress.ip_interface(text).network.prefixlen > 7)
+    except ValueError:
+        return False
+
+
+def hostname(name):
+    """Return the hostname that a container gets, which cannot hold `_`."""
+    return name.replace("_", "-")
+
+
+def is_vm_name(text):
+    """Tell whether a name makes a hostname that Proxmox takes (PVE::JSONSchema, dns-name)."""
+    label = "[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
+    return len(text) <= 63 and bool(re.fullmatch(rf"(?:{label}\.)*{label}", hostname(text)))
+
+
+def is_description(text):
+    return len(text) <= 1024 and not re.search(
+        r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", text)
+
+
 class Parameter(namedtuple("Parameter", "name kinds test rule schema default also")):
     """What a client may send under a name, or under one of the names in `also`.
 
@@ -929,36 +959,6 @@ def name_parameter(name, marks, longest, also=()):
 def flag_parameter(name):
     return Parameter(name, (bool,), lambda _: True, "must be true or false (a JSON boolean)",
                      {"type": "boolean"}, None, ())
-
-
-def is_interface_address(text):
-    """Tell whether a text is `dhcp`, or an address with a prefix length that Proxmox takes.
-
-    (PVE::JSONSchema, pve_verify_cidrv4 and pve_verify_cidrv6.)
-    """
-    if text == "dhcp":
-        return True
-    try:
-        return bool(re.fullmatch(r"[0-9A-Fa-f:.]{2,45}/[0-9]{1,3}", text)
-                    and ipaddress.ip_interface(text).network.prefixlen > 7)
-    except ValueError:
-        return False
-
-
-def hostname(name):
-    """Return the hostname that a container gets, which cannot hold `_`."""
-    return name.replace("_", "-")
-
-
-def is_vm_name(text):
-    """Tell whether a name makes a hostname that Proxmox takes (PVE::JSONSchema, dns-name)."""
-    label = "[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
-    return len(text) <= 63 and bool(re.fullmatch(rf"(?:{label}\.)*{label}", hostname(text)))
-
-
-def is_description(text):
-    return len(text) <= 1024 and not re.search(
-        r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", text)
 
 
 VM_ID = number_parameter("vm_id", 100, 999999, also=("lxc_id", "container_id"))
