@@ -945,15 +945,13 @@ def matches(pattern):
     return re.compile(pattern).fullmatch
 
 
-def name_parameter(name, marks, longest, also=()):
-    """Take letters, digits and a few marks, in a form that no command takes for an option."""
-    unhyphenated, marked = marks.replace("-", ""), marks.replace("-", "\\-")
-    first, more = f"[A-Za-z0-9{unhyphenated}]", f"[A-Za-z0-9{marked}]"
+def name_parameter(name, longest):
+    """Take letters, digits, _ and -, in a form that no command takes for an option."""
+    first, more = "[A-Za-z0-9_]", r"[A-Za-z0-9_\-]"
     return text_parameter(
         name, matches(f"{first}{more}{{0,{longest - 1}}}"),
-        f"must be 1 to {longest} letters, digits or {' '.join(marks)} (ASCII), "
-        "and must not start with -",
-        REQUIRED, also, pattern=f"^{first}{more}*$", minLength=1, maxLength=longest)
+        f"must be 1 to {longest} letters, digits or _ - (ASCII), and must not start with -",
+        REQUIRED, pattern=f"^{first}{more}*$", minLength=1, maxLength=longest)
 
 
 def flag_parameter(name):
@@ -972,8 +970,8 @@ NEW_VM_NAME = text_parameter(
 CORES = number_parameter("cores", 1, 128)
 MEMORY = number_parameter("memory", 64, 1048576)
 DISK_SIZE = number_parameter("disk_size", 1, 16384)     # ext4's default bound; more breaks it
-SNAPSHOT_NAME = name_parameter("snapshot_name", "_-", 100)
-NODE_NAME = name_parameter("node_name", "_-", 50)
+SNAPSHOT_NAME = name_parameter("snapshot_name", 100)
+NODE_NAME = name_parameter("node_name", 50)
 START, FULL = flag_parameter("start"), flag_parameter("full")
 STORAGE = text_parameter(
     "storage", matches(r"[A-Za-z][A-Za-z0-9._-]{1,99}"),
@@ -1769,9 +1767,6 @@ def read_text(path):
     return data.decode("utf-8", "replace")
 
 
-def read_texts(*paths):
-    return [read_text(path) for path in paths]
-
 
 def is_there(path):
     """Tell whether a path exists; OSError if that cannot be seen."""
@@ -1982,7 +1977,7 @@ class ClusterFiles:
 
     def forgotten_snapshots(self):
         """Return commands that remove what an earlier daemon left, stopped during a clone."""
-        return [f"pct delsnapshot {vm_id} {name}" + (f" ({on(node)[1:]})" if node else "")
+        return [f"pct delsnapshot {vm_id} {name}" + (f" ({on(node).strip()})" if node else "")
                 for node, vm_id, conf in self.all_confs()
                 for name in conf.snapshots if name.startswith(TEMPORARY_SNAPSHOT)]
 
@@ -3270,6 +3265,11 @@ AT_ONCE = re.compile(
 CONFIG_UNWRITTEN = re.compile(r"'/etc/pve/[^']*\.conf(?:\.tmp\b|')")
 
 
+def lock_in(document):
+    """Return the lock in the text of a configuration, if there are both."""
+    return parse_config(document or "").current.get("lock")
+
+
 class Change:
     """What somebody asked to be changed: by whom, where, how far it came, and what it leaves.
 
@@ -3293,8 +3293,6 @@ class Change:
         self.requested, self.began, self.ended = time.time(), None, None
         self.started, self.future = Future(), Future()
         self.node = self.slots = self.before = self.ran = self.problem = None
-        self.on_node = on(None)
-
         # killed: a command was killed, and its task may still be at work.
         self.steps, self.lost, self.killed = [], [], False
         self.warnings, self.data = [], {}   # of the answer, if all goes well
@@ -3375,9 +3373,9 @@ class Change:
 
     def runs_now(self):
         """Tell whether the container runs, by its cgroup if that is there, for pct takes long."""
-        path = self.host.cgroups.path(self.vm_id)
-        there = (self.look("test", "-d", path, check=False).exit == 0 if self.node
-                 else self.host.files.read(is_there, path))
+        cgroups = self.host.cgroups
+        there = (self.look("test", "-d", cgroups.path(self.vm_id), check=False).exit == 0
+                 if self.node else self.host.files.read(cgroups.runs, self.vm_id))
         return there or self.state() == "running"
 
     def conf(self, vm_id=None):
@@ -3406,21 +3404,22 @@ class Change:
         what, how = (f"The temporary snapshot '{name}' of VM {self.vm_id}",
                      f"remove it{self.on_node} with: ")
         command, why, locked = f"pct delsnapshot {self.vm_id} {name}", "", None
-        unseen = False                      # of a command that was killed, it may yet come
+        there = True
         if not self.lost:
             try:
-                unseen = name not in self.conf().snapshots
-                if unseen and not self.killed:
+                there = name in self.conf().snapshots
+                if not there and not self.killed:       # else it may yet come
                     return
-                locked = self.own_lock()    # of a command that was killed: no other is taken now
-                if not locked and not unseen:
+                # Of a command that was killed: no other is taken now.
+                locked = there and self.own_lock()
+                if there and not locked:
                     self.pct("delsnapshot", name)
                     self.notes.append(f"{what} was removed again")
                     return
             except Problem as problem:
                 why = f" ({problem.error})"
                 locked = None if self.lost else self.own_lock()
-        if self.lost or unseen:
+        if self.lost or not there:
             self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, {how}{command}")
             return
         if locked:
@@ -3448,19 +3447,30 @@ class Change:
         """Return `running` or `stopped`, as pct says."""
         return parse_status(self.look("pct", "status", vm_id or self.vm_id).stdout).get("status")
 
+    def read(self, path):
+        """Return a file's text as the node has it, or None if it is not there.
+
+        One that cannot be read is a Problem, and not taken for one that is not there.
+        """
+        if not self.node:
+            return self.host.files.read(read_text, path)
+        result = self.look("cat", path, check=False)
+        if result.stderr.endswith(": No such file or directory\n"):
+            return None
+        return checked(("cat", path), result).stdout
+
     def texts(self, *vm_ids):
         """Return {id: text, or None} of the containers' configurations, as the node has them.
 
-        They are those of some or all of the containers that are changed. One that cannot be read
-        is a Problem, and not taken for one that is not there.
+        They are those of some or all of the containers that are changed.
         """
-        paths = {vm_id: self.host.pve.conf_path(vm_id) for vm_id in vm_ids or self.containers}
-        if not self.node:
-            return dict(zip(paths, self.host.files.read(read_texts, *paths.values())))
-        results = {vm_id: self.look("cat", path, check=False) for vm_id, path in paths.items()}
-        return {vm_id: None if result.stderr.endswith(": No such file or directory\n")
-                else checked(("cat", paths[vm_id]), result).stdout
-                for vm_id, result in results.items()}
+        return {vm_id: self.read(self.host.pve.conf_path(vm_id))
+                for vm_id in vm_ids or self.containers}
+
+    @property
+    def on_node(self):
+        """What a text says of where a command is to be run."""
+        return on(self.node)
 
     def own_lock(self):
         """Return the container's lock, if it is one that a step has set and left."""
@@ -3487,7 +3497,6 @@ class Change:
     def run(self, node, slots):
         """Run the steps on a node, and return the Answer; Problem 404 if it has no container."""
         self.node, self.slots, self.steps, self.lost = node, slots, [], []
-        self.on_node = on(node)
         self.before = self.host.files.read(self.host.pve.texts, self.containers, node)
         message = self.route.handler(self, **self.values)
         warnings = self.all_warnings()
@@ -3496,7 +3505,8 @@ class Change:
 
     def goes_on(self):
         """Return what a daemon that stops tells of a change that it leaves."""
-        step = " ".join(self.steps[-1][:4]) if self.steps else "nothing"
+        last = self.steps[-1:]              # a copy, for its thread goes on meanwhile
+        step = " ".join(last[0][:4]) if last else "nothing"
         return f"{step} goes on in Proxmox, and what was to follow it will not be done"
 
     def all_warnings(self):
@@ -3541,28 +3551,30 @@ class Change:
         except Problem as problem:
             return [f"What is left cannot be read: {problem.error}"]
         found += [each for vm_id in self.containers for each in self.lock_left(vm_id, texts)]
-        mended = any(f"pct unlock {self.vm_id} &&" in each for each in found)
-        start = "if no task of it runs, start it" if self.killed else "start it"
+        # Then what is said of the lock says how to go on.
+        mended = (last in ("rollback", "destroy")
+                  and lock_in(texts[self.vm_id]) == OWN_LOCKS[last][0])
+        if_idle = "if no task of it runs, " if self.killed else ""
+
+        def how(verb, command):
+            return f"; {if_idle}{verb} it{self.on_node} with: pct {command}"
         for vm_id, state in states.items():
-            how = f"{start}{self.on_node} with: pct start {vm_id}"
             if (vm_id == self.clone and state != "running"
                     and self.values["ip"] and not self.addressed):
-                start = start.replace("start", "remove")        # it may have another's address
-                found.append(f"VM {vm_id} is {state}, without its address; "
-                             f"{start}{self.on_node} with: pct destroy {vm_id}")
+                found.append(f"VM {vm_id} is {state}, without its address"     # perhaps another's
+                             + how("remove", f"destroy {vm_id}"))
             elif vm_id == self.clone and state != "running":
-                found.append(f"VM {vm_id} is {state}; {how}, "
-                             f"or remove it with: pct destroy {vm_id}")
+                found.append(f"VM {vm_id} is {state}" + how("start", f"start {vm_id}")
+                             + f", or remove it with: pct destroy {vm_id}")
             elif last == "destroy":
                 was = "ran before and is" if self.ran and state != "running" else "is"
-                remove = start.replace("start", "remove")
                 force = " --force 1" if state == "running" else ""
                 found.append(f"VM {vm_id} {was} {state} now, and its volumes or snapshots may be "
-                             "gone already" + ("" if mended else (
-                                 f"; {remove}{self.on_node} with: pct destroy {vm_id}{force}")))
+                             "gone already"
+                             + ("" if mended else how("remove", f"destroy {vm_id}{force}")))
             elif self.ran and state != "running" and last not in ("stop", "shutdown"):
                 found.append(f"VM {vm_id} ran before and is {state} now"
-                             + ("" if mended else f"; {how}"))
+                             + ("" if mended else how("start", f"start {vm_id}")))
             elif vm_id == self.clone or (last in POWER and not self.clone):
                 found.append(f"VM {vm_id} is {state} now")
         if self.killed and "no task of " not in "".join(found + self.left):
@@ -3575,9 +3587,7 @@ class Change:
         pct freezes it for the moment of the snapshot (PVE::LXC::Config, __snapshot_freeze). A
         cgroup below a frozen one says so, too (Linux, Documentation/admin-guide/cgroup-v2.rst).
         """
-        path = self.host.cgroups.path(self.vm_id) + "/ns/cgroup.events"
-        events = (self.look("cat", path, check=False).stdout if self.node
-                  else self.host.files.read(read_text, path))
+        events = self.read(self.host.cgroups.path(self.vm_id) + "/ns/cgroup.events")
         if not re.search(r"^frozen 1$", events or "", re.MULTILINE):
             return []
         return [f"VM {self.vm_id} is frozen, so that all its processes stand still; "
@@ -3585,14 +3595,14 @@ class Change:
 
     def lock_left(self, vm_id, texts):
         """Return what to say of a lock that a container has now and had not before."""
-        now, had = (parse_config(each or "").current for each in (texts[vm_id], self.before[vm_id]))
+        now = parse_config(texts[vm_id] or "").current
         lock = now.get("lock")
-        if not lock or lock == had.get("lock") or vm_id in self.told_locks:
+        if not lock or lock == lock_in(self.before[vm_id]) or vm_id in self.told_locks:
             return []
         if vm_id != self.vm_id and lock == "create" and self.ran_any("clone"):
             # Another task may have taken the id: of ours, the source is locked, or it has our name.
-            source = parse_config(texts[self.vm_id] or "").current.get("lock")
-            if source != "disk" and now.get("hostname") != hostname(self.values["new_vm_name"]):
+            if (lock_in(texts[self.vm_id]) != "disk"
+                    and now.get("hostname") != hostname(self.values["new_vm_name"])):
                 return [f"VM {vm_id} is being created, perhaps by another task; look at it"]
             return [f"VM {vm_id} is left half-made; if no task of it runs, "
                     f"remove it{self.on_node} with: "
@@ -4206,7 +4216,7 @@ SCHEMAS = {
     "Changed": record(
         "What there is to say of a change that succeeded.", ("warnings",),
         warnings=text_list("What pct printed on stderr though it succeeded, "
-                       "or what was left behind.")),
+                           "or what was left behind.")),
     "Cloned": record(
         "What became of a clone.", ("warnings",), vm_id=shown("integer", "The clone's id."),
         started=shown("boolean", "Whether it was started."),
