@@ -724,7 +724,9 @@ def api_key(value):
 
 
 def api_keys(value):
-    return [api_key(each) for each in listed(value)]
+    if "" in listed(value):
+        raise ValueError("must hold no empty key")
+    return [api_key(each) for each in value]
 
 
 def metrics_access(value):
@@ -833,7 +835,7 @@ def keys_in_force(login, credential, where):
         line = where.get(("authentication", "api_key")) or where.get(("authentication",)) or 1
         raise ConfigError(line, "authentication.api_key is missing; "
                                 "set one, such as from: openssl rand -hex 32")
-    readers = [key for key in login.read_only_keys if key]
+    readers = login.read_only_keys
     if set(readers) & set(keys):
         raise ConfigError(where["authentication", "read_only_keys"],
                           "authentication.read_only_keys holds a key that "
@@ -992,7 +994,8 @@ DESCRIPTION = text_parameter(
     "description", is_description,
     "must be at most 1024 characters, without control characters but line ends", maxLength=1024)
 OPERATION = text_parameter(
-    "id", matches(r"[0-9a-f]{16}"), "must be 16 hexadecimal digits", pattern="^[0-9a-f]{16}$")
+    "id", matches("[0-9A-Fa-f]{16}"), "must be 16 hexadecimal digits",
+    pattern="^[0-9A-Fa-f]{16}$")
 
 
 def parse_parameters(parameters, pairs):
@@ -1446,11 +1449,16 @@ def part_used(total, free):
 
 # What pct fails with
 
-# What a resize prints when the volume has grown and its file system has not. The configuration has
-# the new size by then, and pct ends with 0 (PVE::API2::LXC, resize_vm; RBDPlugin, map_volume).
+# What pct says of a task that ended without a word: somebody, or want of memory, has killed it
+# (PVE::RESTEnvironment, tee_worker).
+TASK_KILLED = "got unexpected control message"
+
+# What a resize prints when the volume has grown and its file system has not, or perhaps not. The
+# configuration has the new size by then, and pct ends with 0 (PVE::API2::LXC, resize_vm;
+# RBDPlugin, map_volume).
 FILE_SYSTEM_STAYED = re.compile(
     r"Failed to update the container's filesystem|mount ?point not attached to a loop device"
-    r"|command 'losetup |can't map rbd volume")
+    rf"|command 'losetup |can't map rbd volume|{TASK_KILLED}")
 
 # pct's name -> ours, and its rule where pct's own text does not tell.
 PCT_PARAMETERS = {
@@ -3259,10 +3267,10 @@ AT_ONCE = re.compile(
     r"|destroy: Another Proxmox command holds the container"
     rf"|(?:{'|'.join(POWER)}): VM \d+ is (?:not|already) running")
 
-# What a resize says after the volume has grown already, of the file in which the size is to be
-# noted (PVE::API2::LXC, resize_vm: volume_resize, then write_config): so the file does not tell
-# that nothing was done.
-CONFIG_UNWRITTEN = re.compile(r"'/etc/pve/[^']*\.conf(?:\.tmp\b|')")
+# What a resize says, perhaps after the volume has grown already, of the file in which the size is
+# to be noted (PVE::API2::LXC, resize_vm: volume_resize, then write_config): so the file does not
+# tell that nothing was done.
+CONFIG_UNWRITTEN = re.compile(rf"'/etc/pve/[^']*\.conf(?:\.tmp\b|')|{TASK_KILLED}")
 
 
 def lock_in(document):
@@ -3530,6 +3538,7 @@ class Change:
                 self.left += self.remains()
             except Exception:               # even so, the caller must get an answer
                 log.exception("internal error in %s", self.title)
+        self.warnings = notes + self.warnings       # for who asks /operations
         # Trying again would do the first steps twice.
         error = problem.error.partition("; try again")[0]
         concluded = Problem(status, error, outcome=outcome, **problem.fields)
@@ -3604,9 +3613,12 @@ class Change:
             if (lock_in(texts[self.vm_id]) != "disk"
                     and now.get("hostname") != hostname(self.values["new_vm_name"])):
                 return [f"VM {vm_id} is being created, perhaps by another task; look at it"]
+            # Each volume is entered once it is whole (PVE::API2::LXC, clone_vm: update_conf).
             return [f"VM {vm_id} is left half-made; if no task of it runs, "
                     f"remove it{self.on_node} with: "
-                    f"pct unlock {vm_id} && pct destroy {vm_id}"]
+                    f"pct unlock {vm_id} && pct destroy {vm_id}",
+                    "A volume that was being copied stays, for its configuration does not name it; "
+                    f"look for it{self.on_node} with: pvesm list STORAGE --vmid {vm_id}"]
         for step in self.steps:
             own, mend = OWN_LOCKS.get(step[1], (None, ""))
             if lock == own and vm_id == self.vm_id:
@@ -3881,8 +3893,9 @@ def grow_storage(change, vm_id, disk_size, disk, current_size):
         raise problem
     said = result.stdout + result.stderr
     if FILE_SYSTEM_STAYED.search(said):
+        followed = "may not have" if TASK_KILLED in said else "has not"
         raise Problem(500, f"The {disk} of VM {vm_id} has grown to {after}, "
-                           "but its file system has not followed",
+                           f"but its file system {followed} followed",
                       details=said.strip()[-MAX_DETAILS:])
     return f"Storage increased by {disk_size} GB for VM {vm_id}"
 
@@ -4030,7 +4043,7 @@ def reboot_container(change, vm_id, timeout):
 
 
 def list_operations(api, id, vm_id):
-    found = api.changes.rows(id, vm_id)
+    found = api.changes.rows(id and id.lower(), vm_id)
     return success(f"Found {len(found)} operations", found)
 
 

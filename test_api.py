@@ -235,7 +235,10 @@ def task(work, code_of_failure=255):
             os.write(1, data)
         except OSError:
             end()
-    return code_of_failure if os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) else 0
+    status = os.waitpid(worker, 0)[1]
+    if os.WIFSIGNALED(status):
+        sys.stderr.write("got unexpected control message:  \n")
+    return code_of_failure if status else 0
 
 
 def say(*lines):
@@ -249,8 +252,16 @@ def pause(seconds):
         time.sleep(min(0.01, max(0, end - time.monotonic())))
 
 
+def die_if(moment):
+    """End the task as the kernel does for want of memory, if a fault asks for that now."""
+    if FAULTS.get(ARGV[1], {}).get("kills_task") == moment:
+        sys.stdout.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def dawdle():
     """The command's work takes this long; in the middle of it a fault may strike."""
+    die_if("early")
     fault = FAULTS.get(ARGV[1], {})
     pause(fault.get("delay", 0))
     if "work_fails" in fault:
@@ -388,6 +399,7 @@ def pct_resize(vm_id, disk, size):
             conf[disk] = "%ssize=%dG%s" % (volume, total, size.lstrip("0123456789MGT"))
             save(vm_id, conf, sections)
             note(event="grew", of=PCT)
+            die_if("late")
             if total > 16384:
                 say("resize2fs: New size results in too many block group descriptors.", "",
                     "Failed to update the container's filesystem: command "
@@ -1725,6 +1737,10 @@ GOOD_KEY = 'authentication:\n  api_key: "0123456789abcdef"\n'
     ("authentication:\n  api_key: 12345678901234567\n", 2, "must be text"),
     ('authentication:\n  api_keys: ["0123456789abcdef", "short"]\n', 2,
      "at least 16 visible ASCII characters"),
+    (GOOD_KEY + '  api_keys: ["another-key-9876543210", ""]\n', 3,
+     "authentication.api_keys must hold no empty key"),
+    (GOOD_KEY + "  read_only_keys: ['']\n", 3,
+     "authentication.read_only_keys must hold no empty key"),
     (GOOD_KEY + "  read_only_keys: [short]\n", 3,
      "authentication.read_only_keys must be at least 16 visible ASCII characters"),
     (GOOD_KEY + "  read_only_keys: [your-secret-api-key]\n", 3, "still the sample value"),
@@ -5084,7 +5100,9 @@ def test_what_a_node_has_done_counts_before_word_of_it_has_come(lab):
         assert (reply.status, reply.body["error"]) == (500, "pct clone 206 failed: Killed")
         assert reply.body["details"].endswith(
             "VM 254 is left half-made; if no task of it runs, "
-            "remove it on node 'pve2' with: pct unlock 254 && pct destroy 254")
+            "remove it on node 'pve2' with: pct unlock 254 && pct destroy 254\n"
+            "A volume that was being copied stays, for its configuration does not name it; "
+            "look for it on node 'pve2' with: pvesm list STORAGE --vmid 254")
     pve2.path(254).unlink()
     pve2.add(206, "db-2")
     assert lab.api.delete("/clone/delete", {"vm_id": 253}).status == 200
@@ -5459,7 +5477,9 @@ def test_what_a_clone_leaves_behind_is_told_with_its_removal(api, host):
     assert (reply.status, reply.body["error"]) == (500, "pct clone 107 was ended by SIGKILL")
     assert reply.body["details"].endswith(
         "VM 108 is left half-made; if no task of it runs, "
-        "remove it with: pct unlock 108 && pct destroy 108")
+        "remove it with: pct unlock 108 && pct destroy 108\n"
+        "A volume that was being copied stays, for its configuration does not name it; "
+        "look for it with: pvesm list STORAGE --vmid 108")
 
 
 @pytest.mark.parametrize("conf, path, body, says", [
@@ -5703,6 +5723,7 @@ def test_operations_are_bounded_and_found_by_id_and_container(launch, host):
         ("/scale/cores", 106), ("/clone/create", 104), ("/scale/cores", 104)]
     for row in reply.body["data"]:
         assert operations(api, f"?id={row['id']}") == [row]
+        assert operations(api, f"?id={row['id'].upper()}") == [row]
     for query, rows in (("?vm_id=106", [0]), ("?vm_id=105", [1]), ("?lxc_id=104", [1, 2]),
                         ("?vm_id=999", []), ("?id=" + "0" * 16, [])):
         assert operations(api, query) == [reply.body["data"][number] for number in rows], query
@@ -6100,7 +6121,9 @@ clone-stopped clone killed: 500 incomplete | pct clone 126 was ended by SIGKILL\
  | creating a clone of container 126 with ID 150 | create full clone of mountpoint rootfs\
  (local-lvm:vm-126-disk-0) | + VM 126 is left with the lock 'disk'; if no task of it runs, mend\
  it{there} with: pct unlock 126 | + VM 150 is left half-made; if no task of it runs, remove\
- it{there} with: pct unlock 150 && pct destroy 150 | stopped lock=disk [s1]\
+ it{there} with: pct unlock 150 && pct destroy 150\
+ | + A volume that was being copied stays, for its configuration does not name it; look for\
+ it{there} with: pvesm list STORAGE --vmid 150 | stopped lock=disk [s1]\
  | stopped lock=create mp0= rootfs=
 clone-stopped clone unread: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files\
  (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned\
@@ -6145,7 +6168,10 @@ clone-runs clone killed: 500 incomplete | pct clone 124 was ended by SIGKILL\
  (local-lvm:vm-124-disk-0) | + The temporary snapshot 'TEMPORARY' of VM 124 could not be removed;\
  if no task of VM 124 runs, remove it{there} with: pct unlock 124 && pct delsnapshot 124 TEMPORARY\
  | + VM 150 is left half-made; if no task of it runs, remove it{there} with: pct unlock 150 && pct\
- destroy 150 | running lock=disk parent=TEMPORARY [s1] [TEMPORARY]\
+ destroy 150\
+ | + A volume that was being copied stays, for its configuration does not name it; look for\
+ it{there} with: pvesm list STORAGE --vmid 150\
+ | running lock=disk parent=TEMPORARY [s1] [TEMPORARY]\
  | stopped lock=create mp0= rootfs=
 clone-runs clone unread: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files\
  (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned\
@@ -6196,7 +6222,9 @@ clone-ip clone killed: 500 incomplete | pct clone 126 was ended by SIGKILL\
  | creating a clone of container 126 with ID 150 | create full clone of mountpoint rootfs\
  (local-lvm:vm-126-disk-0) | + VM 126 is left with the lock 'disk'; if no task of it runs, mend\
  it{there} with: pct unlock 126 | + VM 150 is left half-made; if no task of it runs, remove\
- it{there} with: pct unlock 150 && pct destroy 150 | stopped lock=disk [s1]\
+ it{there} with: pct unlock 150 && pct destroy 150\
+ | + A volume that was being copied stays, for its configuration does not name it; look for\
+ it{there} with: pvesm list STORAGE --vmid 150 | stopped lock=disk [s1]\
  | stopped lock=create mp0= rootfs=
 clone-ip clone unread: 500 incomplete | VM 150 was cloned, but did not get its address: Proxmox's\
  files (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned\
@@ -6389,7 +6417,8 @@ def expected(name, step, fault, there=""):
            "client": ASKER, "requested": "TIME", "began": "TIME", "ended": "TIME", "warnings": left}
     done = {**row, "state": "done", "outcome": None, "status": 200, "error": None}
     now = done if status == 200 else {
-        **row, "state": "failed", "outcome": outcome, "status": status, "error": error}
+        **row, "state": "failed", "outcome": outcome, "status": status, "error": error,
+        "warnings": notes + left}
     if outcome == "running":
         now = {**row, "state": "running", "outcome": "running", "ended": None, "status": None,
                "error": None}
@@ -6514,7 +6543,9 @@ def test_a_container_that_somebody_else_creates_under_the_clone_s_id_is_not_ours
     for hostname, said in (
             ("payroll", "VM 105 is being created, perhaps by another task; look at it"),
             ("x-1", "VM 105 is left half-made; if no task of it runs, remove it with: "
-                    "pct unlock 105 && pct destroy 105")):
+                    "pct unlock 105 && pct destroy 105\n"
+                    "A volume that was being copied stays, for its configuration does not name it; "
+                    "look for it with: pvesm list STORAGE --vmid 105")):
         host.faults(clone={"pause": True, "exit": 255, "stderr": "odd\n"})
         begun = len(host.calls())
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -6551,6 +6582,22 @@ def test_a_resize_whose_size_could_not_be_noted_may_have_grown_the_volume(api, h
     assert reply.body["details"] == says + (
         "\nThe volume of VM 104 may have grown, though its configuration does not have the new "
         "size; to enter what it has: pct rescan --vmid 104")
+
+
+def test_a_resize_whose_task_was_killed_is_no_success_whatever_it_has_done(api, host):
+    """PVE::RESTEnvironment, tee_worker, says no more of such a task, and pct ends with 0."""
+    for moment, size, failure, left in (
+            ("early", "8G", "was not grown as asked; its size is now 8G",
+             "\nThe volume of VM 104 may have grown, though its configuration does not have the new "
+             "size; to enter what it has: pct rescan --vmid 104"),
+            ("late", "13G", "has grown to 13G, but its file system may not have followed", "")):
+        host.faults(resize={"kills_task": moment})
+        reply = api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 5})
+        assert host.conf(104)["rootfs"].endswith(f"size={size}")
+        details = reply.body.pop("details")
+        assert (reply.status, reply.body) == (
+            500, error(f"The rootfs of VM 104 {failure}", outcome="incomplete"))
+        assert details.endswith("got unexpected control message:" + left)
 
 
 def test_a_linked_clone_of_a_running_container_is_refused_before_a_snapshot_is_taken(api, host):
