@@ -6588,8 +6588,8 @@ def test_a_resize_whose_task_was_killed_is_no_success_whatever_it_has_done(api, 
     """PVE::RESTEnvironment, tee_worker, says no more of such a task, and pct ends with 0."""
     for moment, size, failure, left in (
             ("early", "8G", "was not grown as asked; its size is now 8G",
-             "\nThe volume of VM 104 may have grown, though its configuration does not have the new "
-             "size; to enter what it has: pct rescan --vmid 104"),
+             "\nThe volume of VM 104 may have grown, though its configuration does not have the "
+             "new size; to enter what it has: pct rescan --vmid 104"),
             ("late", "13G", "has grown to 13G, but its file system may not have followed", "")):
         host.faults(resize={"kills_task": moment})
         reply = api.post("/scale/storage/increase", {"vm_id": 104, "disk_size": 5})
