@@ -65,7 +65,7 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict, deque, namedtuple
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from copy import copy
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -3355,7 +3355,7 @@ class Change:
         if argv[1] == "resize" and CONFIG_UNWRITTEN.search(result.stderr):
             self.leave(
                 f"The volume of VM {self.vm_id} may have grown, though its configuration does not "
-                f"have the new size; to enter what it has{self.on_node}: "
+                f"have the new size; to enter what it has{on(self.node)}: "
                 f"pct rescan --vmid {self.vm_id}")
         elif at_once or (passing and len(self.steps) == 1 and self.is_as_before()):
             self.steps.pop()
@@ -3410,23 +3410,26 @@ class Change:
     def remove_temporary(self, name):
         """Remove a temporary snapshot, or tell in `left` how to."""
         what, how = (f"The temporary snapshot '{name}' of VM {self.vm_id}",
-                     f"remove it{self.on_node} with: ")
+                     f"remove it{on(self.node)} with: ")
         command, why, locked = f"pct delsnapshot {self.vm_id} {name}", "", None
         there = True
         if not self.lost:
             try:
-                there = name in self.conf().snapshots
+                conf = self.conf()
+                there = name in conf.snapshots
                 if not there and not self.killed:       # else it may yet come
                     return
                 # Of a command that was killed: no other is taken now.
-                locked = there and self.own_lock()
+                locked = there and self.own_lock(conf)
                 if there and not locked:
                     self.pct("delsnapshot", name)
                     self.notes.append(f"{what} was removed again")
                     return
             except Problem as problem:
                 why = f" ({problem.error})"
-                locked = None if self.lost else self.own_lock()
+                if not self.lost:
+                    with suppress(Problem):
+                        locked = self.own_lock(self.conf())
         if self.lost or not there:
             self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, {how}{command}")
             return
@@ -3475,18 +3478,10 @@ class Change:
         return {vm_id: self.read(self.host.pve.conf_path(vm_id))
                 for vm_id in vm_ids or self.containers}
 
-    @property
-    def on_node(self):
-        """What a text says of where a command is to be run."""
-        return on(self.node)
-
-    def own_lock(self):
-        """Return the container's lock, if it is one that a step has set and left."""
+    def own_lock(self, conf):
+        """Return the lock in the container's Conf, if it is one that a step has set."""
         own = [OWN_LOCKS[step[1]][0] for step in self.steps if step[1] in OWN_LOCKS]
-        try:
-            lock = self.conf().current.get("lock")
-        except Problem:
-            return None
+        lock = conf.current.get("lock")
         return lock if lock in own else None
 
     def is_as_before(self):
@@ -3566,7 +3561,7 @@ class Change:
         if_idle = "if no task of it runs, " if self.killed else ""
 
         def how(verb, command):
-            return f"; {if_idle}{verb} it{self.on_node} with: pct {command}"
+            return f"; {if_idle}{verb} it{on(self.node)} with: pct {command}"
         for vm_id, state in states.items():
             if (vm_id == self.clone and state != "running"
                     and self.values["ip"] and not self.addressed):
@@ -3600,7 +3595,7 @@ class Change:
         if not re.search(r"^frozen 1$", events or "", re.MULTILINE):
             return []
         return [f"VM {self.vm_id} is frozen, so that all its processes stand still; "
-                f"if no task of it runs, thaw it{self.on_node} with: lxc-unfreeze -n {self.vm_id}"]
+                f"if no task of it runs, thaw it{on(self.node)} with: lxc-unfreeze -n {self.vm_id}"]
 
     def lock_left(self, vm_id, texts):
         """Return what to say of a lock that a container has now and had not before."""
@@ -3615,17 +3610,17 @@ class Change:
                 return [f"VM {vm_id} is being created, perhaps by another task; look at it"]
             # Each volume is entered once it is whole (PVE::API2::LXC, clone_vm: update_conf).
             return [f"VM {vm_id} is left half-made; if no task of it runs, "
-                    f"remove it{self.on_node} with: "
+                    f"remove it{on(self.node)} with: "
                     f"pct unlock {vm_id} && pct destroy {vm_id}",
                     "A volume that was being copied stays, for its configuration does not name it; "
-                    f"look for it{self.on_node} with: pvesm list STORAGE --vmid {vm_id}"]
+                    f"look for it{on(self.node)} with: pvesm list STORAGE --vmid {vm_id}"]
         for step in self.steps:
             own, mend = OWN_LOCKS.get(step[1], (None, ""))
             if lock == own and vm_id == self.vm_id:
                 command = f"pct unlock {vm_id}" + mend.format(
                     vm_id=vm_id, name="".join(step[3:4]), start=" --start 1" if self.ran else "")
                 return [f"VM {vm_id} is left with the lock '{lock}'; if no task of it runs, "
-                        f"mend it{self.on_node} with: {command}"]
+                        f"mend it{on(self.node)} with: {command}"]
         return [f"VM {vm_id} is locked by Proxmox ({lock}), by another task"]
 
     def ran_any(self, command):
@@ -3965,7 +3960,7 @@ def start_clone(change, new_vm_id, start):
         if twice and start is None:
             change.leave(f"VM {new_vm_id} was not started, for its address would be on the network "
                          "twice; give it another (ip), "
-                         f"and start it{change.on_node} with: pct start {new_vm_id}")
+                         f"and start it{on(change.node)} with: pct start {new_vm_id}")
             return
         change.pct("start", vm_id=new_vm_id)
     except Problem as problem:
