@@ -320,21 +320,16 @@ UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]
 
 
 def complain(text):
-    try:
-        # All in one write, for threads complain at once.
+    with suppress(OSError):                 # all in one write, for threads complain at once
         print(text + "\n", end="", file=sys.stderr, flush=True)
-    except OSError:
-        pass
 
 
 def open_again(file):
     """Open a log's file, if it is not open or was moved away."""
     if file.fd is not None:
-        try:
+        with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(file.path), os.fstat(file.fd)):
                 return
-        except FileNotFoundError:
-            pass
         os.close(file.fd)
     file.fd = None
     file.fd = os.open(
@@ -1775,7 +1770,6 @@ def read_text(path):
     return data.decode("utf-8", "replace")
 
 
-
 def is_there(path):
     """Tell whether a path exists; OSError if that cannot be seen."""
     try:
@@ -2652,14 +2646,12 @@ def ended(process, seconds):
         process.wait()
         return True
     deadline = time.monotonic() + seconds
-    try:                                    # the kernel wakes us; Popen.wait looks every 50 ms
-        pidfd = os.pidfd_open(process.pid)
+    with suppress(OSError):                 # no descriptor may be left
+        pidfd = os.pidfd_open(process.pid)  # the kernel wakes us; Popen.wait looks every 50 ms
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
         poll.poll(seconds * 1000)
         os.close(pidfd)
-    except OSError:                         # no descriptor is left
-        pass
     try:
         process.wait(max(0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -4837,10 +4829,8 @@ class Tls:
         """Tell the client that nothing more comes, and wait for nothing."""
         if self.plain or self.unsent:
             return
-        try:
+        with suppress(OSError):             # its own farewell has not come, and need not
             self.tls.unwrap()
-        except OSError:                     # its own farewell has not come, and need not
-            pass
         if self.outgoing.pending:
             self.sock.send(self.outgoing.read(), socket.MSG_DONTWAIT)
 
@@ -5089,10 +5079,8 @@ class Server(ThreadingHTTPServer):
 
         To a client without a request in work, what is being sent still goes out.
         """
-        try:
+        with suppress(OSError):
             client.sock.shutdown(socket.SHUT_RDWR if client.asking else socket.SHUT_RD)
-        except OSError:
-            pass
 
     @contextmanager
     def large_answer(self, client):
@@ -5142,13 +5130,11 @@ class Server(ThreadingHTTPServer):
         for that would need a handshake.
         """
         self.api.metrics.add("lxc_autoscale_api_connections_refused_total")
-        try:
+        with suppress(OSError):
             sock.setblocking(False)
             if not self.tls:
                 sock.send(TOO_MANY)
             sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
         with self.changed:
             self.refused.append((time.monotonic() + LINGER_SECONDS, sock))
             if len(self.refused) > self.max_connections:
@@ -5212,11 +5198,8 @@ class Server(ThreadingHTTPServer):
                 if not client.asking:
                     self.hang_up(client)
         self.refuse_backlog()
-        try:
-            # On Linux this ends a listening socket at once.
+        with suppress(OSError):             # on Linux this ends a listening socket at once
             self.socket.shutdown(socket.SHUT_RD)
-        except OSError:
-            pass
         self.server_close()
 
     def wait_for_answers(self, seconds):
@@ -5453,7 +5436,7 @@ class Handler(BaseHTTPRequestHandler):
         Closing with bytes unread resets the connection and may destroy it.
         """
         deadline = time.monotonic() + LINGER_SECONDS
-        try:
+        with suppress(OSError):
             if self.channel is not self.request:
                 self.channel.end()
             if not (self.linger or self.unread):
@@ -5462,8 +5445,6 @@ class Handler(BaseHTTPRequestHandler):
             self.request.settimeout(LINGER_SECONDS)
             while time.monotonic() < deadline and self.request.recv(65536):
                 pass
-        except OSError:
-            pass
 
 
 # The daemon
@@ -5662,10 +5643,8 @@ def exit_now():
     TLS handshakes just over, CPython 3.13 was once ended so by "double free or corruption".
     """
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with suppress(OSError):
             stream.flush()
-        except OSError:
-            pass
     os._exit(0)
 
 
