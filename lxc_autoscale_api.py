@@ -1137,6 +1137,11 @@ def processors(values):
     return os.cpu_count() if limit == 0 else limit
 
 
+def is_true(value):
+    """Tell whether Proxmox takes a boolean for true (PVE::LXC::Config, check_type)."""
+    return str(value).lower() in ("1", "on", "yes", "true")
+
+
 def marks(values):
     """Return (lock or None, template, tags) from {key: text}, or from what `pct` tells.
 
@@ -1144,7 +1149,7 @@ def marks(values):
     split_list, takes.
     """
     tags = re.split(r"[,;\s\0]+", values["tags"]) if values.get("tags") else []
-    return values.get("lock") or None, str(values.get("template")) == "1", list(filter(None, tags))
+    return values.get("lock") or None, is_true(values.get("template")), list(filter(None, tags))
 
 
 PRESSURES = ("cpu", "memory", "io")        # what something may wait for
@@ -1234,9 +1239,14 @@ def parse_broadcast(document):
     PVE::Service::pvestatd, PVE::API2Tools). The keys are pve2.3-vm/ID and pve2-node/NAME, since
     VE 9 pve-vm-9.0/ID and pve-node-9.0/NAME.
     """
-    rows = re.findall(
-        r"^pve[\d.]*-(vm|node)(?:-[\d.]+)?/([^:/]+):(.*)$", document or "", re.MULTILINE)
-    return {(kind, name): fields.split(":") for kind, name, fields in rows}
+    rows, moment = {}, {"vm": 4, "node": 2}             # which field is the time
+    for kind, name, fields in re.findall(
+            r"^pve[\d.]*-(vm|node)(?:-[\d.]+)?/([^:/]+):(.*)$", document or "", re.MULTILINE):
+        fields = fields.split(":")
+        when = number("".join(fields[moment[kind]:][:1])) or 0
+        rows.setdefault((kind, name), []).append((when, fields))
+    # For five minutes after an upgrade or a migration there are two (pve-cluster, status.c).
+    return {which: max(found)[1] for which, found in rows.items()}
 
 
 def broadcast_state(fields):
@@ -1368,7 +1378,7 @@ def static_addresses(values):
 
 def size_in_bytes(value):
     """Return the bytes of a size as Proxmox writes it (bytes, or with K, M, G, T), or None."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([KMGT]?)", value or "", re.ASCII)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)(?:([KMGT])(?:iB)?)?", value or "", re.ASCII)
     return match and float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")
 
 
@@ -1377,7 +1387,8 @@ def size_in_gb(value):
 
 
 def mount_point(disk, value):
-    volume = option(value, "volume") or re.match(r"[^,]*", value)[0]
+    unnamed = [each for each in value.split(",") if "=" not in each]
+    volume = option(value, "volume") or "".join(unnamed[:1])
     size = None if volume.startswith("/") else size_in_gb(option(value, "size"))
     return {"disk": disk, "path": option(value, "mp"), "size_gb": size, "volume": volume}
 
@@ -1385,8 +1396,8 @@ def mount_point(disk, value):
 def mount_points(values):
     """Return the mount points mp0 to mp255 of a container's {key: text}, by number.
 
-    Their first option may go without its name `volume` (PVE::LXC::Config, mp_desc). A folder
-    or device of the host, whose path begins with /, has no size.
+    The option `volume` may go without its name, wherever it stands (PVE::LXC::Config, mp_desc).
+    A folder or device of the host, whose path begins with /, has no size.
     """
     numbers = sorted(int(key[2:]) for key in values if re.fullmatch(r"mp[0-9]{1,3}", key))
     return [mount_point(f"mp{number}", values[f"mp{number}"]) for number in numbers]
@@ -1791,13 +1802,13 @@ def names_in(folder):
         raise
 
 
-def used_bytes(path):
-    """Return how many bytes are in use on the file system at a path, or None."""
+def space(path):
+    """Return (bytes in use, bytes) of the file system at a path, or Nones."""
     try:
         found = os.statvfs(path)
     except OSError:
-        return None
-    return (found.f_blocks - found.f_bfree) * found.f_frsize
+        return None, None
+    return (found.f_blocks - found.f_bfree) * found.f_frsize, found.f_blocks * found.f_frsize
 
 
 def read_node():
@@ -1852,9 +1863,19 @@ class ClusterFiles:
         self.seen = set()                   # ids of containers that were found somewhere
 
     def members(self):
-        """Return (this node's name or None, its Cluster or None)."""
+        """Return (this node's name or None, its Cluster or None).
+
+        Until corosync runs, .members is that of a single host (pmxcfs, status.c). Then the nodes
+        of which there are folders are offline, and nothing has quorum.
+        """
         own, cluster = parse_members(read_text(f"{self.folder}/.members"))
-        return own, cluster if self.clustered else None
+        if not self.clustered:
+            return own, None
+        if not cluster and is_there(f"{self.folder}/corosync.conf"):
+            nodes = {name: Node(name, name == own, name == own, None)
+                     for name in names_in(f"{self.folder}/nodes")}
+            cluster = Cluster(None, False, nodes)
+        return own, cluster
 
     def find(self, vm_id):
         """Return the Node where a container lives; Problem 404 if the cluster's list has no such.
@@ -1970,7 +1991,7 @@ class ClusterFiles:
         """
         return {address: vm_id
                 for _, vm_id, conf in self.all_confs()
-                if vm_id != but and conf.current.get("template") != "1"
+                if vm_id != but and not is_true(conf.current.get("template"))
                 for address in static_addresses(conf.current)}
 
     def broadcast(self):
@@ -2015,8 +2036,13 @@ class Cgroups:
         return set(names_in(f"{self.folder}/lxc"))
 
     def runs(self, vm_id):
-        """Tell whether a container runs: its cgroup is there while it does."""
-        return is_there(self.path(vm_id))
+        """Tell whether a container runs: its cgroup is there, and some process in it.
+
+        One that has stopped may leave an empty cgroup until its next start (pve-container,
+        lxc-pve-prestart-hook, cleanup_cgroups).
+        """
+        pids = only_number(read_text(self.path(vm_id) + "/pids.current"))
+        return is_there(self.path(vm_id)) if pids is None else pids > 0
 
     def files(self, running):
         """Return those of CGROUP_FILES that this kernel has, as the first few `running` show.
@@ -2040,7 +2066,8 @@ class Cgroups:
         folder = self.path(vm_id) + "/"
         text = {name: read_text(folder + name) for name in names}.get
         cpu, memory, stat = text("cpu.stat"), text("memory.current"), text("memory.stat")
-        if cpu is None and memory is None:
+        pids = only_number(text("pids.current"))
+        if pids == 0 or (cpu is None and memory is None):
             return None
         used, cached = only_number(memory), row_number("file", stat)
         microseconds = row_number("usage_usec", cpu)
@@ -2050,7 +2077,7 @@ class Cgroups:
             None if None in (used, cached) else max(0, used - cached),      # as pct counts it
             row_number("shmem", stat), only_number(text("memory.swap.current")),
             *parse_io(text("io.stat")), row_number("oom_kill", text("memory.events")),
-            only_number(text("pids.current")), *waits)
+            pids, *waits)
 
     def init_pid(self, vm_id):
         """Return the process that is a running container's init, or None.
@@ -2886,7 +2913,7 @@ def described_by(vm_id, document):
 
     That is: its labels in braces, whether it is a template, [(family, labels, value)].
     """
-    values, own_id = parse_config(document).values, str(vm_id)
+    values, own_id = parse_config(document).current, str(vm_id)
     (cores, memory, _), (lock, template, _) = allotted(values), marks(values)
     samples = [("info", (own_id, container_name(vm_id, values)), 1),
                ("locked", (own_id, lock), lock and 1),
@@ -2987,7 +3014,9 @@ class Proxmox:
         values = None if node else self.files.read(self.read_status, vm_id)
         values = values or parse_status(self.ask(node, "pct", "status", vm_id, "--verbose"))
         if not node and values.get("pid") and "disk" not in values:
-            values["disk"] = self.disk_used(values["pid"])
+            values["disk"], whole = self.disk_space(values["pid"])
+            # A subvol without quota, or a folder of the host, has no size of its own.
+            values["maxdisk"] = values["maxdisk"] or whole
         get, stopped = values.get, values.get("status") == "stopped"
         lock, template, tags = marks(values)
         pressure = {name: get(f"pressure{name}some") for name in PRESSURES}
@@ -3037,15 +3066,15 @@ class Proxmox:
                 "netin": netin, "netout": netout,
                 "diskread": usage.disk_read, "diskwrite": usage.disk_write}
 
-    def disk_used(self, pid):
-        """Return how many bytes are in use on a container's root disk, seen through its init.
+    def disk_space(self, pid):
+        """Return (bytes in use, bytes) of a container's root disk, seen through its init.
 
-        It is None if that disk does not answer.
+        They are None if that disk does not answer.
         """
         try:
-            return self.disks.read(used_bytes, f"/proc/{pid}/root")
+            return self.disks.read(space, f"/proc/{pid}/root")
         except Problem:
-            return None
+            return None, None
 
     def cpu_clock(self, node, vm_id):
         """Return (processor time used, time) so far, in seconds, or None.
@@ -3084,7 +3113,7 @@ class Proxmox:
                 cores, memory, _ = allotted(values)
                 found.append(listed_container(
                     vm_id, node.name if node else own, container_name(vm_id, values), status,
-                    cores, memory, uptime, values.get("onboot") == "1", marks(values)))
+                    cores, memory, uptime, is_true(values.get("onboot")), marks(values)))
         return found, complete
 
     def state(self, node, vm_id, broadcast):
@@ -3372,11 +3401,9 @@ class Change:
         return self.ran
 
     def runs_now(self):
-        """Tell whether the container runs, by its cgroup if that is there, for pct takes long."""
-        cgroups = self.host.cgroups
-        there = (self.look("test", "-d", cgroups.path(self.vm_id), check=False).exit == 0
-                 if self.node else self.host.files.read(cgroups.runs, self.vm_id))
-        return there or self.state() == "running"
+        """Tell whether the container runs, by its cgroup if that says so, for pct takes long."""
+        pids = only_number(self.read(self.host.cgroups.path(self.vm_id) + "/pids.current"))
+        return bool(pids) or self.state() == "running"
 
     def conf(self, vm_id=None):
         """Return the container's Conf as its own node has it.

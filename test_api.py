@@ -164,7 +164,16 @@ class lock_mark:
 
 
 def running(vm_id):
-    return os.path.isdir(ROOT + "/cgroup/lxc/%s" % vm_id)
+    folder = ROOT + "/cgroup/lxc/%s" % vm_id
+    try:
+        with open(folder + "/pids.current") as file:
+            return file.read() != "0\n"
+    except OSError:
+        return os.path.isdir(folder)
+
+
+def remove_cgroup(vm_id):
+    os.rename(ROOT + "/cgroup/lxc/%s" % vm_id, ROOT + "/trash/%s.%d" % (vm_id, time.time_ns()))
 
 
 def start(vm_id):
@@ -179,13 +188,19 @@ def start(vm_id):
     for name, text in read_json(ROOT + "/cgroup.json").items():
         with open(folder + ".new/" + name, "w") as file:
             file.write(text)
+    if os.path.isdir(folder):
+        remove_cgroup(vm_id)
     os.rename(folder + ".new", folder)
 
 
 def stop(vm_id):
     if not running(vm_id):
         raise Refused("CT %s not running" % vm_id)
-    os.rename(ROOT + "/cgroup/lxc/%s" % vm_id, ROOT + "/trash/%s.%d" % (vm_id, time.time_ns()))
+    if FAULTS.get(ARGV[1], {}).get("leaves_cgroup"):
+        with open(ROOT + "/cgroup/lxc/%s/pids.current" % vm_id, "w") as file:
+            file.write("0\n")
+    else:
+        remove_cgroup(vm_id)
 
 
 UNITS = {"M": 1 / 1024, "G": 1, "T": 1024}
@@ -843,7 +858,10 @@ class Host:
                 if line.startswith("[")]
 
     def running(self, vm_id):
-        return (self.cgroup / "lxc" / str(vm_id)).is_dir()
+        folder = self.cgroup / "lxc" / str(vm_id)
+        with contextlib.suppress(OSError):
+            return (folder / "pids.current").read_text() != "0\n"
+        return folder.is_dir()
 
     def rows(self, event="start"):
         path = self.root / "calls.jsonl"
@@ -2194,6 +2212,7 @@ def test_a_tree_with_branches_gives_each_snapshot_its_parent():
 
 @pytest.mark.parametrize("text, gigabytes", [
     ("8G", 8), ("512M", 0.5), ("1T", 1024), ("921602G", 921602), ("1073741824", 1), ("1.5G", 1.5),
+    ("8GiB", 8), ("512MiB", 0.5), ("8iB", None),
     (None, None), ("", None), ("big", None)])
 def test_volume_sizes_are_told_in_gb(text, gigabytes):
     assert module.size_in_gb(text) == gigabytes
@@ -2256,6 +2275,19 @@ def test_what_nodes_broadcast_is_read():
         "running", 3600)
     assert (module.broadcast_state(None) == module.broadcast_state(["3600"])
             == module.broadcast_state(["1", "x", "running", "0", "U"]) == (None, None))
+
+
+def test_of_two_broadcasts_the_later_one_counts():
+    """pmxcfs keeps what a container's node said before an upgrade or a migration for five minutes
+    more, and in no order (pve-cluster, status.c, rrd_entry_is_old)."""
+    lines = ["pve2.3-vm/204:3600:web-2:running:0:1700000000:2\n",
+             "pve-vm-9.0/204:0:web-2:stopped:0:1700000090:2\n",
+             "pve2-node/pve2:9:c:1700000000:0.1:8:0:0:1024:1\n",
+             "pve-node-9.0/pve2:9:c:1700000090:0.1:16:0:0:2048:1\n", "pve2-node/pve3:9\n"]
+    for document in ("".join(lines), "".join(lines[::-1])):
+        news = module.parse_broadcast(document)
+        assert (news["vm", "204"][2], news["node", "pve2"][4], news["node", "pve3"]) == (
+            "stopped", "16", ["9"])
 
 
 @pytest.mark.parametrize("status, first", [
@@ -3078,7 +3110,7 @@ def test_a_daemon_whose_host_hangs_stops_all_the_same(launch, host):
 
 def test_a_container_s_disk_that_does_not_answer_is_null(launch, host):
     api = launch(constants={
-        "FILE_SECONDS": 0.3, "used_bytes": Code("lambda path: daemon.time.sleep(5)")})
+        "FILE_SECONDS": 0.3, "space": Code("lambda path: daemon.time.sleep(5)")})
     (host.cgroup / "lxc/104/ns/init.scope/cgroup.procs").write_text(f"{os.getpid()}\n")
     reply = api.get("/resource/vm/status?vm_id=104")
     assert (reply.status, reply.body["data"]["disk_used"], reply.body["data"]["memory_used"]) == (
@@ -3087,7 +3119,7 @@ def test_a_container_s_disk_that_does_not_answer_is_null(launch, host):
 
 def test_disks_that_hang_do_not_stand_for_the_files_of_proxmox(launch, host):
     api = launch(constants={"FILE_SECONDS": 0.1, "MAX_HUNG": 2, "STOP_SECONDS": 5.1,
-                            "used_bytes": Code("lambda path: daemon.time.sleep(60)")})
+                            "space": Code("lambda path: daemon.time.sleep(60)")})
     for pid in (os.getpid(), os.getppid(), 1):
         (host.cgroup / "lxc/104/ns/init.scope/cgroup.procs").write_text(f"{pid}\n")
         assert api.get("/resource/vm/status?vm_id=104").body["data"]["disk_used"] is None
@@ -4401,7 +4433,27 @@ def test_status_is_read_from_the_container_s_files(api, host):
         file.write("\n[pve:pending]\nhostname: later\nmemory: 1\n")        # not what it has now
     data = api.get("/resource/vm/status?vm_id=104").body["data"]
     assert (data["name"], data["memory"]) == ("web-01", 2048)
-    assert data["disk_used"] > 0 and data["uptime"] < time.time() - 1
+    assert data["disk_used"] > 0 and data["uptime"] < time.time() - 1 and data["disk"] == 8
+    assert parse_exposition(api.get("/metrics").body)[1][
+        'lxc_autoscale_container_info{container_id="104",name="web-01"}'] == 1
+    host.path(104).write_text("hostname: web-01\nrootfs: /srv/104,size=0T\n")
+    disk = os.statvfs(f"/proc/{os.getpid()}/root")
+    assert api.get("/resource/vm/status?vm_id=104").body["data"]["disk"] == round(
+        disk.f_blocks * disk.f_frsize / 2**30, 2)
+
+
+def test_a_container_whose_cgroup_is_left_over_and_empty_is_stopped(api, host):
+    """The next start removes it (pve-container, lxc-pve-prestart-hook, cleanup_cgroups)."""
+    assert api.get("/resource/vm/status?vm_id=104").body["data"]["status"] == "running"
+    (host.cgroup / "lxc/104/pids.current").write_text("0\n")
+    status = api.get("/resource/vm/status?vm_id=104").body["data"]
+    listed = api.get("/resource/vm/list").body["data"][0]
+    assert (status["status"], status["uptime"], listed["status"], listed["uptime"]) == (
+        "stopped", 0, "stopped", 0)
+    values = parse_exposition(api.get("/metrics").body)[1]
+    assert values['lxc_autoscale_container_up{container_id="104"}'] == 0
+    assert 'lxc_autoscale_container_pids{container_id="104"}' not in values
+    assert host.calls() == []
 
 
 def test_status_is_asked_of_pct_where_the_files_are_missing(asking, host):
@@ -4461,7 +4513,8 @@ def test_mount_points_are_told_by_number(api, host):
              mp2="/mnt/photos,mp=/photos,ro=1,size=0T",
              mp0="backup=1,mp=/var/lib/db,size=1T,volume=local-zfs:subvol-107-disk-1",
              mp1="/dev/sdb1,mp=/raw",
-             unused0="local-lvm:vm-107-disk-9", mp3="local-lvm:vm-107-disk-3,mp=/x")
+             unused0="local-lvm:vm-107-disk-9", mp3="local-lvm:vm-107-disk-3,mp=/x",
+             mp4="ro=1,local-lvm:vm-107-disk-4,mp=/y,size=4G", mp5="mp=/z,/srv/data,size=1G")
     reply = api.get("/resource/vm/config?vm_id=107")
     assert reply.body["data"]["mountpoints"] == [
         {"disk": "mp0", "path": "/var/lib/db", "size_gb": 1024,
@@ -4469,6 +4522,8 @@ def test_mount_points_are_told_by_number(api, host):
         {"disk": "mp1", "path": "/raw", "size_gb": None, "volume": "/dev/sdb1"},
         {"disk": "mp2", "path": "/photos", "size_gb": None, "volume": "/mnt/photos"},
         {"disk": "mp3", "path": "/x", "size_gb": None, "volume": "local-lvm:vm-107-disk-3"},
+        {"disk": "mp4", "path": "/y", "size_gb": 4, "volume": "local-lvm:vm-107-disk-4"},
+        {"disk": "mp5", "path": "/z", "size_gb": None, "volume": "/srv/data"},
         {"disk": "mp10", "path": "/srv/data", "size_gb": 0.5, "volume": "local-lvm:vm-107-disk-2"}]
 
 
@@ -5261,6 +5316,33 @@ def test_a_temporary_snapshot_left_on_another_node_is_named_with_it(lab):
     assert lab.api.delete("/snapshot/delete", {
         "vm_id": 204, "snapshot_name": pve2.snapshots(204)[0]}).status == 200
     assert lab.api.delete("/clone/delete", {"vm_id": 252}).status == 200
+
+
+def test_a_node_that_does_not_know_its_cluster_yet_has_no_quorum(host, launch):
+    """So it is until corosync runs: .members is that of a single host (pmxcfs, status.c)."""
+    Host(host.root / "other", "pve2", host.shared).add(204, "far")
+    (host.pve / "corosync.conf").write_text("totem {\n  cluster_name: lab\n}\n")
+    api = launch()
+    offline = "Node 'pve2' is offline; to see why, on this host: pvecm status"
+    no_quorum = ("The Proxmox cluster has no quorum, so nothing can be changed; "
+                 "see: pvecm status")
+    for vm_id in (104, 204):
+        reply = api.post("/scale/cores", {"vm_id": vm_id, "cores": 4})
+        assert (reply.status, reply.body, reply.headers["Retry-After"]) == (
+            503, refused("Nothing was done: " + no_quorum), "30")
+    for query in ("vm/status?vm_id=204", "node/status?node_name=pve2"):
+        reply = api.get("/resource/" + query)
+        assert (reply.status, reply.body) == (503, error(offline))
+    assert api.get("/resource/vm/config?vm_id=204").body["data"]["hostname"] == "far"
+    assert api.get("/resource/vm/status?vm_id=104").body["data"]["status"] == "running"
+    assert [(row["vm_id"], row["node"], row["status"]) for row in api.get(
+        "/resource/vm/list").body["data"]] == [
+        (104, "proxmox", "running"), (106, "proxmox", "stopped"), (204, "pve2", None)]
+    assert api.get("/resource/cluster/status").body["data"] == {
+        "cluster": None, "quorate": False, "nodes": [
+            {"name": "proxmox", "online": True, "local": True, "address": None},
+            {"name": "pve2", "online": False, "local": False, "address": None}]}
+    assert host.calls() == []
 
 
 @pytest.mark.parametrize("node, says", [
@@ -6476,10 +6558,11 @@ def test_what_the_caller_hears_if_a_step_fails_on_another_node(stage_there, name
     check_row(stage_there, name, step, fault, " on node 'pve2'")
 
 
-def test_a_rollback_whose_container_does_not_start_again_is_no_success(api, host):
+@pytest.mark.parametrize("leaves_cgroup", [False, True])
+def test_a_rollback_whose_container_does_not_start_again_is_no_success(api, host, leaves_cgroup):
     """pct ends with 0: the start is a task of its own."""
     api.post("/snapshot/create", {"vm_id": 104, "snapshot_name": "s1"})
-    host.faults(rollback={"start_fails": True})
+    host.faults(rollback={"start_fails": True, "leaves_cgroup": leaves_cgroup})
     reply = api.post("/snapshot/rollback", {"vm_id": 104, "snapshot_name": "s1"})
     said = ('Logical volume "vm-104-disk-0" successfully removed.\n'
             "startup for container '104' failed")
