@@ -981,6 +981,8 @@ curl -s {url}/metrics
 
 def demo(port=5000):
     """Run the daemon on a simulated host until it is interrupted."""
+    if answers(port):
+        return f"Something listens on port {port} already; try: python3 test_api.py --demo 5001"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     key = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="lxc_autoscale_api_demo_") as root:
@@ -997,7 +999,7 @@ def demo(port=5000):
                   f"its files: {root}\n"
                   f"Stop with Ctrl-C. To try it, in another terminal:\n\nKEY={key}"
                   + DEMO_CURL.format(url=f"http://127.0.0.1:{port}"), flush=True)
-            daemon.wait()
+            return daemon.wait()
         except KeyboardInterrupt:
             print("stopping")
         finally:
@@ -9579,8 +9581,21 @@ def test_the_readme_s_shell_client_grows_a_disk_once(launch, host):
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert answers[0] == error(
         "Nothing was done: Too many changes wait; try again later", outcome="nothing_done")
-    assert (answers[-1] == ok("Storage increased by 5 GB for VM 104")
+    assert (answers[-1] == ok("Storage increased by 5 GB for VM 104") and done.stderr == ""
             and host.conf(104)["rootfs"].endswith("size=13G"))
+
+
+def test_the_readme_s_shell_client_takes_no_silence_for_a_success(api, host):
+    script = readme_block("sh", "api() {").replace("sleep 5", ":")
+    dies = script.replace("now=$(size)", f"kill {api.process.pid}; while curl -so /dev/null $URL/; "
+                          "do sleep 0.05; done; now=$(size)")
+    host.faults(resize={"work_fails": "odd"})
+    for commands, says in ((dies, "not grown, as far as is known\n"),
+                           (script, "bash: line 5: before: is not known\n")):
+        done = subprocess.run(["bash", "-c", commands], capture_output=True, text=True,
+                              timeout=60,
+                              env={**os.environ, "KEY": KEY, "URL": f"http://127.0.0.1:{api.port}"})
+        assert done.stderr == says
 
 
 def test_the_readme_s_python_client_waits_tries_again_and_gives_up(launch, host):
@@ -9595,6 +9610,12 @@ def test_the_readme_s_python_client_waits_tries_again_and_gives_up(launch, host)
     host.faults(set={"work_fails": "something odd"})
     assert names["change"]("POST", "/scale/cores", {"vm_id": 104, "cores": 6}) is False
     assert host.calls() == ["pct set 104 --cores 5", "pct set 104 --cores 6"]
+    # of what goes on, an answer may be missing for a while
+    told = [({"status": "error", "outcome": "running", "operation": "x"}, None),
+            ({"status": "error", "error": "Rate limit exceeded"}, "1"),
+            ({"data": [{"state": "running"}]}, None), ({"data": [{"state": "done"}]}, None)]
+    names["ask"] = lambda *_: told.pop(0)
+    assert names["change"]("POST", "/scale/cores", {}) is True and told == []
 
 
 def recipe(text, api, folder):
@@ -9736,6 +9757,15 @@ def test_the_readme_s_ansible_tasks_are_answered_with_the_codes_that_they_expect
         codes.append(reply.status)
     assert codes == [404, 200, 200] + [200, 200, 200]
     assert host.snapshots(104) == ["before_upgrade"] and host.conf(104)["memory"] == "4096"
+
+
+def test_the_demo_takes_no_other_program_for_its_own(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = subprocess.run([sys.executable, HERE / "test_api.py", "--demo", str(port)],
+                              capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", (
+        f"Something listens on port {port} already; try: python3 test_api.py --demo 5001\n"))
 
 
 def test_the_demo_starts_prints_its_key_and_stops(tmp_path):
