@@ -8,7 +8,7 @@ its Change, a Handler to the Server):
     socket -> Server      a bounded number of connections, a thread each
            -> Handler     bytes, perhaps through Tls, to a strictly framed Request, in time
            -> Api         rate limit, key, row of ROUTES, parameters to values
-           -> Changes     a change only: its containers' locks, a thread of its own, a Change
+           -> Changes     a change only: its containers' lines, a thread of its own, a Change
            -> a handler   a few lines an endpoint: a Change's steps, or what is asked of Proxmox
            -> Proxmox     the host: files under /etc/pve and /sys/fs/cgroup, pct, pvesh
            -> Commands    the one place that starts a process, here or by ssh on another node
@@ -20,7 +20,7 @@ becomes an Answer in Problem.answer. The parts, in their order:
     settings, parameters      what the administrator and a client may write
     what Proxmox writes       configurations, states, members; what pct fails with
     reading                   files under /etc/pve and /proc, and cgroups
-    waiting                   semaphore, locks, threads, one answer for many, reads that may hang
+    waiting                   semaphore, threads, one answer for many, reads that may hang
     limits and metrics        who asks too often, and what Prometheus gets
     processes, the host       Commands, and Proxmox over them and the files
     changing                  Change: its steps, and what it leaves; Changes: in order
@@ -159,6 +159,13 @@ class Problem(Exception):
         if texts:
             self.fields["details"] = "\n".join(
                 [*filter(None, [self.fields.get("details")]), *texts])
+
+    def again(self):
+        """Return the same, to be kept, or to be raised for one more caller.
+
+        What has been raised holds on to all that those who called it had at hand.
+        """
+        return Problem(self.status, self.error, dict(self.headers), **self.fields)
 
     def answer(self, changing=False):
         """Return the Answer; to a request for a change it says what was done.
@@ -2126,34 +2133,6 @@ class Semaphore:
                 self.free += 1
 
 
-class KeyedLocks:
-    """A lock for each key, fair, that exists only while somebody holds it or waits for it."""
-
-    def __init__(self):
-        self.guard, self.locks = threading.Lock(), {}
-
-    @contextmanager
-    def hold(self, key, seconds, who):
-        """Hold a container's id as `who`; Problem 409 if that takes over so many seconds."""
-        with self.guard:
-            entry = self.locks.setdefault(
-                key, SimpleNamespace(semaphore=Semaphore(1), users=0, holder=None))
-            entry.users += 1
-        try:
-            if not entry.semaphore.acquire(seconds):
-                raise Problem(
-                    409, f"VM {key} is busy for over {LOCK_SECONDS} s with: {entry.holder}")
-            entry.holder = who
-            try:
-                yield
-            finally:
-                entry.semaphore.release()
-        finally:
-            with self.guard:
-                entry.users -= 1
-                if not entry.users:
-                    del self.locks[key]
-
 
 class Workers:
     """Threads for work that others wait for, or do not wait for; an idle one is used again."""
@@ -2769,11 +2748,10 @@ class Commands:
                     self.run(node, ["true"], REACH_SECONDS)
                 except Problem as problem:
                     silent = broken_off(node, (), False, f"no answer within {REACH_SECONDS} s")
-                    known.problem = silent if problem.status == 504 else problem
+                    known.problem = silent if problem.status == 504 else problem.again()
                 known.tried = time.monotonic()
-            if known.problem:               # a copy, for each has a caller who may add to it
-                raise Problem(
-                    503, known.problem.error, dict(known.problem.headers), **known.problem.fields)
+            if known.problem:
+                raise known.problem.again()
         return known
 
     def read(self, node, *argv):
@@ -3319,7 +3297,8 @@ class Change:
             for name, value in values.items() if value is not None)
         self.title = f"{route.method} {route.path}{shown}"
         self.long = route.timeout == LONG_TIMEOUT
-        self.requested, self.began, self.ended = time.time(), None, None
+        self.requested, self.since = time.time(), time.monotonic()
+        self.began = self.ended = None
         self.started, self.future = Future(), Future()
         self.node = self.slots = self.before = self.ran = self.problem = None
         # killed: a command was killed, and its task may still be at work.
@@ -3539,7 +3518,7 @@ class Change:
         """Turn what a step failed with into the Problem that the caller hears."""
         if not self.steps:
             problem.fields = {"outcome": NOTHING_DONE, **problem.fields}
-            return problem
+            return problem.again()
         notes = [f"VM {self.clone} was cloned"] * bool(self.clone) + self.notes
         if self.lost:
             outcome, status = UNKNOWN, 504 if isinstance(problem, Lost) else 500
@@ -3670,14 +3649,15 @@ class Changes:
     """
 
     def __init__(self, host, workers, count):
-        self.host, self.workers, self.count, self.locks = host, workers, count, KeyedLocks()
+        self.host, self.workers, self.count = host, workers, count
         self.lock, self.stopping, self.ending = threading.Lock(), False, Future()
-        self.pending, self.recent = set(), deque(maxlen=MAX_OPERATIONS)
+        self.pending, self.recent = set(), deque()
+        self.lines = {}                     # {container: the changes that run or wait, in order}
 
     def take(self, change):
-        """Let a change begin as soon as its containers are free.
+        """Let a change begin as soon as it is the first in the lines of all its containers.
 
-        At its end, self.count(change) is called.
+        No thread waits for that. At its end, self.count(change) is called.
         """
         with self.lock:                     # either refuse_waiting sees it, or it has been called
             if self.stopping:
@@ -3685,12 +3665,49 @@ class Changes:
             if len(self.pending) >= MAX_OPERATIONS:
                 raise unavailable("Too many changes wait; try again later", RETRY_SECONDS)
             self.pending.add(change)
+            self.recent.appendleft(change)
+            if len(self.recent) > MAX_OPERATIONS:
+                # One that has not ended is still asked for.
+                self.recent.remove(next(old for old in reversed(self.recent) if old.ended))
+            for vm_id in change.containers:
+                self.lines.setdefault(vm_id, deque()).append(change)
+            first = self.is_first(change)
+        if first:
+            self.start([change])
+            return
+        # Else it would wait for its turn, though its node does not answer.
         try:
-            self.workers.start(self.work, change)
-        except Problem:
+            self.host.commands.reachable(
+                self.host.files.read(self.host.pve.changeable, change.vm_id), change.since)
+        except Problem as problem:
+            self.cancel(change, problem)
+
+    def is_first(self, change):
+        return all(self.lines[vm_id][0] is change for vm_id in change.containers)
+
+    def start(self, ready):
+        """Start changes that are the first now, each in a thread of its own."""
+        while ready:
+            change = ready.pop()
+            try:
+                self.workers.start(self.work, change)
+            except Problem as problem:      # no thread is left
+                ready += self.end_unbegun(change, problem)
+
+    def leave_lines(self, change):
+        """Take a change that has ended out of its lines; return those that may begin now."""
+        with self.lock:
             self.pending.discard(change)
-            raise
-        self.recent.appendleft(change)
+            ready = []
+            for vm_id in change.containers:
+                line = self.lines[vm_id]
+                if line[0] is change and len(line) > 1:
+                    ready.append(line[1])
+                line.remove(change)
+                if not line:
+                    del self.lines[vm_id]
+            return [] if self.stopping else [
+                each for each in dict.fromkeys(ready) if self.is_first(each)]
 
     def answer(self, change, client, seconds):
         """Wait for a change, and return its Answer.
@@ -3700,14 +3717,15 @@ class Changes:
         """
         try:
             client.wait(change.started)
-            # Whoever half-closes the connection now still hears its end.
-            client.changing = True
-            client.wait(change.future, self.ending, seconds=seconds)
+            if not change.problem:
+                # Whoever half-closes the connection now still hears its end.
+                client.changing = True
+                client.wait(change.future, self.ending, seconds=seconds)
         except ClientLeft:
             self.cancel(change, Problem(CLIENT_LEFT, "The client left before this began"))
             raise
-        if change.future.cancelled():
-            raise stopping()
+        if change.problem:
+            raise change.problem.again()
         if change.future.done():
             return change.future.result()
         if self.ending.done():
@@ -3720,43 +3738,36 @@ class Changes:
                       outcome=RUNNING, operation=change.id)
 
     def work(self, change):
-        answer = None
+        answer = problem = None
         try:
             answer = self.run_in_turn(change)
-        except Problem as problem:
-            change.problem = change.conclude(problem)
+        except Problem as raised:
+            problem = change.conclude(raised)
         except Exception as error:
             log.exception("internal error in %s", change.title)
             change.lost = change.steps[:]
-            change.problem = change.conclude(internal_error(error))
-        if change.future.cancelled():       # and ended by cancel()
-            self.pending.discard(change)
+            problem = change.conclude(internal_error(error))
+        # If it was cancelled, its end has been told.
+        if change.future.cancelled() or not (
+                change.future.running() or change.future.set_running_or_notify_cancel()):
             return
-        if change.future.running() or change.future.set_running_or_notify_cancel():
+        change.problem = problem
+        try:
             self.record_end(change)         # before a daemon that stops may take it for ended
-            (change.future.set_exception(change.problem) if change.problem
-             else change.future.set_result(answer))
+        finally:
+            change.future.set_result(answer)
             if not change.started.done():
                 change.started.set_result(None)
-        self.pending.discard(change)
+            self.start(self.leave_lines(change))
 
     def run_in_turn(self, change):
-        """Run a change once it holds its containers' locks; return its Answer.
+        """Run a change that is the first in its lines; return its Answer.
 
         If it was cancelled before it began, there is None.
         """
-        since, who = time.monotonic(), f"{change.title}, since {utc(int(time.time()))}"
         files, pve, commands = self.host.files, self.host.pve, self.host.commands
-        # Before the locks, or it would wait behind a change that waits for a dead node.
-        commands.reachable(files.read(pve.changeable, change.vm_id), since)
-        with ExitStack() as held:
-            # All go in one order, so that no two wait for each other.
-            for vm_id in sorted({*change.containers}):
-                held.enter_context(self.locks.hold(
-                    vm_id, since + LOCK_SECONDS - time.monotonic(), who))
-            node = files.read(pve.changeable, change.vm_id)
-            slot = held.enter_context(ExitStack())
-            slots = slot.enter_context(commands.slot(node, since, change.long))
+        node = files.read(pve.changeable, change.vm_id)
+        with commands.slot(node, change.since, change.long) as slots:
             if not change.future.set_running_or_notify_cancel():
                 return None
             change.began = time.time()
@@ -3768,21 +3779,37 @@ class Changes:
                          if problem.status == 404 and not change.steps else node)
                 if moved == node:
                     raise
-            slot.close()                    # it has moved meanwhile, and is asked for once more
-            slots = slot.enter_context(commands.slot(moved, since, change.long))
+        # It has moved meanwhile, and is asked for once more.
+        with commands.slot(moved, change.since, change.long) as slots:
             return change.run(moved, slots)
 
     def cancel(self, change, problem):
-        """Cancel a change that has not begun.
+        """End a change that has not begun, and start those that waited for it only."""
+        self.start(self.end_unbegun(change, problem))
+
+    def end_unbegun(self, change, problem):
+        """End a change unless it has begun or ended; return those that may begin now.
 
         Its client may leave while the daemon stops: then the first of the two reasons counts.
         """
         with self.lock:
-            first = not change.future.cancelled() and change.future.cancel()
-        if first:
-            change.problem = change.conclude(problem)
-            self.record_end(change)
-            change.started.set_result(None)
+            if change.future.cancelled() or not change.future.cancel():
+                return []
+        change.problem = change.conclude(problem)
+        self.record_end(change)
+        change.started.set_result(None)
+        return self.leave_lines(change)
+
+    def refuse_late(self):
+        """Refuse the changes that have waited for others to end for LOCK_SECONDS."""
+        with self.lock:
+            late = [(change, vm_id, self.lines[vm_id][0]) for change in self.pending
+                    if time.monotonic() - change.since > LOCK_SECONDS
+                    for vm_id in change.containers if self.lines[vm_id][0] is not change]
+        for change, vm_id, first in late:
+            since = utc(int(first.began or first.requested))
+            self.cancel(change, Problem(409, f"VM {vm_id} is busy for over {LOCK_SECONDS} s "
+                                             f"with: {first.title}, since {since}"))
 
     def record_end(self, change):
         """Log and count a change's end, before its caller and /operations tell of it."""
@@ -4699,7 +4726,7 @@ class Api:
                                    f"(containers.{setting} in the daemon's configuration)")
 
     def change(self, request, route, values):
-        """Run a handler that changes containers, once it holds their locks."""
+        """Run a handler that changes containers, once it is the first in their lines."""
         self.guard(route, values)
         client, key = request.client, request.client.key
         who = f"{client.address} with key {key}" if key else client.address
@@ -5003,6 +5030,7 @@ class Server(ThreadingHTTPServer):
                 looked = now
                 self.close_refused()
                 self.notice_departures()
+                self.api.changes.refuse_late()
 
     def add_threads(self, count):
         """Let so many more threads take connections; if none is left, turn away who waits."""

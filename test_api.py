@@ -1031,6 +1031,7 @@ if __name__ == "__main__":
 import concurrent.futures  # noqa: E402  (the simulated host above needs Python alone)
 import ctypes  # noqa: E402
 import errno  # noqa: E402
+import gc  # noqa: E402
 import http.client  # noqa: E402
 import itertools  # noqa: E402
 import random  # noqa: E402
@@ -1039,6 +1040,7 @@ import shlex  # noqa: E402
 import ssl  # noqa: E402
 import threading  # noqa: E402
 import urllib.parse  # noqa: E402
+import weakref  # noqa: E402
 from collections import Counter, namedtuple  # noqa: E402
 
 import pytest  # noqa: E402
@@ -5402,8 +5404,13 @@ def test_a_configuration_that_hangs_under_a_change_is_not_read_again_and_again(h
 
 
 def test_a_change_is_either_cancelled_or_begun():
-    changes = module.Changes(None, None, lambda change: None)
-    begun, refused_one = (change_of("/scale/cores", vm_id=104, cores=4) for _ in range(2))
+    changes, began = module.Changes(
+        None, module.SimpleNamespace(start=lambda work, change: began.append(change)),
+        lambda change: None), []
+    begun, refused_one = (change_of("/scale/cores", vm_id=vm_id, cores=4) for vm_id in (104, 106))
+    for change in (begun, refused_one):
+        changes.take(change)
+    assert began == [begun, refused_one]
     assert begun.future.set_running_or_notify_cancel()
     changes.cancel(begun, module.unavailable("too late", 1))
     assert not begun.started.done() and begun.problem is None and begun.future.running()
@@ -5414,6 +5421,114 @@ def test_a_change_is_either_cancelled_or_begun():
             for key in ("state", "outcome", "began", "status", "error")} == {
         "state": "failed", "outcome": "nothing_done", "began": None, "status": 503,
         "error": "in time"}
+
+
+def test_changes_to_one_container_are_done_in_the_order_in_which_they_were_accepted(api, host):
+    """Each was answered 202 before the next was sent."""
+    headers = {"X-API-Key": KEY, "Content-Type": "application/json", "Prefer": "respond-async"}
+    connection = http.client.HTTPConnection("127.0.0.1", api.port)
+    wanted = list(range(1, 25))
+    for cores in wanted:
+        connection.request(
+            "POST", "/scale/cores", json.dumps({"vm_id": 104, "cores": cores}), headers)
+        reply = connection.getresponse()
+        assert (reply.status, json.loads(reply.read())["status"]) == (202, "accepted")
+    connection.close()
+    wait_until(lambda: all(row["ended"] for row in operations(api)), 20)
+    assert host.calls() == [f"pct set 104 --cores {cores}" for cores in wanted]
+    assert host.conf(104)["cores"] == "24"
+
+
+def test_a_change_that_uses_two_containers_waits_its_turn_for_both(api, host):
+    """And others that wait behind it go on as soon as it has ended."""
+    host.add(108)
+    host.faults(set={"delay": True})
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        def ask(path, **body):
+            waiting = len(operations(api))
+            asked = pool.submit(api.post, path, body)
+            wait_until(lambda: len(operations(api)) > waiting)
+            return asked
+        first = ask("/scale/cores", vm_id=106, cores=3)
+        clone = ask("/clone/create", vm_id=106, new_vm_id=105, new_vm_name="x", start=False)
+        behind = ask("/scale/ram", vm_id=105, memory=1024)
+        other = ask("/scale/cores", vm_id=108, cores=3)
+        wait_until(lambda: len(host.calls()) == 2)
+        assert [row["state"] for row in operations(api)] == [
+            "running", "waiting", "waiting", "running"]
+        host.go()
+        assert [each.result().status for each in (first, clone, behind, other)] == [200] * 4
+    assert [call for call in host.calls() if "108" not in call] == [
+        "pct set 106 --cores 3", "pct status 106", "pct clone 106 105 --hostname x",
+        "pct set 105 --memory 1024"]
+
+
+def test_changes_whose_clients_have_left_hold_up_nobody(launch, host):
+    api = launch(constants={"MAX_OPERATIONS": 5})
+    host.faults(set={"delay": True})
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        first = pool.submit(api.post, "/scale/cores", {"vm_id": 104, "cores": 3})
+        wait_until(host.calls)
+        body = json.dumps({"vm_id": 104, "cores": 9})
+        for _ in range(3):                  # more than may wait at once
+            socks = [api.connect() for _ in range(4)]
+            for sock in socks:
+                sock.sendall((f"POST /scale/cores HTTP/1.1\r\nHost: x\r\nX-API-Key: {KEY}\r\n"
+                              "Content-Type: application/json\r\n"
+                              f"Content-Length: {len(body)}\r\n\r\n{body}").encode())
+            wait_until(lambda: [row["state"] for row in operations(api)].count("waiting") == 4)
+            for sock in socks:
+                sock.close()
+            wait_until(lambda: [row["state"] for row in operations(api)].count("waiting") == 0)
+        left = [row for row in operations(api) if row["state"] == "failed"]
+        assert [(row["status"], row["error"], row["outcome"]) for row in left] == [
+            (499, "The client left before this began", "nothing_done")] * 4
+        last = pool.submit(api.post, "/scale/ram", {"vm_id": 104, "memory": 1024})
+        wait_until(lambda: operations(api)[0]["endpoint"] == "/scale/ram")
+        host.go()
+        assert (first.result().status, last.result().status) == (200, 200)
+    assert host.calls() == ["pct set 104 --cores 3", "pct set 104 --memory 1024"]
+    assert [row for row in operations(api) if row["state"] == "failed"] == left[:3]
+
+
+def test_a_change_that_runs_is_found_however_many_came_after_it(launch, host):
+    api = launch(constants={"MAX_OPERATIONS": 3})
+    host.faults(snapshot={"delay": True})
+    reply = api.post("/snapshot/create", {"vm_id": 104, "snapshot_name": "s1"},
+                     headers={"Prefer": "respond-async"})
+    for cores in range(1, 6):
+        assert api.post("/scale/cores", {"vm_id": 106, "cores": cores}).status == 200
+    assert [(row["endpoint"], row["state"]) for row in operations(api)] == [
+        ("/scale/cores", "done"), ("/scale/cores", "done"), ("/snapshot/create", "running")]
+    host.go()
+    wait_until(lambda: operations(api, f"?id={reply.body['operation']}")[0]["state"] == "done")
+
+
+def test_what_is_remembered_of_a_failed_change_is_not_its_whole_request(host):
+    """A traceback would hold on to the connection, its headers and its TLS."""
+    proxmox, told, workers = proxmox_of(host), threading.Event(), module.Workers()
+    proxmox.commands = module.Commands(4, 15, workers, module.Metrics())
+    changes = module.Changes(proxmox, workers, lambda change: told.set())
+    change = module.Change(
+        module.PATHS["/scale/cores"], {"vm_id": 999, "cores": 4}, "127.0.0.1", proxmox)
+
+    class Held:
+        """Stands for what a request has at hand."""
+    held = Held()
+    gone = weakref.ref(held)
+
+    def ask(held):
+        client = module.Client(None, "127.0.0.1")
+        changes.take(change)
+        with pytest.raises(module.Problem) as raised:
+            changes.answer(change, client, 10)
+        assert raised.value.status == 404 and raised.value is not change.problem
+    ask(held)
+    del held
+    assert told.wait(10)
+    gc.collect()
+    assert gone() is None
+    assert (change.problem.__traceback__, change.problem.__context__) == (None, None)
 
 
 @pytest.mark.parametrize("result, found", [
@@ -8106,7 +8221,9 @@ def listening(handle, serving=True):
     connects to it."""
     config = module.load_settings(
         GOOD_KEY + f'server:\n  host: "127.0.0.1"\n  port: {free_port()}\n')
-    api = module.SimpleNamespace(metrics=module.Metrics(), workers=module.Workers())
+    workers = module.Workers()
+    api = module.SimpleNamespace(metrics=module.Metrics(), workers=workers,
+                                 changes=module.Changes(None, workers, None))
     with contextlib.ExitStack() as stack:
         server = module.Server(config, api, handle)
         stack.callback(wait_until, lambda: not server.accepting.locked())
