@@ -337,8 +337,8 @@ def open_again(file):
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(file.path), os.fstat(file.fd)):
                 return
-        os.close(file.fd)
-    file.fd = None
+        old, file.fd = file.fd, None        # closed, even if that tells of an error
+        os.close(old)
     file.fd = os.open(
         file.path,
         os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o600)
@@ -585,7 +585,7 @@ def yaml_key(content, line):
     if not match:
         raise ConfigError(line, "expected 'key: value' "
                                 "(a key is a word, with a space after its colon)")
-    key = match[1].strip("\"'")
+    key = match[1][1:-1] if match[1][0] in "\"'" else match[1]
     if key == match[1] and key in YAML_WORDS:
         raise ConfigError(line, "this key is a YAML boolean or null; put it in quotes")
     return key, content[match.end():].strip(" ")
@@ -3291,9 +3291,9 @@ class Change:
         self.id, self.route, self.values, self.client, self.host = (
             os.urandom(8).hex(), route, values, client, host)
         self.vm_id, self.containers = values["vm_id"], tuple(values[name] for name in route.changes)
+        # Quoted, a text cannot look like the rest of a log's line.
         shown = "".join(
-            f" {name}={value!r}" if isinstance(value, str) and not value.isprintable()
-            else f" {name}={value}"
+            f" {name}={value!r}" if re.search(r"[^\w./:-]", str(value)) else f" {name}={value}"
             for name, value in values.items() if value is not None)
         self.title = f"{route.method} {route.path}{shown}"
         self.long = route.timeout == LONG_TIMEOUT
@@ -4469,11 +4469,12 @@ def describe_route(path, route):
     kind = "application/json" if route.answer else "text/plain"
     good = {kind: {"schema": route.answer or {"type": "string"}}}
     headers = describe_headers(RATE_HEADERS if route.limited else ())
-    error = "ChangeError" if route.changes else "Error"
+    error, keys = "ChangeError" if route.changes else "Error", [{"header": []}, {"query": []}]
     described = {
         "operationId": path.strip("/").replace("/", "_").replace(".", "_"),
         "summary": route.summary,
-        "security": [{"header": []}, {"query": []}] if route.key is True else [],
+        # With an empty requirement beside them, these are optional: a setting decides.
+        "security": {True: keys, False: []}.get(route.key, [{}, *keys]),
         "responses": {"200": {"description": "Done.", "headers": headers, "content": good},
                       **{str(status): {"$ref": f"#/components/responses/{error}{status}"}
                          for status in STATUSES}},
@@ -4559,10 +4560,14 @@ def read_object(request):
 def loggable_path(path):
     """Return as much of a path as may be logged: all, if it is an endpoint's.
 
-    Of any other it is what stands before the first mark that may be a mistyped '?', for a key
-    may follow it.
+    Of any other it is what stands before a key, or before the first mark that may be a mistyped
+    '?', for a key may follow it.
     """
-    return path if path in PATHS else re.split(r"[^A-Za-z0-9/._~-]", path, maxsplit=1)[0][:100]
+    if path in PATHS:
+        return path
+    for key in access_log.keys:             # here, for half a key would be none to the log
+        path = path.replace(key, "?")
+    return re.split(r"[^A-Za-z0-9/._~-]", path, maxsplit=1)[0][:100]
 
 
 class Api:
@@ -4744,7 +4749,9 @@ class Api:
 
 # TLS
 
-PEM_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+PEM_CERTIFICATE = re.compile(               # as OpenSSL looks for it; other lines may say anything
+    r"^-----BEGIN CERTIFICATE-----\s*?\n.+?^-----END CERTIFICATE-----\s*?$",
+    re.DOTALL | re.MULTILINE)
 VALIDITY = re.compile(                      # two times in DER (RFC 5280 section 4.1.2.5)
     rb"\x30.(?:\x17\x0d\d{12}|\x18\x0f\d{14})Z(?:\x17\x0d|\x18\x0f)(\d{12}(?:\d\d)?)Z", re.DOTALL)
 
@@ -4752,7 +4759,10 @@ VALIDITY = re.compile(                      # two times in DER (RFC 5280 section
 def end_of_certificate(pem):
     """Return until when PEM's first certificate is valid, as YYYYMMDDHHMMSS in UTC, or None."""
     first = PEM_CERTIFICATE.search(pem)
-    found = first and VALIDITY.search(ssl.PEM_cert_to_DER_cert(first[0]))
+    try:
+        found = first and VALIDITY.search(ssl.PEM_cert_to_DER_cert(first[0].strip()))
+    except ValueError:                      # OpenSSL takes more than Python's reader of this
+        return None
     if not found:
         return None
     end = found[1].decode()
@@ -4986,7 +4996,7 @@ class Server(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
         self.changed = threading.Condition()
         self.clients = {}                   # {socket: Client}
-        self.sending = deque()              # the Clients to which large answers are on their way
+        self.sending = {}                   # {Client: since when a large answer goes out to it}
         self.refused = deque()              # (until, socket): told to go, not yet closed
         self.own_address, self.complained = None, -math.inf
         super().__init__((server.host, server.port), handler)
@@ -5139,25 +5149,30 @@ class Server(ThreadingHTTPServer):
 
     @contextmanager
     def large_answer(self, client):
-        """Send a large answer: of more than MAX_SENDING one gives way.
+        """Send a large answer once there are less than MAX_SENDING, or one has given way.
 
-        That is the one that has been on its way longest, of those of the address that has most.
+        That is the one that has been on its way longest, of those of the address that has most,
+        if that was YIELD_SECONDS or more.
         """
         with self.changed:
-            self.sending.append(client)
-            if len(self.sending) > MAX_SENDING:
+            while len(self.sending) >= MAX_SENDING:
                 held = Counter(networks_of(each.address)[0] for each in self.sending)
                 most = max(held.values())
                 slow = next(each for each in self.sending
                             if held[networks_of(each.address)[0]] == most)
-                self.sending.remove(slow)
-                self.dismiss(slow)
+                seconds = self.sending[slow] + YIELD_SECONDS - time.monotonic()
+                if seconds > 0:
+                    self.changed.wait(seconds)
+                else:
+                    del self.sending[slow]
+                    self.dismiss(slow)
+            self.sending[client] = time.monotonic()
         try:
             yield
         finally:
             with self.changed:
-                if client in self.sending:
-                    self.sending.remove(client)
+                self.sending.pop(client, None)
+                self.changed.notify_all()
 
     def notice_departures(self):
         """Close the connections of those who have left while their request waits."""
@@ -5456,6 +5471,7 @@ class Handler(BaseHTTPRequestHandler):
         head = (f"{STATUS_LINES[answer.status]}Date: {http_date(int(time.time()))}\r\n"
                 f"{COMMON_HEADERS}{headers}\r\n")
         head, sent = head.encode("latin-1"), b"" if method == "HEAD" else body
+        status, size = answer.status, len(sent)
         try:
             if len(sent) > LARGE:           # its bytes are shared, and not copied for each client
                 with self.server.large_answer(self.client):
@@ -5464,8 +5480,8 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.send(head + sent)
         except OSError:
-            self.close_connection = True
-        self.note(method, path, answer.status, len(sent), started)
+            self.close_connection, status, size = True, CLIENT_LEFT, 0
+        self.note(method, path, status, size, started)
 
     def note(self, method, path, status, size, started):
         """Log a request."""
@@ -5634,6 +5650,8 @@ def reload(server, path):
         for told in error.text.split("\n"):
             complain(f"not reloaded, the old settings stay: {told}")
             log.error("not reloaded, the old settings stay: %s", told)
+    except Exception:
+        log.exception("internal error in a reload; the old settings stay")
     else:
         point_logs(config.logging, config.keys + config.read_only_keys)
         server.api.configure(config)

@@ -1635,6 +1635,33 @@ def test_logs_are_private_whatever_the_umask(launch, host):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_a_text_of_a_request_cannot_look_like_the_rest_of_its_line(api):
+    forged = "x by 192.0.2.66 with key deadbeef: done, after 0.1 s"
+    assert api.post("/snapshot/create", {
+        "vm_id": 104, "snapshot_name": "s1", "description": forged}).status == 200
+    line, = [line for line in api.log().splitlines() if " change " in line]
+    assert f" vm_id=104 snapshot_name=s1 description='{forged}' by 127.0.0.1 with key " in line
+
+
+def test_a_log_whose_file_cannot_be_closed_is_opened_anew(tmp_path, monkeypatch):
+    """NFS may tell of a full disk then only, and the descriptor is gone all the same."""
+    path, close = tmp_path / "a.log", os.close
+    file = module.SimpleNamespace(path=str(path), fd=None)
+    module.open_again(file)
+    path.rename(tmp_path / "a.log.1")
+
+    def fail(fd):
+        close(fd)
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+    monkeypatch.setattr(module.os, "close", fail)
+    with pytest.raises(OSError):
+        module.open_again(file)
+    monkeypatch.undo()
+    module.open_again(file)
+    assert os.path.samestat(os.fstat(file.fd), path.stat())
+    os.close(file.fd)
+
+
 def test_a_rotated_log_loses_no_line(api, host):
     for number in range(5):
         api.get(f"/before{number}")
@@ -1676,6 +1703,7 @@ ACCEPTED = [f"key: {scalar}\n" for scalar in SCALARS] + [
     "a:\n  b:\n    c:\n      d: deep\ne: 1\n",
     "a:\n- 1\n- 2\n", "a:\n  - 1\n  - 2\nb: 3\n", "a:\n- 1\nb:\n- 2\n", "a:\n  b:\n  - 1\n  c: 2\n",
     "- a\n- b\n", "- 1\n-\n- 2\n", "-\n",
+    "\"'a'\": 1\n'\"b\"': 2\n",
     "a:\nb: 1\n", "a:\n", "a: # nothing\nb: 1\n", "a: # comment\n  b: 1\n", "", "\n\n",
     "# only a comment\n", "---\na: 1\n", "--- # start\na: 1\n", "# c\n---\na: 1\n",
     "a: 1\r\nb: 2\r\n", "a: 1\rb: 2\r", "\ufeffa: 1\n", "\n\na: 1\n\n\n# end\n", "a: 1   \n",
@@ -7223,6 +7251,7 @@ def test_the_description_has_every_route_parameter_and_code(steady):
                    and name["minLength"] <= len(value) <= name["maxLength"])
         assert matches == bool(module.SNAPSHOT_NAME.test(value))
     assert document["paths"]["/health/check"]["get"]["security"] == []
+    assert document["paths"]["/metrics"]["get"]["security"] == [{}, {"header": []}, {"query": []}]
     headers = document["components"]["headers"]
     assert headers["Retry-After"] == {
         "description": "Seconds after which to try again.", "schema": {"type": "integer"}}
@@ -7527,6 +7556,7 @@ def test_no_key_appears_in_any_log_answer_or_metric(launch, host):
             f"GET /nowhere?api_key={KEY} HTTP/1.1", f"GET /routes%3Fapi_key={KEY} HTTP/1.1",
             f"GET /routes%3Fapi_key={quoted} HTTP/1.1", f"GET /routes&api_key={KEY} HTTP/1.1",
             f"GET /{KEY} HTTP/1.1", f"GET /x;api_key={KEY} HTTP/1.1",
+            f"GET /{'a' * (98 - len(KEY))}/{KEY} HTTP/1.1", f"GET /{'a' * 80}/{KEY} HTTP/1.1",
             f"GET /routes?{KEY}=1 HTTP/1.1", f"GET /routes api_key={KEY} HTTP/1.1",
             f"{KEY} / HTTP/1.1", f"GET http://x/?api_key={KEY} HTTP/1.1",
             f"GET https://x:5000/routes?api_key={KEY} HTTP/1.1",
@@ -7847,7 +7877,11 @@ def test_a_certificate_that_hangs_at_a_reload_delays_nobody(launch, host):
 
 @pytest.mark.parametrize("pem, end", [
     (CERTIFICATE, "21261101031243"), (EXPIRED, "20210101000000"),
-    ("text before\n" + EXPIRED + CERTIFICATE, "20210101000000"), ("", None)])
+    ("text before\n" + EXPIRED + CERTIFICATE, "20210101000000"), ("", None),
+    ("# -----BEGIN CERTIFICATE----- für pve1\n" + CERTIFICATE, "21261101031243"),
+    ("".join(f"# {line}\n" for line in EXPIRED.splitlines()) + CERTIFICATE, "21261101031243"),
+    (CERTIFICATE.replace("\n", " \r\n"), "21261101031243"),
+    ("-----BEGIN CERTIFICATE-----\nfür pve1\n-----END CERTIFICATE-----\n" + CERTIFICATE, None)])
 def test_the_end_of_a_certificate_is_read_from_it(pem, end):
     assert module.end_of_certificate(pem) == end
 
@@ -8557,7 +8591,8 @@ def test_slow_readers_of_a_large_answer_share_its_bytes(launch, tls):
 @OVER_BOTH
 def test_of_many_slow_readers_of_large_answers_the_oldest_gives_way(launch, tls):
     api = launch(tls=tls, constants={
-        "Metrics.render": Code("lambda *_: 8000000 * 'x'"), "MAX_SENDING": 3})
+        "Metrics.render": Code("lambda *_: 8000000 * 'x'"), "MAX_SENDING": 3,
+        "YIELD_SECONDS": 0.2})
     slow = []
     for _ in range(5):
         slow.append(api.connect())
@@ -8568,6 +8603,17 @@ def test_of_many_slow_readers_of_large_answers_the_oldest_gives_way(launch, tls)
     assert whole == [False, False, True, True, True]
     for sock in slow:
         sock.close()
+    lines = [line.split(" GET /metrics ")[1].split()[:2]
+             for line in api.log("access").splitlines() if " GET /metrics " in line]
+    assert sorted(lines) == [["200", "8000000"]] * 3 + [["499", "0"]] * 2
+
+
+@OVER_BOTH
+def test_of_a_crowd_that_takes_large_answers_at_once_nobody_gives_way(launch, tls):
+    api = launch(tls=tls, constants={
+        "Metrics.render": Code("lambda *_: 300000 * 'x'"), "MAX_SENDING": 2})
+    answers = side_by_side(*[(api.get, "/metrics")] * 40)
+    assert [(reply.status, len(reply.body)) for reply in answers] == [(200, 300000)] * 40
 
 
 def test_clients_that_leave_cost_one_line_and_end_nothing(launch, host):
@@ -8903,6 +8949,16 @@ def test_a_bad_file_is_not_taken_over_and_said_with_its_line(api, host):
     text = f"not reloaded, the old settings stay: {path}:3: unknown key 'server.prot'"
     wait_until(lambda: text in api.log("error"))
     assert text in api.said() and api.get("/routes").status == 200
+
+
+def test_a_fault_of_ours_in_a_reload_leaves_the_old_settings(launch, host):
+    api = launch(constants={"load_settings": Code(
+        "(lambda real, good: lambda *given: real(*given) if good.pop() else 1 / 0)"
+        "(daemon.load_settings, [False, True])")})
+    api.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: "ZeroDivisionError" in api.log("error"))
+    assert "internal error in a reload; the old settings stay" in api.log("error")
+    assert api.get("/routes").status == 200
 
 
 def test_a_reload_that_is_refused_logs_all_that_is_wrong(api, host):
