@@ -14,6 +14,7 @@
 # (SYSTEMCTL names a systemctl to call all the same, and PVE_DIR another /etc/pve).
 set -eu
 umask 022
+unset CDPATH                            # or cd might go elsewhere
 
 NAME=lxc_autoscale_api
 DESTDIR=${DESTDIR:-}
@@ -178,7 +179,7 @@ sys.stdout.write(text)' ${TLS:+"$TLS_CERTIFICATE" "$TLS_KEY"}
 # say_tls: what a configuration that is kept needs for --tls.
 say_tls() {
     [ -n "$TLS" ] || return 0
-    ! grep -Eq '^ +tls_certificate: *([^ "#]|"[^"])' "$DESTDIR$CONFIG" || return 0
+    ! grep -Eq "^ +tls_certificate: *([^ \"'#]|\"[^\"]|'[^'])" "$DESTDIR$CONFIG" || return 0
     say "for TLS, set these in it under server:, and run: systemctl reload $NAME"
     say "  tls_certificate: \"$TLS_CERTIFICATE\""
     say "  tls_key: \"$TLS_KEY\""
@@ -239,9 +240,15 @@ $logs{
     notifempty
 }
 END
-    put 0644 "$rotate" "$LOGROTATE"
+    # Which logs it names is up to us, and how they are rotated to the administrator.
+    if [ -e "$DESTDIR$LOGROTATE" ] &&
+        [ "$(sed '0,/{/d' "$DESTDIR$LOGROTATE")" != "$(sed '0,/{/d' "$rotate")" ]; then
+        say "kept $DESTDIR$LOGROTATE, which was changed"
+    else
+        put 0644 "$rotate" "$LOGROTATE"
+        say "installed $DESTDIR$LOGROTATE"
+    fi
     rm -f "$rotate"
-    say "installed $DESTDIR$LOGROTATE"
 }
 
 # credential_line: where systemd takes the credential api_key from; its last word counts.
@@ -270,9 +277,15 @@ with_credential() {
 }
 
 # The Flask service of lxc_autoscale_ml keeps its configuration at the same path, in other sections.
-refuse_old_config() {
-    grep -qsE '^["'\'']?(lxc|error_handling|gunicorn)["'\'']?[[:space:]]*:' "$DESTDIR$CONFIG" ||
-        return 0
+is_old_config() {
+    grep -qsE '^["'\'']?(lxc|error_handling|gunicorn)["'\'']?[[:space:]]*:' "$DESTDIR$CONFIG"
+}
+
+refuse_config() {
+    if [ -L "$DESTDIR$CONFIG" ] && [ ! -e "$DESTDIR$CONFIG" ]; then
+        fail "nothing was changed; $DESTDIR$CONFIG is a link to a file that is not there now."
+    fi
+    is_old_config || return 0
     fail "nothing was changed; $DESTDIR$CONFIG is that of lxc_autoscale_ml's Flask service,\
  which has other settings. What to do:
   1. mv $DESTDIR$CONFIG $DESTDIR$CONFIG.flask
@@ -383,8 +396,14 @@ uninstall() {
 }
 
 purge() {
-    rm -f "$DESTDIR$CONFIG" "$DESTDIR$CONFIG.new" "$DESTDIR$CONFIG.tmp" "$DESTDIR$CREDENTIAL"
-    rmdir "$DESTDIR$CONFIG_DIR" "$DESTDIR$UNIT.d" 2>/dev/null || true
+    rm -f "$DESTDIR$CONFIG.new" "$DESTDIR$CONFIG.tmp" "$DESTDIR$CREDENTIAL"
+    rmdir "$DESTDIR$UNIT.d" 2>/dev/null || true
+    if is_old_config; then              # then the logs, whose names are the same, are its own
+        say "left $DESTDIR$CONFIG and the logs, which are those of lxc_autoscale_ml's Flask service"
+        return
+    fi
+    rm -f "$DESTDIR$CONFIG"
+    rmdir "$DESTDIR$CONFIG_DIR" 2>/dev/null || true
     purge_logs
     say "removed its configuration and logs"
 }
@@ -403,7 +422,7 @@ main() {
     "" | --tls)
         TLS=${1:-}
         require_host
-        refuse_old_config
+        refuse_config
         check_config
         install_files
         install_config

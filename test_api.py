@@ -9196,6 +9196,9 @@ def test_a_new_configuration_has_the_node_s_own_certificate_if_asked_for(tmp_pat
 def test_to_a_configuration_that_is_kept_tls_is_not_added_but_said(tmp_path):
     install(tmp_path)
     before = (tmp_path / CONFIG_PATH).read_text()
+    (tmp_path / CONFIG_PATH).write_text(before.replace('tls_certificate: ""', "tls_certificate: ''"))
+    assert "for TLS, set" in install(tmp_path, "--tls").stdout
+    (tmp_path / CONFIG_PATH).write_text(before)
     done = install(tmp_path, "--tls")
     assert done.returncode == 0 and (tmp_path / CONFIG_PATH).read_text() == before
     assert """for TLS, set these in it under server:, and run: systemctl reload lxc_autoscale_api
@@ -9482,8 +9485,35 @@ def test_the_flask_service_s_configuration_is_recognised_and_nothing_changed(tmp
         "  2. run install.sh again, which installs a configuration of its own with a new key",
         "  3. carry over host, port, limits and, if it has at least 16 characters, the key; "
         "then: systemctl restart lxc_autoscale_api"]
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [config]
+    log = tmp_path / "var/log/autoscaleapi.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("its own")
+    done = install(tmp_path, "--purge")
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", (
+        "removed lxc_autoscale_api\n"
+        f"left {config} and the logs, which are those of lxc_autoscale_ml's Flask service\n"))
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == [config, log]
     assert config.read_bytes() == document.encode()
+
+
+def test_a_configuration_that_is_a_link_to_what_is_not_there_now_stays(tmp_path):
+    config = tmp_path / CONFIG_PATH
+    config.parent.mkdir(parents=True)
+    config.symlink_to("/nowhere/shared.yaml")
+    done = install(tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", (
+        f"install.sh: nothing was changed; {config} is a link to a file that is not there now.\n"))
+    assert list(tmp_path.rglob("*.py")) == [] and os.readlink(config) == "/nowhere/shared.yaml"
+
+
+def test_an_upgrade_keeps_how_the_administrator_has_the_logs_rotated(tmp_path):
+    ours = tmp_path / LOGROTATE_PATH
+    assert f"installed {ours}\n" in install(tmp_path).stdout
+    assert f"installed {ours}\n" in install(tmp_path).stdout
+    ours.write_text(ours.read_text().replace("rotate 8", "rotate 520"))
+    changed = ours.read_text()
+    assert f"kept {ours}, which was changed\n" in install(tmp_path).stdout
+    assert ours.read_text() == changed
 
 
 def test_what_is_wrong_with_the_flask_service_s_configuration_is_told_in_one_run(tmp_path):
