@@ -3680,7 +3680,8 @@ class Changes:
             self.host.commands.reachable(
                 self.host.files.read(self.host.pve.changeable, change.vm_id), change.since)
         except Problem as problem:
-            self.cancel(change, problem)
+            if problem.status == 503:       # what is not there may be by then
+                self.cancel(change, problem)
 
     def is_first(self, change):
         return all(self.lines[vm_id][0] is change for vm_id in change.containers)

@@ -8603,9 +8603,9 @@ def test_of_many_slow_readers_of_large_answers_the_oldest_gives_way(launch, tls)
     assert whole == [False, False, True, True, True]
     for sock in slow:
         sock.close()
-    lines = [line.split(" GET /metrics ")[1].split()[:2]
-             for line in api.log("access").splitlines() if " GET /metrics " in line]
-    assert sorted(lines) == [["200", "8000000"]] * 3 + [["499", "0"]] * 2
+    wait_until(lambda: api.log("access").count(" GET /metrics ") == 5)
+    assert sorted(re.findall(r" GET /metrics (\d+ \d+) ", api.log("access"))) == [
+        "200 8000000"] * 3 + ["499 0"] * 2
 
 
 @OVER_BOTH
