@@ -2280,7 +2280,8 @@ class RateLimiter:
     is forgotten before a window has passed since the last counted request, so no crowd of
     others makes a refused client free again. Memory stays bounded since a newcomer is counted
     together with its network while there is no room: /24 or /48 beyond MAX_CLIENTS, /16 or
-    /32 beyond one and a half of them, and all the others as one beyond twice as many.
+    /32 beyond one and a half of them, and all the others as one beyond twice as many. Who is
+    counted alone again, when there is room, has made all the requests of that network so far.
     """
 
     def __init__(self, limit, window, clock=time.monotonic):
@@ -2296,13 +2297,13 @@ class RateLimiter:
         with self.lock:
             now = self.clock()
             self.forget(now)
-            key = self.counted_as(client)
-            stamps = self.clients.setdefault(key, deque())
+            key, stamps = self.counted_as(client)
             while stamps and stamps[0] <= now - self.window:
                 stamps.popleft()
             admitted = len(stamps) < self.limit
             if admitted:
                 stamps.append(now)
+                self.clients[key] = stamps
                 self.clients.move_to_end(key)
             return admitted, self.limit - len(stamps), stamps[0] + self.window - now
 
@@ -2315,13 +2316,19 @@ class RateLimiter:
             del self.clients[client]
 
     def counted_as(self, client):
-        """Return the narrowest network of an address that is known, or for which there is room."""
-        room = MAX_CLIENTS
-        for network in networks_of(client):
-            if network in self.clients or len(self.clients) < room:
-                return network
+        """Return (the network that an address is counted as, the times of its requests).
+
+        It is the narrowest that is known, or for which there is room.
+        """
+        networks, room = networks_of(client), MAX_CLIENTS
+        for network in networks:
+            if network in self.clients:
+                return network, self.clients[network]
+            if len(self.clients) < room:
+                break
             room += MAX_CLIENTS // 2
-        return network
+        return network, deque(next(
+            (self.clients[wider] for wider in networks if wider in self.clients), ()))
 
 
 def plain_address(text):

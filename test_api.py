@@ -3330,15 +3330,33 @@ def test_a_limiter_without_room_agrees_with_a_recount_by_networks(monkeypatch):
                  for bits in ((32, 24, 16, 0) if address.version == 4 else (64, 48, 32, 0))]
         who = next(each for each, room in zip(wider, (20, 30, 40, 9999))
                    if each in counted or len(counted) < room)
-        moments = counted.setdefault(who, [])
+        moments = counted.get(who) or list(
+            next((counted[each] for each in wider if each in counted), []))
         admitted = len(moments) < 3
         if admitted:
-            moments.append(now[0])
+            counted[who] = [*moments, now[0]]
+            moments = counted[who]
         assert limiter.admit(str(address)) == (admitted, 3 - len(moments), moments[0] + 10 - now[0])
         assert len(limiter.clients) == len(counted) <= 42
         seen.add((who.prefixlen, admitted))
     assert seen == {
         (bits, admitted) for bits in (64, 48, 32, 24, 16, 0) for admitted in (True, False)}
+
+
+def test_who_was_refused_in_a_crowd_is_not_free_when_the_crowd_has_gone(monkeypatch):
+    monkeypatch.setattr(module, "MAX_CLIENTS", 10)
+    now = [0.0]
+    limiter = module.RateLimiter(5, 20, clock=lambda: now[0])
+    for number in range(10):
+        limiter.admit(f"10.{number}.0.1")
+    now[0] = 15                             # counted as its network, for there is no room
+    assert [limiter.admit("192.0.2.7")[0] for _ in range(6)] == [True] * 5 + [False]
+    now[0] = 21                             # the crowd is forgotten
+    assert [limiter.admit("192.0.2.7") for _ in range(2)] == [(False, 0, 14)] * 2
+    assert limiter.admit("198.51.100.7") == (True, 4, 20)
+    now[0] = 35.5
+    assert limiter.admit("192.0.2.7") == (True, 4, 20)
+    assert set(limiter.clients) == {(4, b"\xc6\x33\x64\x07"), (4, b"\xc0\x00\x02\x07")}
 
 
 def test_the_limiter_forgets_idle_clients_and_is_bounded(monkeypatch):
