@@ -67,7 +67,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from copy import copy
-from functools import lru_cache
+from functools import lru_cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Empty, SimpleQueue
 from socketserver import TCPServer
@@ -96,6 +96,7 @@ MAX_IDLE = 16               # threads that wait for work
 MAX_FLIGHTS = 256           # questions that are being answered at once
 MAX_HUNG = 16               # reads that hang; while there are so many, no further one is begun
 MAX_OPERATIONS = 1000       # changes that wait or run at once, and that are remembered
+MAX_TURNS = 100           # of these for one container
 MAX_SENDING = 32            # large answers that are on their way at once
 MAX_SESSIONS = 8            # commands at once on another node (sshd's MaxSessions: 10 a connection)
 
@@ -2965,8 +2966,9 @@ class Proxmox:
         node, document = self.files.read(self.pve.text, vm_id)
         if document is None:                # pct tells why
             document = self.ask(node, "pct", "config", vm_id)
-        values = parse_config(document).values
-        size = size_in_gb(option(values.get("rootfs"), "size"))
+        # Of a disk that is to be changed at the next start, the size is the one that it has now.
+        values, disks, _ = parse_config(document)
+        size = size_in_gb(option(disks.get("rootfs"), "size"))
         cores, megabytes, swap = allotted(values)
         cpus, memory = self.capacity(node)
         return {
@@ -2978,7 +2980,7 @@ class Proxmox:
                 "memory_mb": {"min": MEMORY.schema["minimum"], "max": min(max_memory, memory)},
                 "disk_gb": {"min": size},
             },
-            "mountpoints": mount_points(values),
+            "mountpoints": mount_points(disks),
         }
 
     def capacity(self, node):
@@ -3279,6 +3281,17 @@ AT_ONCE = re.compile(
 CONFIG_UNWRITTEN = re.compile(rf"'/etc/pve/[^']*\.conf(?:\.tmp\b|')|{TASK_KILLED}")
 
 
+# What pct says when it has asked HA, and done no more (PVE::API2::LXC::Status).
+ASKED_HA = re.compile(r"^Requesting HA (start|stop) for CT", re.MULTILINE)
+
+# What a clone or snapshot says when it could not remove again what it had made on a storage, or
+# was broken off while it made it (free_image and volume_snapshot_delete of the plugins in
+# pve-storage; PVE::Cluster, cfs_lock). The configurations are as before then.
+NOT_CLEANED_UP = re.compile(
+    r"lvremove |rbd (?:rm|snap rm) |cannot destroy|unlink .* failed|failed to (?:remove|delete)"
+    r"|-locked command timed out")
+
+
 def lock_in(document):
     """Return the lock in the text of a configuration, if there are both."""
     return parse_config(document or "").current.get("lock")
@@ -3303,11 +3316,14 @@ class Change:
             f" {name}={value!r}" if re.search(r"[^\w./:-]", str(value)) else f" {name}={value}"
             for name, value in values.items() if value is not None)
         self.title = f"{route.method} {route.path}{shown}"
-        self.long = route.timeout == LONG_TIMEOUT
+        self.long = route.timeout == LONG_TIMEOUT or values.get("timeout", 0) > 60
         self.requested, self.since = time.time(), time.monotonic()
         self.began = self.ended = None
         self.started, self.future = Future(), Future()
         self.node = self.slots = self.before = self.ran = self.problem = None
+        self.guard = lambda: None           # raises Problem if it must not begin after all
+        # Once the daemon stops, no further step is begun; the lock decides which was the last.
+        self.lock, self.broken_off, self.temporary = threading.Lock(), False, None
         # killed: a command was killed, and its task may still be at work.
         self.steps, self.lost, self.killed = [], [], False
         self.warnings, self.data = [], {}   # of the answer, if all goes well
@@ -3322,8 +3338,11 @@ class Change:
     def pct(self, command, *arguments, vm_id=None):
         """Run `pct COMMAND ID ARGUMENTS...` there; return its Result, or raise Problem."""
         argv = ["pct", command, str(vm_id or self.vm_id), *map(str, arguments)]
-        self.steps.append(argv)
-        self.lost.append(argv)
+        with self.lock:
+            if self.broken_off:
+                raise stopping()
+            self.steps.append(argv)
+            self.lost.append(argv)
         try:
             result = self.host.commands.run(self.node, argv)
         except NotBegun as problem:
@@ -3341,10 +3360,14 @@ class Change:
         # configuration have something to say at every call.
         said = map(str.strip, result.stderr[-MAX_DETAILS:].splitlines())
         self.warnings += filter(None, said)
-        # Then pct has asked HA, and no more (PVE::API2::LXC::Status).
-        if re.search(r"^Requesting HA (?:start|stop) for CT", result.stdout, re.MULTILINE):
-            self.warnings.append(f"Proxmox HA was asked to {command} VM {self.vm_id} and may do so "
-                                 "later; ask for the container's state")
+        asked = ASKED_HA.search(result.stdout)
+        if asked:
+            self.warnings.append(f"Proxmox HA was asked to {asked[1]} VM {self.vm_id} and may do "
+                                 "so later; ask for the container's state")
+        if command == "snapshot":
+            with suppress(Problem):         # it was taken, whatever can be read now
+                for text in self.frozen():
+                    self.leave(text)
         return result
 
     def failed(self, argv, result):
@@ -3364,6 +3387,13 @@ class Change:
                 f"The volume of VM {self.vm_id} may have grown, though its configuration does not "
                 f"have the new size; to enter what it has{on(self.node)}: "
                 f"pct rescan --vmid {self.vm_id}")
+        elif argv[1] == "set" and CONFIG_UNWRITTEN.search(result.stderr):
+            self.leave(f"If VM {argv[2]} runs, it may have the new value until its next start")
+        elif argv[1] in ("clone", "snapshot") and NOT_CLEANED_UP.search(
+                result.stdout + result.stderr):
+            vm_id = argv[3] if argv[1] == "clone" else argv[2]
+            self.leave(f"A volume of VM {vm_id}, or a snapshot of one, may be left on its storage; "
+                       f"look for it{on(self.node)} with: pvesm list STORAGE --vmid {vm_id}")
         elif at_once or (passing and len(self.steps) == 1 and self.is_as_before()):
             self.steps.pop()
         return problem
@@ -3404,13 +3434,14 @@ class Change:
     @contextmanager
     def temporary_snapshot(self):
         """Take a snapshot, yield its name, and remove it unless something may still need it."""
-        name = TEMPORARY_SNAPSHOT + os.urandom(4).hex()
+        name = self.temporary = TEMPORARY_SNAPSHOT + os.urandom(4).hex()
         try:
             self.pct("snapshot", name)
             yield name
         finally:
             if self.steps:                  # else it was refused
                 self.remove_temporary(name)
+            self.temporary = None
 
     def remove_temporary(self, name):
         """Remove a temporary snapshot, or tell in `left` how to."""
@@ -3495,8 +3526,9 @@ class Change:
         This is known as far as their files and state tell.
         """
         try:
-            return self.texts() == self.before and (
-                self.ran is None or (self.state() == "running") == self.ran)
+            return (self.texts() == self.before
+                    and (self.ran is None or (self.state() == "running") == self.ran)
+                    and not (self.ran_any("snapshot") and self.frozen()))
         except Problem:
             return False
 
@@ -3511,11 +3543,28 @@ class Change:
         data = {**self.data, **({"warnings": warnings} if warnings else {})}
         return success(message, data or None)
 
+    def break_off(self):
+        """Begin no further step, for the daemon stops."""
+        with self.lock:
+            self.broken_off = True
+
     def goes_on(self):
         """Return what a daemon that stops tells of a change that it leaves."""
         last = self.steps[-1:]              # a copy, for its thread goes on meanwhile
         step = " ".join(last[0][:4]) if last else "nothing"
         return f"{step} goes on in Proxmox, and what was to follow it will not be done"
+
+    def unfinished(self):
+        """Return what stays behind if the last step ends well and none follows it, as texts."""
+        found, ip = list(self.notes), self.values.get("ip")
+        if self.temporary and self.steps:
+            found.append(f"The temporary snapshot '{self.temporary}' of VM {self.vm_id} stays; "
+                         f"once no task of VM {self.vm_id} runs, remove it{on(self.node)} with: "
+                         f"pct delsnapshot {self.vm_id} {self.temporary}")
+        if ip and not self.addressed:
+            found.append(f"VM {self.values['new_vm_id']} will not have the address {ip}, but what "
+                         f"VM {self.vm_id} has; do not start it with that")
+        return found
 
     def all_warnings(self):
         """Return what pct warned of and what is left, each once."""
@@ -3556,7 +3605,8 @@ class Change:
         try:
             texts = self.texts()
             states = {vm_id: self.state(vm_id) for vm_id in asked if texts[vm_id] is not None}
-            found = self.frozen() if self.ran_any("snapshot") else []
+            found = [text for text in (self.frozen() if self.ran_any("snapshot") else ())
+                     if text not in self.left]
         except Problem as problem:
             return [f"What is left cannot be read: {problem.error}"]
         found += [each for vm_id in self.containers for each in self.lock_left(vm_id, texts)]
@@ -3669,7 +3719,8 @@ class Changes:
         with self.lock:                     # either refuse_waiting sees it, or it has been called
             if self.stopping:
                 raise stopping()
-            if len(self.pending) >= MAX_OPERATIONS:
+            if len(self.pending) >= MAX_OPERATIONS or any(
+                    len(self.lines.get(vm_id, ())) >= MAX_TURNS for vm_id in change.containers):
                 raise unavailable("Too many changes wait; try again later", RETRY_SECONDS)
             self.pending.add(change)
             self.recent.appendleft(change)
@@ -3689,6 +3740,8 @@ class Changes:
         except Problem as problem:
             if problem.status == 503:       # what is not there may be by then
                 self.cancel(change, problem)
+        except Exception:
+            log.exception("internal error in %s", change.title)     # its turn will tell
 
     def is_first(self, change):
         return all(self.lines[vm_id][0] is change for vm_id in change.containers)
@@ -3736,14 +3789,18 @@ class Changes:
             raise change.problem.again()
         if change.future.done():
             return change.future.result()
+        left = ()
         if self.ending.done():
             why = f"has not finished, and the daemon stops: {change.goes_on()}"
+            left = change.unfinished()
         else:
             why = (f"did not finish in {seconds} s; it is still running in Proxmox, "
                    "and its container stays reserved until it ends")
-        raise Problem(504, f"{change.title} {why}. "
-                           "Ask for the container's state before trying again",
-                      outcome=RUNNING, operation=change.id)
+        problem = Problem(504, f"{change.title} {why}. "
+                               "Ask for the container's state before trying again",
+                          outcome=RUNNING, operation=change.id)
+        problem.add_details(*left)
+        raise problem
 
     def work(self, change):
         answer = problem = None
@@ -3776,6 +3833,7 @@ class Changes:
         files, pve, commands = self.host.files, self.host.pve, self.host.commands
         node = files.read(pve.changeable, change.vm_id)
         with commands.slot(node, change.since, change.long) as slots:
+            change.guard()                  # its rules may have changed while it waited
             if not change.future.set_running_or_notify_cancel():
                 return None
             change.began = time.time()
@@ -3804,20 +3862,29 @@ class Changes:
             if change.future.cancelled() or not change.future.cancel():
                 return []
         change.problem = change.conclude(problem)
-        self.record_end(change)
-        change.started.set_result(None)
-        return self.leave_lines(change)
+        try:
+            self.record_end(change)
+        finally:
+            change.started.set_result(None)
+            ready = self.leave_lines(change)
+        return ready
+
+    def blocked(self, change):
+        """Return (a container of a change that waits, the change that it waits for), or None."""
+        with self.lock:
+            return next(((vm_id, self.lines[vm_id][0]) for vm_id in change.containers
+                         if change in self.pending and self.lines[vm_id][0] is not change), None)
 
     def refuse_late(self):
         """Refuse the changes that have waited for others to end for LOCK_SECONDS."""
-        with self.lock:
-            late = [(change, vm_id, self.lines[vm_id][0]) for change in self.pending
-                    if time.monotonic() - change.since > LOCK_SECONDS
-                    for vm_id in change.containers if self.lines[vm_id][0] is not change]
-        for change, vm_id, first in late:
-            since = utc(int(first.began or first.requested))
-            self.cancel(change, Problem(409, f"VM {vm_id} is busy for over {LOCK_SECONDS} s "
-                                             f"with: {first.title}, since {since}"))
+        for change in sorted(list(self.pending), key=lambda change: change.since):
+            late = time.monotonic() - change.since > LOCK_SECONDS
+            found = self.blocked(change) if late else None
+            if found:                       # and not since the one before was refused
+                vm_id, first = found
+                since = utc(int(first.began or first.requested))
+                self.cancel(change, Problem(409, f"VM {vm_id} is busy for over {LOCK_SECONDS} s "
+                                                 f"with: {first.title}, since {since}"))
 
     def record_end(self, change):
         """Log and count a change's end, before its caller and /operations tell of it."""
@@ -3850,8 +3917,9 @@ class Changes:
         """Tell who still waits that Proxmox goes on, and log what is left, for the daemon ends."""
         for change in list(self.pending):
             if change.future.running():
-                log.warning("left running: %s by %s: %s",
-                            change.title, change.client, change.goes_on())
+                change.break_off()
+                log.warning("left running: %s by %s: %s", change.title, change.client,
+                            "; ".join([change.goes_on(), *change.unfinished()]))
         self.ending.set_result(None)
 
     def rows(self, id=None, vm_id=None):
@@ -3921,12 +3989,13 @@ def grow_storage(change, vm_id, disk_size, disk, current_size):
     `pct resize` may end with 0 though it failed: the work is done by a task whose end it does
     not pass on. A success has at least so much more in the configuration (more if somebody
     else grew it, too), and a file system that followed. pct writes the size with each
-    success, so a size where there was none before is a success as well.
+    success, so a size where there was none before is a success as well. It knows nothing of
+    pending changes.
     """
     def size():
-        return option(change.conf().values.get(disk), "size")
+        return option(change.conf().current.get(disk), "size")
     before = size()
-    if disk != "rootfs" and disk not in change.conf().values:
+    if disk != "rootfs" and disk not in change.conf().current:
         raise Problem(409, f"VM {vm_id} has no {disk}")
     if current_size not in (None, size_in_gb(before)):
         raise Problem(409, f"The {disk} of VM {vm_id} has {size_in_gb(before)} GB now, "
@@ -3967,7 +4036,7 @@ def roll_back(change, vm_id, snapshot_name):
     """
     ran = change.runs()
     result = change.pct("rollback", snapshot_name, *(("--start", 1) if ran else ()))
-    if ran and not change.verify(change.runs_now):
+    if ran and not ASKED_HA.search(result.stdout) and not change.verify(change.runs_now):
         raise Problem(500, f"VM {vm_id} was rolled back to snapshot '{snapshot_name}', "
                            "but did not start", details=result.stdout.strip()[-MAX_DETAILS:])
     return f"Rolled back VM {vm_id} to snapshot '{snapshot_name}'"
@@ -4744,6 +4813,7 @@ class Api:
         client, key = request.client, request.client.key
         who = f"{client.address} with key {key}" if key else client.address
         change = Change(route, values, who, self.host)
+        change.guard = partial(self.guard, route, values)
         self.changes.take(change)
         if "respond-async" in request.words("prefer"):      # RFC 7240
             return Answer(202, {"status": "accepted",

@@ -6143,12 +6143,12 @@ class Stage:
 
     def plain(self, told):
         """What was told, without what differs from run to run and from node to node."""
-        text = re.sub(r"autoscale_clone_[0-9a-f]{8}", "TEMPORARY", json.dumps(told))
+        folder = self.host.root.parent.parent if self.first else self.host.root
+        text = json.dumps(told).replace(str(folder), "")    # which may have a number of its own
+        text = re.sub(r"autoscale_clone_[0-9a-f]{8}", "TEMPORARY", text)
         for vm_id in (RUNS, RESTS, NEW):
             text = re.sub(rf"\b{vm_id + self.first}\b", str(vm_id), text)
-        text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME", text)
-        return json.loads(text.replace(
-            str(self.host.root.parent.parent if self.first else self.host.root), ""))
+        return json.loads(re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME", text))
 
     def unhide(self):
         """Let whoever reads a file that hangs go on with what it should have had."""
@@ -6778,7 +6778,7 @@ def test_what_only_ha_was_asked_for_is_said(api, host, path, command, asked):
     host.faults(**{command: {"exit": 0, "stdout": f"Requesting HA {asked} for CT {vm_id}\n"}})
     reply = api.post(path, {"vm_id": vm_id})
     assert (reply.status, reply.body["data"]["warnings"]) == (200, [
-        f"Proxmox HA was asked to {command} VM {vm_id} and may do so later; "
+        f"Proxmox HA was asked to {asked} VM {vm_id} and may do so later; "
         "ask for the container's state"])
 
 
@@ -7080,7 +7080,7 @@ def test_a_resize_that_failed_stays_one_among_what_pct_always_says(api, host):
 ])
 def test_a_resize_succeeded_if_the_configured_size_rose_by_what_was_asked(
         before, after, status, monkeypatch):
-    sizes = [module.Conf({"rootfs": rootfs}, {}, {}) for rootfs in (before, after)]
+    sizes = [module.Conf({}, {"rootfs": rootfs}, {}) for rootfs in (before, after)]
     change = module.Change(
         module.PATHS["/scale/storage/increase"], {"vm_id": 104}, "127.0.0.1", None)
     monkeypatch.setattr(change, "conf", lambda: sizes.pop(0))
