@@ -6000,6 +6000,169 @@ def test_a_stop_tells_what_waits_and_what_runs_apart(launch, host):
     assert host.conf(104)["cores"] == "2" and host.snapshots(104) == ["s1"]
 
 
+def test_a_stop_begins_no_further_step_and_says_what_stays(launch, host):
+    """While another answer is waited for, the command that runs may end."""
+    host.add(104, net0="name=eth0,bridge=vmbr0,ip=192.0.2.4/24,type=veth")
+    host.faults(snapshot={"delay": True})
+    api = launch(constants={"STOP_SECONDS": 0.5})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, api.connect() as slow:
+        slow.sendall(framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND,
+                            "Content-Length: 50", body="{"))
+        clone = pool.submit(api.post, "/clone/create", {
+            "vm_id": 104, "new_vm_id": 105, "new_vm_name": "x", "ip": "192.0.2.5/24"})
+        wait_until(lambda: "snapshot" in " ".join(host.calls()))
+        api.process.send_signal(signal.SIGTERM)
+        reply = clone.result()
+        name, = host.snapshots(104) or re.findall(r"autoscale_clone_\w+", " ".join(host.calls()))
+        host.go()
+        wait_until(lambda: "The daemon is stopping (incomplete)" in api.log())
+    assert (reply.status, reply.body["outcome"], reply.body["details"]) == (504, "running", (
+        f"The temporary snapshot '{name}' of VM 104 stays; once no task of VM 104 runs, "
+        f"remove it with: pct delsnapshot 104 {name}\n"
+        "VM 105 will not have the address 192.0.2.5/24, but what VM 104 has; "
+        "do not start it with that"))
+    assert f"pct snapshot 104 {name} goes on in Proxmox" in reply.body["error"]
+    assert api.process.wait(10) == 0
+    assert [call for call in host.calls() if "status" not in call] == [f"pct snapshot 104 {name}"]
+    assert host.snapshots(104) == [name] and not host.path(105).exists()
+
+
+def test_containers_that_are_protected_meanwhile_are_not_changed(api, host):
+    host.faults(set={"delay": True})
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(api.post, "/scale/cores", {"vm_id": 104, "cores": 4})
+        wait_until(host.calls)
+        waits = pool.submit(api.delete, "/clone/delete", {"vm_id": 104})
+        wait_until(lambda: len(operations(api)) == 2)
+        (host.root / "api.yaml").write_text(config_text(
+            host, api.port, KEY, containers={"protected": [104]}))
+        api.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: " INFO reloaded " in api.log())
+        host.go()
+        reply = waits.result()
+        assert first.result().status == 200
+    assert (reply.status, reply.body) == (403, refused(
+        "VM 104 is protected: containers.protected in the daemon's configuration names it"))
+    assert host.calls() == ["pct set 104 --cores 4"]
+
+
+def test_who_waits_for_a_change_that_is_refused_goes_on(launch, host):
+    api = launch(constants={"LOCK_SECONDS": 0.5, "LOOK_SECONDS": 0.02})
+    host.faults(set={"delay": True})
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        busy = pool.submit(api.post, "/scale/cores", {"vm_id": 104, "cores": 4})
+        wait_until(host.calls)
+        clone = pool.submit(api.post, "/clone/create", {
+            "vm_id": 104, "new_vm_id": 106, "new_vm_name": "x"})
+        wait_until(lambda: len(operations(api)) == 2)
+        behind = pool.submit(api.post, "/power/start", {"vm_id": 106})
+        reply = clone.result()
+        assert (reply.status, reply.body["error"].partition(" with: ")[0]) == (
+            409, "VM 104 is busy for over 0.5 s")
+        assert behind.result().body == ok("Started VM 106") and not busy.done()
+        host.go()
+        assert busy.result().status == 200
+
+
+def test_one_container_cannot_take_all_places_to_wait(launch, host):
+    api = launch(constants={"MAX_TURNS": 2})
+    host.faults(set={"delay": True})
+    for status in (202, 202, 503):
+        reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4},
+                         headers={"Prefer": "respond-async"})
+        assert reply.status == status
+    assert reply.body == refused("Nothing was done: Too many changes wait; try again later")
+    host.go()
+    assert api.post("/scale/ram", {"vm_id": 106, "memory": 512}).status == 200
+
+
+def test_a_shutdown_that_may_take_long_leaves_places_to_others():
+    assert [change_of("/power/shutdown", vm_id=104, timeout=seconds).long
+            for seconds in (60, 61)] == [False, True]
+
+
+@pytest.mark.parametrize("disk, line", [
+    ("rootfs", "rootfs: local-lvm:vm-104-disk-0,acl=1,size=8G\n"),
+    ("mp0", "mp0: local-lvm:vm-104-disk-1,mp=/data,backup=1,size=8G\n")])
+def test_a_disk_with_a_pending_change_grows_by_what_it_has_now(api, host, disk, line):
+    """PVE::API2::LXC, resize_vm, knows nothing of pending changes, and Proxmox leaves one for each
+    option of a disk that a running container cannot take."""
+    host.add(104, mp0="local-lvm:vm-104-disk-1,mp=/data,size=8G")
+    with open(host.path(104), "a") as file:
+        file.write("\n[pve:pending]\n" + line)
+
+    def size():
+        data = api.get("/resource/vm/config?vm_id=104").body["data"]
+        sizes = {"rootfs": data["disk_gb"], **{
+            each["disk"]: each["size_gb"] for each in data["mountpoints"]}}
+        return sizes[disk]
+    body = {"vm_id": 104, "disk": disk, "disk_size": 5}
+    for before in (8, 13):
+        assert api.post("/scale/storage/increase", {**body, "current_size": before}).body == ok(
+            "Storage increased by 5 GB for VM 104")
+        assert size() == before + 5
+    assert api.post("/scale/storage/increase", {**body, "current_size": 8}).body == refused(
+        f"The {disk} of VM 104 has 18 GB now, and not 8")
+
+
+@pytest.mark.parametrize("says, error, status", [
+    ("lvremove 'pve/vm-105-disk-0' error:   Logical volume pve/vm-105-disk-0 in use.",
+     "The volume or snapshot is in use (a backup, a replication, a linked clone or a mount)", 409),
+    ("rbd rm 'vm-105-disk-0' error: rbd: error: image still has watchers",
+     "The volume or snapshot is in use (a backup, a replication, a linked clone or a mount)", 409),
+    ("'storage-local-lvm'-locked command timed out - aborting",
+     "The storage is busy with another Proxmox command", 500)])
+def test_a_clone_that_could_not_clean_up_is_not_called_nothing(api, host, says, error, status):
+    """The configurations are as before (PVE::LXC, copy_volume; PVE::API2::LXC, clone_vm)."""
+    host.faults(clone={"work_fails": says})
+    reply = api.post("/clone/create", {"vm_id": 106, "new_vm_id": 105, "new_vm_name": "x"})
+    details = reply.body.pop("details").splitlines()
+    assert (reply.status, reply.headers.get("Retry-After"), reply.body) == (
+        status, None, {"status": "error", "error": error, "outcome": "incomplete"})
+    assert details[-2:] == [f"clone failed: {says}", (
+        "A volume of VM 105, or a snapshot of one, may be left on its storage; "
+        "look for it with: pvesm list STORAGE --vmid 105")]
+
+
+def test_a_value_that_a_running_container_may_have_though_its_file_does_not_is_told(api, host):
+    """It is applied first, and written then (PVE::API2::LXC::Config, update_vm)."""
+    says = "unable to open file '/etc/pve/nodes/p/lxc/104.conf.tmp.4711' - Permission denied"
+    host.faults(set={"exit": 255, "stderr": says + "\n"})
+    reply = api.post("/scale/ram", {"vm_id": 104, "memory": 512})
+    assert (reply.status, reply.headers.get("Retry-After"), reply.body) == (500, None, error(
+        "/etc/pve is read-only: the cluster has no quorum; see: pvecm status",
+        outcome="incomplete",
+        details=says + "\nIf VM 104 runs, it may have the new value until its next start"))
+
+
+def test_of_a_rolled_back_container_under_ha_it_is_said_who_starts_it(api, host):
+    host.faults(rollback={
+        "pause": True, "exit": 0, "stdout": "Requesting HA start for CT 104\n"})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(api.post, "/snapshot/rollback", {"vm_id": 104, "snapshot_name": "s1"})
+        wait_until(lambda: "rollback" in " ".join(host.calls()))
+        (host.cgroup / "lxc/104").rename(host.root / "trash/104")
+        host.go()
+        assert asked.result().body == ok("Rolled back VM 104 to snapshot 's1'", {"warnings": [
+            "Proxmox HA was asked to start VM 104 and may do so later; "
+            "ask for the container's state"]})
+
+
+def test_a_container_that_stays_frozen_is_told_whether_its_snapshot_was_taken_or_not(api, host):
+    """A thaw that fails is a warning of the task (PVE::LXC::Config, __snapshot_freeze)."""
+    (host.cgroup / "lxc/104/ns/cgroup.events").write_text("populated 1\nfrozen 1\n")
+    frozen = ("VM 104 is frozen, so that all its processes stand still; if no task of it runs, "
+              "thaw it with: lxc-unfreeze -n 104")
+    body = {"vm_id": 104, "snapshot_name": "s1"}
+    assert api.post("/snapshot/create", body).body == ok(
+        "Snapshot 's1' created for VM 104", {"warnings": [frozen]})
+    says = "Insufficient free space: 3 extents needed, but only 1 available"
+    host.faults(snapshot={"work_fails": says})
+    reply = api.post("/snapshot/create", {**body, "snapshot_name": "s2"})
+    assert (reply.status, reply.body["outcome"], reply.body["details"].splitlines()[-1]) == (
+        409, "incomplete", frozen)
+
+
 RUNS, RESTS, NEW = 124, 126, 150              # here; on pve2 each is a hundred more
 Story = namedtuple("Story", "name vm_id line body defaults steps vm new message counted",
                    defaults=[None])
@@ -9214,7 +9377,8 @@ def test_a_new_configuration_has_the_node_s_own_certificate_if_asked_for(tmp_pat
 def test_to_a_configuration_that_is_kept_tls_is_not_added_but_said(tmp_path):
     install(tmp_path)
     before = (tmp_path / CONFIG_PATH).read_text()
-    (tmp_path / CONFIG_PATH).write_text(before.replace('tls_certificate: ""', "tls_certificate: ''"))
+    (tmp_path / CONFIG_PATH).write_text(
+        before.replace('tls_certificate: ""', "tls_certificate: ''"))
     assert "for TLS, set" in install(tmp_path, "--tls").stdout
     (tmp_path / CONFIG_PATH).write_text(before)
     done = install(tmp_path, "--tls")
