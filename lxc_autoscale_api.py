@@ -2618,10 +2618,14 @@ def read_output(file):
 # interrupt, and sshd's pipe breaks with the connection; so it is not begun without 256 blocks of
 # room. The files lose their names before it begins, so that nothing is left.
 REMOTE = (
-    "export LC_ALL=C.UTF-8 LANG=C.UTF-8; file=/run/lxc_autoscale_api.$$; "
+    "export LC_ALL=C.UTF-8 LANG=C.UTF-8; umask 022; file=/run/lxc_autoscale_api.$$; "
+    'pct=$(command -v pct); [ -z "$pct" ] || [ -s "$pct" ] || '
+    "{ echo $pct is empty >&2; exit 1; }; "                 # or the shell calls that a success
     "[ $(stat -fc %a /run/) -gt 256 ] || { echo /run is full >&2; exit 1; }; "
     "exec 3>$file.out 4>$file.err && rm $file.out $file.err || exit 1; "
     '"$@" </dev/null >&3 2>&4 3>&- 4>&-; code=$?; '
+    # What hangs in the kernel is not gone, though `timeout` is: it is waited for.
+    "[ $code != 137 ] || while pgrep -s 0 -r D >/dev/null 2>&1; do sleep 0.2; done; "
     "cat /dev/fd/3 /dev/fd/4; echo; echo $code $(stat -Lc %s /dev/fd/3 /dev/fd/4)"
 )
 
@@ -2718,13 +2722,15 @@ class Commands:
     @contextmanager
     def slot(self, node, since=None, long=False):
         """Hold a slot to run commands on a node, which answers; Problem 503 if none is free."""
-        known = self.reachable(node, since)
         deadline = time.monotonic() + SLOT_SECONDS
+        known = self.reachable(node, since)
         with ExitStack() as slots:
             for semaphore in (known.long, known.semaphore) if long else (known.semaphore,):
                 if not semaphore.acquire(max(0, deadline - time.monotonic())):
                     raise too_many(node)
                 slots.callback(semaphore.release)
+            if node and known.tried < time.monotonic() - 1:     # it may have gone meanwhile
+                self.reachable(node, time.monotonic())
             yield slots
 
     def reachable(self, node, since):
@@ -2747,9 +2753,10 @@ class Commands:
         if not (node.online and node.address):
             raise unavailable(f"Node '{node.name}' is offline; "
                               "to see why, on this host: pvecm status", RETRY_SECONDS)
+        asked = since or time.monotonic()   # what is found while we wait for it, counts
         with known.lock:
             now = time.monotonic()
-            if (known.tried < max(since or now, now - 1)
+            if (known.tried < max(asked, now - 1)
                     and not (known.problem and not since and known.tried > now - 1)):
                 known.problem = None
                 try:
@@ -2787,7 +2794,9 @@ class Commands:
             full = bool(seconds) and (out_full or err_full)
             reply = parse_reply(out) if node and in_time and not full else None
             code, out, err = reply or (process.returncode, out, err)
-        if node and seconds and took > seconds and code == 128 + signal.SIGKILL:
+        if reply and 128 < code < 128 + signal.NSIG:
+            code = 128 - code               # so a shell tells of a signal
+        if node and seconds and took > seconds and code == -signal.SIGKILL:
             in_time = False                 # `timeout` there was a little faster than we
         how = f"exit {code}" if gone else "it cannot be ended"
         log.info("ran %s%s: %s in %.3f s", shlex.join(argv), on(node), how, took)
@@ -2811,9 +2820,12 @@ class Commands:
         """Kill a command's whole group, and tell whether it has ended.
 
         A process that hangs in the kernel does not end. It is left alone, its slots stay
-        taken until it is gone, and the same is not asked again before.
+        taken until it is gone, and the same is not asked again before. On another node it was
+        killed there, and our ssh ends when it has gone.
         """
-        os.killpg(process.pid, signal.SIGKILL)
+        node = question[0]
+        if not (node and slots):
+            os.killpg(process.pid, signal.SIGKILL)
         if ended(process, KILL_SECONDS):
             return True
         kept = slots.pop_all() if slots else ExitStack()
@@ -3352,8 +3364,7 @@ class Change:
                 problem.error = f"{' '.join(argv[:3])} was not begun: {problem.error}"
             raise
         self.lost.pop()
-        self.killed |= result.exit < 0 or (
-            self.node is not None and result.exit == 128 + signal.SIGKILL)
+        self.killed |= result.exit < 0
         if result.exit:
             raise self.failed(argv, result)
         # stderr says nothing of the work that was done: storages, plugins and old lines of a
@@ -5335,8 +5346,8 @@ class Server(ThreadingHTTPServer):
                     stream.sendall(b"OPTIONS /health/check HTTP/1.0\r\n\r\n")
                     # The answer comes from a thread of its own.
                     return stream.recv(12) in (b"HTTP/1.1 204", b"HTTP/1.1 429")
-        except OSError:
-            return False
+        except OSError as error:            # an address that has gone says nothing of the daemon
+            return error.errno == errno.EADDRNOTAVAIL
 
     def stop_listening(self):
         """Refuse new connections, and hang up on those that have not sent a whole request."""
@@ -5608,19 +5619,31 @@ def read_credential():
         return None
 
 
+def read_file(path):
+    """Return a file's bytes, or the OSError that this raises."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        return error
+
+
 def read_settings(path, files=None):
     """Read a file's settings; the ConfigError names file and line of each fault.
 
-    `files` reads what is named there and may hang.
+    `files` reads it, and the files that it names, for they may hang.
     """
+    files = files or Files(Workers())
     try:
-        with open(path, "rb") as file:
-            raw = file.read()
+        raw = files.read(read_file, path)
+    except Problem as problem:
+        raise ConfigError(0, f"{path}: {problem.error}", code=1) from None
+    if isinstance(raw, OSError):
+        raise ConfigError(0, f"{path}: cannot be read: {raw.strerror}")
+    try:
         config = load_settings(raw.decode("utf-8"), read_credential())
-        config.tls, config.tls_ends = read_tls(config, files or Files(Workers()))
+        config.tls, config.tls_ends = read_tls(config, files)
         return config
-    except OSError as error:
-        raise ConfigError(0, f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ConfigError(line, f"{path}:{line}: this is not UTF-8") from None
@@ -5755,7 +5778,8 @@ def feed_watchdog(server, seconds, stopping):
 
     If systemd does not ask (None), it is not told.
     """
-    while seconds and not stopping.wait(seconds):
+    while seconds and not stopping.is_set():
+        time.sleep(seconds)                 # a wait of 3.9.2 lasts longer if the clock is set back
         if server.answers():
             notify("WATCHDOG=1")
 

@@ -4103,6 +4103,22 @@ def test_what_ran_on_another_node_comes_back_as_it_was(script, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_command_on_another_node_has_the_umask_of_root_s_shell(tmp_path):
+    remote = module.REMOTE.replace("/run/", f"{tmp_path}/")
+    there = subprocess.run(["sh", "-c", "umask 077; " + remote, "sh", "sh", "-c", "umask"],
+                           capture_output=True)
+    assert module.parse_reply(there.stdout) == (0, b"0022\n", b"")
+
+
+def test_a_pct_without_a_byte_on_another_node_is_no_success(tmp_path):
+    """A shell takes it for a script that ends well; so a host that crashed may have left it."""
+    (tmp_path / "pct").touch(0o755)
+    there = subprocess.run(
+        ["sh", "-c", module.REMOTE, "sh", "pct", "start", "104"], capture_output=True, text=True,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    assert (there.returncode, there.stdout, there.stderr) == (1, "", f"{tmp_path}/pct is empty\n")
+
+
 def test_pct_that_is_missing_or_cannot_run_is_503(asking, host):
     api = asking
     pct = host.root / "bin/pct"
@@ -5202,7 +5218,7 @@ def test_what_a_node_has_done_counts_before_word_of_it_has_come(lab):
         pve2.faults(clone={"kills_pct": True})
         reply = lab.api.post("/clone/create", {
             "vm_id": 206, "new_vm_id": 254, "new_vm_name": "late"})
-        assert (reply.status, reply.body["error"]) == (500, "pct clone 206 failed: Killed")
+        assert (reply.status, reply.body["error"]) == (500, "pct clone 206 was ended by SIGKILL")
         assert reply.body["details"].endswith(
             "VM 254 is left half-made; if no task of it runs, "
             "remove it on node 'pve2' with: pct unlock 254 && pct destroy 254\n"
@@ -5236,6 +5252,39 @@ def test_a_hung_read_is_ended_on_its_own_node(lab):
     assert time.monotonic() - started < 4
     wait_until(lambda: not lab.processes("pve3", "status"))
     assert daemon.stop() == 0
+
+
+def test_a_read_that_hangs_in_another_node_s_kernel_keeps_its_place(lab):
+    """It is killed there and stays all the same, as long as pgrep sees it in state D."""
+    pve3, daemon = lab.hosts["pve3"], lab.daemon(
+        proxmox={"read_timeout_seconds": 1}, constants={"KILL_SECONDS": 0.5})
+    pgrep, hung = pve3.root / "bin/pgrep", pve3.root / "hung"
+    hung.touch()
+    pgrep.write_text(f'#!/bin/sh\n[ "$*" = "-s 0 -r D" ] && [ -e {hung} ]\n')
+    pgrep.chmod(0o755)
+    pve3.faults(status={"pause": 30})
+    try:
+        for _ in range(3):
+            reply = daemon.get("/resource/vm/status?vm_id=304")
+            assert (reply.status, re.sub(r"\d+\)", "N)", reply.body["error"])) == (504, (
+                "pct status 304 on node 'pve3' hangs and cannot be ended (process N); "
+                "the storage or /etc/pve behind it does not answer"))
+        assert len(pve3.rows("start")) == 1
+        assert "lxc_autoscale_api_commands_in_progress 1\n" in daemon.get("/metrics").body
+    finally:
+        hung.unlink()
+    pve3.faults()
+    wait_until(lambda: daemon.get("/resource/vm/status?vm_id=304").status == 200)
+    pgrep.unlink()
+    assert daemon.stop() == 0
+
+
+def test_a_command_that_a_signal_ends_on_another_node_is_told_as_here(lab):
+    lab.hosts["pve2"].faults(snapshot={"signal": signal.SIGHUP})
+    reply = lab.api.post("/snapshot/create", {"vm_id": 204, "snapshot_name": "s1"})
+    assert (reply.status, reply.body) == (500, error(
+        "pct snapshot 204 was ended by SIGHUP", outcome="incomplete",
+        details="Hangup\nIts task may still be at work: look again before trying again"))
 
 
 def test_places_count_for_each_node_and_changes_to_one_container_wait(lab):
@@ -5412,6 +5461,9 @@ def test_a_node_that_cannot_be_asked_is_503(host, launch, tmp_path, node, says):
     assert api.get("/resource/vm/status?vm_id=104").status == 200
 
 
+PVE2 = module.Node("pve2", False, True, "192.0.2.2")
+
+
 def test_who_share_what_was_found_of_a_node_do_not_share_its_problem(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "RUN_DIR", str(tmp_path / "run"))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -5419,13 +5471,46 @@ def test_who_share_what_was_found_of_a_node_do_not_share_its_problem(monkeypatch
         4, 15, module.Workers(), module.Metrics()), time.monotonic(), []
     for number in range(2):
         with pytest.raises(module.Problem) as found:
-            commands.reachable(module.Node("pve2", False, True, "192.0.2.2"), asked)
+            commands.reachable(PVE2, asked)
         found.value.add_details(f"the clone {number} is left")
         problems.append(found.value.answer().body)
     assert [json.loads(body)["details"] for body in problems] == [
         "the clone 0 is left", "the clone 1 is left"]
     assert ("commands_total{command=\"true\",result=\"not_started\"} 1\n"
             in commands.metrics.render({}))
+
+
+def test_those_who_ask_a_slow_node_share_its_sign_of_life(monkeypatch):
+    commands, asked, go = module.Commands(
+        4, 15, module.Workers(), module.Metrics()), [], threading.Event()
+    monkeypatch.setattr(
+        commands, "run", lambda node, argv, seconds: asked.append(argv) or go.wait(10))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(commands.reachable, PVE2, None) for _ in range(8)]
+        wait_until(lambda: asked and pool._work_queue.empty())
+        go.set()
+        assert [each.result().problem for each in waiting] == [None] * 8
+    assert asked == [["true"]]
+
+
+def test_a_node_that_goes_while_a_slot_is_waited_for_is_asked_once_more(monkeypatch):
+    commands, answers = module.Commands(1, 15, module.Workers(), module.Metrics()), [1, 2]
+
+    def run(node, argv, seconds):
+        if not answers:
+            raise module.unavailable("gone", 30, module.NotBegun)
+        answers.pop()
+    monkeypatch.setattr(commands, "run", run)
+    known = commands.reachable(PVE2, None)
+    assert known.semaphore.acquire(0)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lambda: commands.slot(PVE2, None).__enter__())
+        wait_until(lambda: known.semaphore.queue)
+        known.tried -= 2
+        known.semaphore.release()
+        with pytest.raises(module.Problem, match="gone"):
+            waiting.result()
+    assert known.semaphore.free == 1
 
 
 # Changing
@@ -6734,10 +6819,6 @@ clone-runs clone lost: 504 unknown | The connection to node 'pve2' was lost duri
  which goes on if the node does. Ask for the container's state before trying again\
  | + The temporary snapshot 'TEMPORARY' of VM 124 may be left; once no task of VM 124 runs, remove\
  it{there} with: pct delsnapshot 124 TEMPORARY | running parent=TEMPORARY [s1] [TEMPORARY] | stopped
-clone-runs delsnapshot killed there: 200 - | - | + The temporary snapshot 'TEMPORARY' of VM 124\
- could not be removed (pct delsnapshot 124 failed: Killed); if no task of VM 124 runs, remove\
- it{there} with: pct unlock 124 && pct delsnapshot 124 TEMPORARY\
- | running lock=snapshot-delete parent=TEMPORARY [s1] [TEMPORARY delete] | running
 clone-runs delsnapshot unread there: 500 incomplete | VM 150 was cloned, but did not start:\
  Proxmox's files (/etc/pve) do not answer; see: systemctl status pve-cluster\
  | = VM 150 was cloned | = The temporary snapshot 'TEMPORARY' of VM 124 was removed again\
@@ -6808,7 +6889,7 @@ def expected(name, step, fault, there=""):
     error = error and error.format(
         title=title, step=step, vm_id=story.vm_id, on=" on node 'pve2'" if there else "")
     if fault == "killed" and there and error:   # there a shell says it
-        error, said = error.replace("was ended by SIGKILL", "failed: Killed"), [*said, "Killed"]
+        said = [*said, "Killed"]
     if outcome == "nothing_done":
         vm, new = "running [s1]" if story.vm_id == RUNS else "stopped [s1]", "none"
     details = "\n".join(said + notes + left) or ("" if fault == "killed" else None)
@@ -9035,6 +9116,15 @@ def test_the_watchdog_is_fed_only_while_the_daemon_answers(launch, manager, tls)
     stuck.stop()
 
 
+def test_an_address_that_has_gone_says_nothing_of_the_daemon():
+    server = module.SimpleNamespace(
+        server_address=("192.0.2.1", 5000), address_family=socket.AF_INET)
+    assert module.Server.answers(server) is True
+    server.server_address = ("127.0.0.1", free_port())
+    server.tls = None
+    assert module.Server.answers(server) is False
+
+
 @OVER_BOTH
 def test_an_error_or_a_refusal_does_not_feed_the_watchdog(launch, manager, tls):
     api = launch(tls=tls, env={"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "300000"},
@@ -9140,6 +9230,17 @@ def test_a_fault_of_ours_in_a_reload_leaves_the_old_settings(launch, host):
     wait_until(lambda: "ZeroDivisionError" in api.log("error"))
     assert "internal error in a reload; the old settings stay" in api.log("error")
     assert api.get("/routes").status == 200
+
+
+def test_a_configuration_that_hangs_in_a_reload_holds_up_no_stop(launch, host):
+    api, path = launch(constants={"FILE_SECONDS": 0.3}), host.root / "api.yaml"
+    path.unlink()
+    os.mkfifo(path)
+    api.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: api.log("error").endswith(
+        f"ERROR not reloaded, the old settings stay: {path}: Proxmox's files (/etc/pve) do not "
+        "answer; see: systemctl status pve-cluster\n"))
+    assert api.get("/routes").status == 200 and api.stop(seconds=5) == 0
 
 
 def test_a_reload_that_is_refused_logs_all_that_is_wrong(api, host):
