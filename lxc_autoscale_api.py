@@ -8,7 +8,7 @@ its Change, a Handler to the Server):
     socket -> Server      a bounded number of connections, a thread each
            -> Handler     bytes, perhaps through Tls, to a strictly framed Request, in time
            -> Api         rate limit, key, row of ROUTES, parameters to values
-           -> Changes     a change only: its containers' lines, a thread of its own, a Change
+           -> Changes     a change only: its containers' queues, a thread of its own, a Change
            -> a handler   a few lines an endpoint: a Change's steps, or what is asked of Proxmox
            -> Proxmox     the host: files under /etc/pve and /sys/fs/cgroup, pct, pvesh
            -> Commands    the one place that starts a process, here or by ssh on another node
@@ -3720,10 +3720,10 @@ class Changes:
         self.host, self.workers, self.count = host, workers, count
         self.lock, self.stopping, self.ending = threading.Lock(), False, Future()
         self.pending, self.recent = set(), deque()
-        self.lines = {}                     # {container: the changes that run or wait, in order}
+        self.queues = {}                    # {container: the changes that run or wait, in order}
 
     def take(self, change):
-        """Let a change begin as soon as it is the first in the lines of all its containers.
+        """Let a change begin as soon as it is the first in the queues of all its containers.
 
         No thread waits for that. At its end, self.count(change) is called.
         """
@@ -3731,7 +3731,7 @@ class Changes:
             if self.stopping:
                 raise stopping()
             if len(self.pending) >= MAX_OPERATIONS or any(
-                    len(self.lines.get(vm_id, ())) >= MAX_TURNS for vm_id in change.containers):
+                    len(self.queues.get(vm_id, ())) >= MAX_TURNS for vm_id in change.containers):
                 raise unavailable("Too many changes wait; try again later", RETRY_SECONDS)
             self.pending.add(change)
             self.recent.appendleft(change)
@@ -3739,7 +3739,7 @@ class Changes:
                 # One that has not ended is still asked for.
                 self.recent.remove(next(old for old in reversed(self.recent) if old.ended))
             for vm_id in change.containers:
-                self.lines.setdefault(vm_id, deque()).append(change)
+                self.queues.setdefault(vm_id, deque()).append(change)
             first = self.is_first(change)
         if first:
             self.start([change])
@@ -3755,7 +3755,7 @@ class Changes:
             log.exception("internal error in %s", change.title)     # its turn will tell
 
     def is_first(self, change):
-        return all(self.lines[vm_id][0] is change for vm_id in change.containers)
+        return all(self.queues[vm_id][0] is change for vm_id in change.containers)
 
     def start(self, ready):
         """Start changes that are the first now, each in a thread of its own."""
@@ -3766,18 +3766,18 @@ class Changes:
             except Problem as problem:      # no thread is left
                 ready += self.end_unbegun(change, problem)
 
-    def leave_lines(self, change):
-        """Take a change that has ended out of its lines; return those that may begin now."""
+    def leave_queues(self, change):
+        """Take a change that has ended out of its queues; return those that may begin now."""
         with self.lock:
             self.pending.discard(change)
             ready = []
             for vm_id in change.containers:
-                line = self.lines[vm_id]
-                if line[0] is change and len(line) > 1:
-                    ready.append(line[1])
-                line.remove(change)
-                if not line:
-                    del self.lines[vm_id]
+                queue = self.queues[vm_id]
+                if queue[0] is change and len(queue) > 1:
+                    ready.append(queue[1])
+                queue.remove(change)
+                if not queue:
+                    del self.queues[vm_id]
             return [] if self.stopping else [
                 each for each in dict.fromkeys(ready) if self.is_first(each)]
 
@@ -3789,16 +3789,16 @@ class Changes:
         """
         try:
             client.wait(change.started)
-            if not change.problem:
+            if not change.future.cancelled():
                 # Whoever half-closes the connection now still hears its end.
                 client.changing = True
                 client.wait(change.future, self.ending, seconds=seconds)
         except ClientLeft:
             self.cancel(change, Problem(CLIENT_LEFT, "The client left before this began"))
             raise
-        if change.problem:
-            raise change.problem.again()
         if change.future.done():
+            if change.problem:
+                raise change.problem.again()
             return change.future.result()
         left = ()
         if self.ending.done():
@@ -3828,16 +3828,14 @@ class Changes:
                 change.future.running() or change.future.set_running_or_notify_cancel()):
             return
         change.problem = problem
-        try:
-            self.record_end(change)         # before a daemon that stops may take it for ended
-        finally:
-            change.future.set_result(answer)
-            if not change.started.done():
-                change.started.set_result(None)
-            self.start(self.leave_lines(change))
+        self.record_end(change)             # before a daemon that stops may take it for ended
+        change.future.set_result(answer)
+        if not change.started.done():
+            change.started.set_result(None)
+        self.start(self.leave_queues(change))
 
     def run_in_turn(self, change):
-        """Run a change that is the first in its lines; return its Answer.
+        """Run a change that is the first in its queues; return its Answer.
 
         If it was cancelled before it began, there is None.
         """
@@ -3873,18 +3871,15 @@ class Changes:
             if change.future.cancelled() or not change.future.cancel():
                 return []
         change.problem = change.conclude(problem)
-        try:
-            self.record_end(change)
-        finally:
-            change.started.set_result(None)
-            ready = self.leave_lines(change)
-        return ready
+        self.record_end(change)
+        change.started.set_result(None)
+        return self.leave_queues(change)
 
     def blocked(self, change):
         """Return (a container of a change that waits, the change that it waits for), or None."""
         with self.lock:
-            return next(((vm_id, self.lines[vm_id][0]) for vm_id in change.containers
-                         if change in self.pending and self.lines[vm_id][0] is not change), None)
+            return next(((vm_id, self.queues[vm_id][0]) for vm_id in change.containers
+                         if change in self.pending and self.queues[vm_id][0] is not change), None)
 
     def refuse_late(self):
         """Refuse the changes that have waited for others to end for LOCK_SECONDS."""
@@ -4819,7 +4814,7 @@ class Api:
                                    f"(containers.{setting} in the daemon's configuration)")
 
     def change(self, request, route, values):
-        """Run a handler that changes containers, once it is the first in their lines."""
+        """Run a handler that changes containers, once it is the first in their queues."""
         self.guard(route, values)
         client, key = request.client, request.client.key
         who = f"{client.address} with key {key}" if key else client.address
