@@ -1530,7 +1530,8 @@ def refused(text, **fields):
 
 def test_nothing_a_client_or_pct_says_forges_a_line_or_an_escape(api, host):
     host.faults(set={"exit": 255, "stderr": (
-        "bad \x1b[31mred\x1b[0m\r\nforged line\n\x00\x07 \u2028 \x9b")})
+        "bad \x1b[31mred\x1b[0m\r\nforged line\n\x00\x07 "
+        "\u2028\u2029\u202a\u202e\u2066\u2069 \x9b")})
     reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4})
     assert reply.status == 500 and "forged line" in reply.body["details"]
     for path in ("/a%0d%0aforged", "/a%1b[31m", "/\x7f", "/a\tb"):
@@ -1540,7 +1541,7 @@ def test_nothing_a_client_or_pct_says_forges_a_line_or_an_escape(api, host):
     wait_until(lambda: " GET /last 404 " in api.log("access"))
     for name in ("main", "access", "error"):
         text = api.log(name)
-        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028]", text)
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", text)
         assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ", line)
                    for line in text.splitlines())
     assert r"\x1b[31mred\x1b[0m\r\nforged line" in api.log("error")
@@ -1605,6 +1606,12 @@ def no_thread_left(monkeypatch):
         yield refused
 
 
+def end_thread_of(log):
+    with log.changed:
+        log.thread = None
+        log.changed.notify_all()
+
+
 def test_a_log_for_which_no_thread_is_left_stays_where_it_was(tmp_path, monkeypatch, capsys):
     old, new, log = tmp_path / "old", tmp_path / "new", module.LogFile()
     log.point(str(old), [])
@@ -1617,9 +1624,7 @@ def test_a_log_for_which_no_thread_is_left_stays_where_it_was(tmp_path, monkeypa
     log.point(str(new), [])
     log.add("two", 10)
     assert new.read_text().endswith("Z two\n") and old.read_text().count("\n") == 1
-    with log.changed:
-        log.thread = None                   # its own ends
-        log.changed.notify_all()
+    end_thread_of(log)
 
 
 def test_logs_are_private_whatever_the_umask(launch, host):
@@ -1646,7 +1651,7 @@ def test_a_text_of_a_request_cannot_look_like_the_rest_of_its_line(api):
 def test_a_log_whose_file_cannot_be_closed_is_opened_anew(tmp_path, monkeypatch):
     """NFS may tell of a full disk then only, and the descriptor is gone all the same."""
     path, close = tmp_path / "a.log", os.close
-    file = module.SimpleNamespace(path=str(path), fd=None)
+    file = module.SimpleNamespace(path=str(path), fd=None, torn=False)
     module.open_again(file)
     path.rename(tmp_path / "a.log.1")
 
@@ -1662,7 +1667,77 @@ def test_a_log_whose_file_cannot_be_closed_is_opened_anew(tmp_path, monkeypatch)
     os.close(file.fd)
 
 
-def test_a_rotated_log_loses_no_line(api, host):
+@pytest.fixture
+def log_file(tmp_path):
+    """A log's file as its thread has it before it is opened."""
+    return module.SimpleNamespace(path=f"{tmp_path}/away/x.log", fd=None, torn=False)
+
+
+def test_a_line_that_a_full_disk_tore_apart_is_not_continued_by_the_next_one(
+        log_file, monkeypatch):
+    Path(log_file.path).parent.mkdir()
+    log, write, room = module.LogFile(), os.write, [6]
+
+    def write_what_fits(fd, data):
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        done = write(fd, data[:room[0]])
+        room[0] -= done
+        return done
+    monkeypatch.setattr(module.os, "write", write_what_fits)
+    assert log.write(log_file, ["one", "two"]) == 1
+    room[0] = 1000
+    assert log.write(log_file, ["three"]) == 0
+    assert Path(log_file.path).read_text() == "one\ntw\nthree\n"
+    os.close(log_file.fd)
+
+
+def test_a_line_that_is_written_in_pieces_is_whole(log_file, monkeypatch):
+    Path(log_file.path).parent.mkdir()
+    write = os.write
+    monkeypatch.setattr(module.os, "write", lambda fd, data: write(fd, data[:3]))
+    assert module.LogFile().write(log_file, ["one", "two"]) == 0
+    assert Path(log_file.path).read_text() == "one\ntwo\n"
+    os.close(log_file.fd)
+
+
+def test_that_a_log_cannot_be_written_is_said_once_and_again_after_it_could(log_file, capsys):
+    log, folder = module.LogFile(), Path(log_file.path).parent
+    for _ in range(2):
+        log_file.fd = None
+        assert [log.write(log_file, ["lost"]) for _ in range(2)] == [1, 1]
+        folder.mkdir()
+        assert log.write(log_file, ["kept"]) == 0
+        os.close(log_file.fd)
+        shutil.rmtree(folder)
+    assert capsys.readouterr().err == (
+        f"{log_file.path} cannot be opened: No such file or directory; going on without it\n" * 2)
+
+
+def test_lines_that_could_not_be_written_are_counted_once_each(log_file):
+    log = module.LogFile()
+    log.point(log_file.path, [])
+    for number in range(3):
+        log.add(f"lost {number}", 10)
+    Path(log_file.path).parent.mkdir()
+    log.add("kept", 10)
+    end_thread_of(log)
+    assert [line.partition("Z ")[2] for line in Path(log_file.path).read_text().splitlines()] == [
+        "kept", "WARNING 3 lines before this one were lost"]
+
+
+def test_what_was_written_takes_no_room_any_more_in_what_may_wait(log_file, monkeypatch):
+    monkeypatch.setattr(module, "MAX_BACKLOG", 60)          # characters: two lines of these
+    Path(log_file.path).parent.mkdir()
+    log = module.LogFile()
+    log.point(log_file.path, [])
+    for number in range(5):
+        log.add(f"{number}", 10)
+    end_thread_of(log)
+    assert re.findall(r"Z (.*)\n", Path(log_file.path).read_text()) == ["0", "1", "2", "3", "4"]
+
+
+def test_a_rotated_log_loses_no_line_and_is_not_kept_open(api, host):
     for number in range(5):
         api.get(f"/before{number}")
         wait_until(lambda: f"/before{number} " in api.log("access"))
@@ -1674,6 +1749,11 @@ def test_a_rotated_log_loses_no_line(api, host):
                    for suffix in ("", ".0", ".1", ".2", ".3", ".4"))
     assert sorted(re.findall(r"GET /(\w+) 404", text)) == sorted(
         f"{word}{number}" for word in ("before", "after") for number in range(5))
+    held = []
+    for path in Path(f"/proc/{api.process.pid}/fd").iterdir():
+        with contextlib.suppress(OSError):          # a connection's, just closed
+            held.append(os.readlink(path))
+    assert [path for path in held if "access.log" in path] == [f"{host.root}/access.log"]
 
 
 # Settings
@@ -1784,6 +1864,8 @@ GOOD_KEY = 'authentication:\n  api_key: "0123456789abcdef"\n'
     ('authentication:\n  api_key: ""\n', 2, "authentication.api_key is missing"),
     ('authentication:\n  api_key: "your-secret-api-key"\n', 2, "still the sample value"),
     ('authentication:\n  api_key: "short-key"\n', 2, "at least 16 visible ASCII characters"),
+    ('authentication:\n  api_key: "0123456789abcde"\n', 2,
+     "at least 16 visible ASCII characters"),
     ("authentication:\n  api_key: 12345678901234567\n", 2, "must be text"),
     ('authentication:\n  api_keys: ["0123456789abcdef", "short"]\n', 2,
      "at least 16 visible ASCII characters"),
@@ -2007,6 +2089,11 @@ def test_the_sample_key_is_refused_as_shipped(tmp_path):
     assert code == 78 and "authentication.api_key is still the sample value" in said
 
 
+def test_a_log_level_may_be_written_in_small_letters():
+    assert module.load_settings(
+        GOOD_KEY + "logging:\n  log_level: info\n").logging.log_level == "INFO"
+
+
 def test_version_and_help_are_told():
     run = [subprocess.run([sys.executable, MODULE, word], capture_output=True, text=True)
            for word in ("--version", "--help")]
@@ -2049,6 +2136,17 @@ def test_names_are_ascii_and_never_look_like_an_option():
     for value in (1, 0, "true", None, "false"):
         with pytest.raises(ValueError, match="must be true or false"):
             module.START.parse(value)
+
+
+@pytest.mark.parametrize("parameter, good, bad", [
+    (module.NEW_VM_NAME, "x" * 63, "x" * 64), (module.DESCRIPTION, "x" * 1024, "x" * 1025),
+    *((module.DESCRIPTION, "a\r\nb", f"a{mark}[31m") for mark in "\t\x7f\x85\x9b"),
+    (module.IP, "10.0.0.1/8", "10.0.0.1/7"), (module.IP, "2001:db8::1/8", "2001:db8::1/7")])
+def test_a_text_is_taken_as_far_as_its_rule_goes(parameter, good, bad):
+    assert parameter.parse(good) == good
+    with pytest.raises(ValueError) as refusal:
+        parameter.parse(bad)
+    assert str(refusal.value) == parameter.rule
 
 
 BOUNDS = [("/scale/cores", "cores", 1, 128), ("/scale/ram", "memory", 64, 1048576),
@@ -2194,7 +2292,7 @@ def transcript(name):
         "conf":
             "#first line\n#second%3A line\n"
             "arch: amd64\ncores: 4\nhostname: web-01\nmemory: 4096\nparent: second\n"
-            "rootfs: local-lvm:vm-504-disk-0,size=8G\nswap: 512\n"
+            "rootfs: local-lvm:vm-504-disk-0,size=8G\nsearchdomain: example.org\nswap: 512\n"
             "lxc.apparmor.profile: unconfined\n\n"
             "[pve:pending]\ncores: 6\ndelete: swap,!searchdomain\n\n"
             "[backup_20241224]\ncores: 2\nsnaptime: 1795461031\nmemory: 2048\n\n"
@@ -2214,6 +2312,14 @@ def test_a_configuration_file_is_read_with_its_pending_changes_and_snapshots():
          "parent": None, "state": None},
         {"name": "second", "timestamp": "2026-11-23T19:12:51Z",
          "description": "line one\nline two", "parent": "backup_20241224", "state": None}]
+
+
+def test_the_section_of_pending_changes_may_be_in_capitals_and_a_special_one_is_no_snapshot():
+    """PVE::LXC::Config, parse_pct_config, looks for [pve:pending] so; a snapshot's name has no
+    colon."""
+    assert module.parse_config("cores: 4\n\n[PVE:PENDING]\ncores: 6\n\n[special:fleecing]\n"
+                               "cores: 9\n\n[s1]\ncores: 2\n") == (
+        {"cores": "6"}, {"cores": "4"}, {"s1": {"cores": "2"}})
 
 
 @pytest.mark.parametrize("zone, hours", [
@@ -2248,6 +2354,24 @@ def test_a_tree_with_branches_gives_each_snapshot_its_parent():
     (None, None), ("", None), ("big", None)])
 def test_volume_sizes_are_told_in_gb(text, gigabytes):
     assert module.size_in_gb(text) == gigabytes
+
+
+def test_an_option_is_found_and_set_by_its_whole_name():
+    """A mount point's path may hold what looks like another option."""
+    disk = "local-lvm:vm-104-disk-1,mp=/srv/size=1M,size=4G"
+    assert (module.option(disk, "size"), module.option(disk, "siz")) == ("4G", None)
+    net = "name=eth0,ip=dhcp,ip6=auto"
+    assert module.with_option(net, "ip", "192.0.2.5/24") == "name=eth0,ip6=auto,ip=192.0.2.5/24"
+    assert module.with_option(net, "ip", None) == "name=eth0,ip6=auto"
+
+
+def test_static_addresses_are_told_with_their_bridge_and_vlan():
+    assert module.static_addresses({
+        "net0": "name=eth0,bridge=vmbr0,ip=192.0.2.7/24,ip6=auto,tag=5",
+        "net1": "name=eth1,bridge=vmbr1,ip=dhcp,ip6=2001:DB8:0::1/64",
+        "net10": "name=eth2,bridge=vmbr0,ip=manual,ip6=dhcp",
+        "nets": "name=eth3,bridge=vmbr0,ip=192.0.2.8/24"}) == [
+        ("vmbr0", "5", "192.0.2.7"), ("vmbr1", None, "2001:db8::1")]
 
 
 @pytest.mark.parametrize("written, clustered", [
@@ -2302,9 +2426,10 @@ def test_what_nodes_broadcast_is_read():
     assert set(news) == {("node", "pve-2"), ("node", "pve3"), ("vm", "204"), ("vm", "304")}
     assert news["node", "pve-2"][4:8] == ["48", "0.02", "0", "137438953472"]
     assert module.broadcast_state(news["vm", "204"]) == (None, None), "it is years old"
-    recently = str(int(time.time()) - 10)
+    recently, ahead = (str(int(time.time()) + seconds) for seconds in (-10, 3600))
     assert module.broadcast_state(["3600", "web-2", "running", "0", recently, "2"]) == (
         "running", 3600)
+    assert module.broadcast_state(["3600", "web-2", "running", "0", ahead, "2"]) == (None, None)
     assert (module.broadcast_state(None) == module.broadcast_state(["3600"])
             == module.broadcast_state(["1", "x", "running", "0", "U"]) == (None, None))
 
@@ -2598,6 +2723,13 @@ RELATIVES = {
         ("LXC", "clone: clone failed: failed to create directory /var/lib/lxc/105: "
                 "No space left on device"),
         ("File", "start: unable to write '/var/lib/lxc/104/config.tmp.9' - Disk quota exceeded"),
+        ("File", "start: closing file '/var/lib/lxc/104/config.tmp.9' failed - No space left on "
+                 "device"),
+        ("Plugin", "delsnapshot: rename '/srv/images/104/snap-a1-x.qcow2' to "
+                   "'/srv/images/104/x.qcow2' failed - No space left on device"),
+        ("BTRFSPlugin, btrfs-progs subvolume.c",
+         "snapshot: command 'btrfs subvolume snapshot -r -- /srv/x /srv/x@a1' failed: "
+         "ERROR: cannot snapshot '/srv/x': No space left on device"),
         ("RBDPlugin", "resize: rbd resize 'vm-104-disk-0' error: rbd: resize error: (28) "
                       "No space left on device"),
         ("Common", "clone: clone failed: unable to create image: qemu-img: /srv/105/disk.raw: "
@@ -2622,6 +2754,8 @@ RELATIVES = {
          "destroy: can't lock file '/var/lock/pve-manager/pve-storage-local' - got timeout")],
     (503, "Proxmox is busy with another command; try again"): [
         ("Cluster", "destroy: cfs-lock 'file-user_cfg' error: got lock request timeout"),
+        ("Cluster 6.0", "destroy: error during cfs-locked 'file-user_cfg' operation: got lock "
+                        "timeout - aborting command"),
         ("Cluster", "destroy: 'domain-ha'-locked command timed out - aborting")],
     **{(409, f"The container is locked by Proxmox ({lock}); try again when that has ended"): [
         ("AbstractConfig", f"set: CT is locked ({lock})")]
@@ -2680,8 +2814,13 @@ RELATIVES = {
         ("LVMPlugin",
          "snapshot: snapshot is working with qcow2 format only at LVMPlugin.pm line 567."),
         ("ISCSIPlugin", "snapshot: snapshot is not possible on iscsi storage"),
+        ("ISCSIDirectPlugin", "snapshot: volume snapshot is not possible on iscsi device"),
         ("ISCSIDirectPlugin", "rollback: volume snapshot rollback is not possible on iscsi device"),
-        ("Storage", "snapshot: snapshot file/device '/dev/sdb1' is not possible")],
+        ("ISCSIDirectPlugin",
+         "delsnapshot: volume snapshot delete is not possible on iscsi device"),
+        ("Storage", "snapshot: snapshot file/device '/dev/sdb1' is not possible"),
+        ("Storage", "rollback: snapshot rollback file/device '/dev/sdb1' is not possible"),
+        ("Storage", "delsnapshot: snapshot delete file/device '/dev/sdb1' is not possible")],
     (409, "That snapshot is incomplete (prepare); delete it"): [
         ("AbstractConfig", "rollback: unable to rollback to incomplete snapshot "
                            "(snapstate = prepare)")],
@@ -2722,8 +2861,12 @@ RELATIVES = {
          "rollback: zfs error: cannot unmount '/rpool/x': pool or dataset is busy"),
         ("zfs_main.c",
          "destroy: zfs error: cannot destroy 'rpool/x': filesystem has dependent clones"),
+        ("zfs_main.c", "destroy: zfs error: cannot destroy 'rpool/x': volume has dependent clones"),
+        ("zfs_main.c", "destroy: zfs error: cannot destroy 'rpool/x': filesystem has children"),
         ("rbd Remove.cc", "destroy: rbd rm 'vm-104-disk-0' error: rbd: error: image still has "
                           "watchers"),
+        ("rbd Remove.cc", "destroy: rbd rm 'vm-104-disk-0' error: rbd: image has snapshots - these "
+                          "must be deleted with 'rbd snap purge' before the image can be removed."),
         ("rbd Snap.cc", "destroy: rbd unprotect vm-104-disk-0 snap '__base__' error: rbd: "
                         "unprotecting snap failed: (16) Device or resource busy"),
         ("umount", "clone: clone failed: command 'umount -d /x' failed: exit code 32",
@@ -2746,6 +2889,7 @@ RELATIVES = {
          "start: can't activate LV '/dev/pve/x':   Volume group \"pve\" not found"),
         ("API2/LXC", "clone: storage 'local' does not support CT rootdirs"),
         ("LXC", "start: storage 'iso' does not support containers"),
+        ("Config", "set: storage 'nas' does not allow content type 'rootdir' (Container)"),
         ("LVMPlugin", "clone: clone failed: no such volume group 'pve'"),
         ("LvmThinPlugin", "resize: no such logical volume pve/data"),
         ("ISCSIPlugin", "clone: clone failed: can't allocate space in iscsi storage"),
@@ -2753,7 +2897,8 @@ RELATIVES = {
                        "NT_STATUS_LOGON_FAILURE"),
         ("NFSPlugin", "start: mount error: mount.nfs: access denied by server while mounting x:/y"),
         ("ZFSPoolPlugin", "start: could not activate storage 'tank', zfs error: cannot import "
-                          "'tank': no such pool available")],
+                          "'tank': no such pool available"),
+        ("libzfs_pool.c", "start: zfs error: cannot open 'tank': no such pool")],
     (503, "The storage is not reachable now"): [
         ("Storage", "start: connection check for storage 'nas' failed - got timeout"),
         ("Plugin", "snapshot: unable to activate storage 'nas' - directory '/mnt/pve/nas' does not "
@@ -2993,6 +3138,24 @@ def process():
     yield int(children.read_text())
     outer.kill()
     outer.wait()
+
+
+def test_a_file_that_comes_in_pages_is_read_to_its_end(tmp_path, monkeypatch):
+    """So the kernel hands over its own (Linux, fs/seq_file.c, seq_read_iter)."""
+    path, read = tmp_path / "file", os.read
+    path.write_text("x" * 10000)
+    monkeypatch.setattr(module.os, "read", lambda fd, size: read(fd, min(size, 4096)))
+    assert module.read_text(str(path)) == "x" * 10000
+
+
+@pytest.mark.parametrize("number", [errno.ESRCH, errno.ENODEV, errno.EOPNOTSUPP])
+def test_a_file_that_goes_while_it_is_read_is_not_there(tmp_path, monkeypatch, number):
+    (tmp_path / "file").write_text("x")
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(module.os, "read", fail)
+    assert module.read_text(str(tmp_path / "file")) is None
 
 
 def test_an_init_that_is_no_systemd_is_the_one_that_is_process_1_inside(api, host, process):
@@ -3254,6 +3417,20 @@ def test_a_host_without_the_files_of_a_cluster_is_a_single_one(host):
             and proxmox.pve.members() == (None, None))
 
 
+def test_an_id_is_taken_by_a_virtual_machine_and_by_a_file_that_is_not_listed_yet(host):
+    host.list(300, kind="qemu")
+    host.path(107).write_text("cores: 2\n")
+    pve = proxmox_of(host).pve
+    assert [pve.is_taken(vm_id) for vm_id in (300, 107, 104, 105)] == [True, True, True, False]
+
+
+def test_a_template_holds_no_address(host):
+    net = "name=eth0,bridge=vmbr0,ip=192.0.2.{}/24,type=veth"
+    for vm_id, values in ((107, {"template": 1}), (108, {"template": 0}), (109, {})):
+        host.add(vm_id, net0=net.format(vm_id), **values)
+    assert proxmox_of(host).pve.address_holders(109) == {("vmbr0", None, "192.0.2.108"): 108}
+
+
 # Waiting
 
 def test_a_gate_lets_in_as_many_as_it_is_wide_and_the_others_in_order():
@@ -3273,6 +3450,49 @@ def test_a_gate_lets_in_as_many_as_it_is_wide_and_the_others_in_order():
     for thread in threads:
         thread.join(10)
     assert order == [0, 1, 2, 3, 4] and semaphore.free == 1 and not semaphore.queue
+
+
+def test_a_place_that_is_handed_over_as_the_waiting_ends_is_taken_and_not_lost(monkeypatch):
+    semaphore = module.Semaphore(1)
+    assert semaphore.acquire(0)
+
+    class Late(threading.Event):
+        def wait(self, seconds=None):
+            semaphore.release()
+            return False                    # as if the time had been over just before
+    monkeypatch.setattr(module.threading, "Event", Late)
+    assert semaphore.acquire(1) and semaphore.free == 0
+    semaphore.release()
+    assert semaphore.free == 1
+
+
+def test_no_more_threads_stay_for_further_work_than_may_be_idle(monkeypatch):
+    monkeypatch.setattr(module, "MAX_IDLE", 2)
+    workers, go, ended = module.Workers(), threading.Event(), [module.Future() for _ in range(6)]
+    for future in ended:
+        workers.start(go.wait, 10, future=future)
+    go.set()
+    assert [future.result(10) for future in ended] == [True] * 6 and len(workers.idle) == 2
+
+
+def test_a_further_question_is_refused_while_too_many_are_being_answered(monkeypatch):
+    monkeypatch.setattr(module, "MAX_FLIGHTS", 1)
+    flights, go = module.SingleFlight(module.Workers()), threading.Event()
+    first = flights.join("one", lambda: go.wait(10))
+    with pytest.raises(module.Problem) as refusal:
+        flights.join("two", lambda: 2)
+    assert (refusal.value.status, refusal.value.error, refusal.value.headers) == (
+        503, "Too many questions are being answered; try again later", {"Retry-After": "1"})
+    go.set()
+    assert first.result(10) is True
+
+
+def test_a_question_for_which_no_thread_is_left_is_refused_and_may_be_asked_again(monkeypatch):
+    flights = module.SingleFlight(module.Workers())
+    with no_thread_left(monkeypatch):
+        error = flights.join("one", lambda: 1).exception(1)
+    assert (error.status, error.error) == (503, "The host has no thread left; try again later")
+    assert flights.join("one", lambda: 1).result(10) == 1
 
 
 def test_identical_reads_share_a_process_and_none_sees_the_past(asking, host):
@@ -3467,6 +3687,12 @@ def test_the_window_slides(launch):
     via = {"X-Real-IP": "198.51.100.7"}
     assert [api.get("/health/check", headers=via).status for _ in range(2)] == [200, 429]
     wait_until(lambda: api.get("/health/check", headers=via).status == 200, 5)
+
+
+def test_an_unknown_path_is_limited_even_where_no_key_is_needed(launch):
+    api = launch(authentication={"enabled": False}, rate_limiting={"max_requests_per_minute": 1})
+    via = {"X-Forwarded-For": "198.51.100.7"}
+    assert [api.get("/nowhere", headers=via).status for _ in range(2)] == [404, 429]
 
 
 def test_a_local_client_is_never_limited_and_a_proxied_one_always(launch):
@@ -3914,6 +4140,10 @@ def descriptors(daemon):
     return len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
 
 
+def test_the_descriptor_with_which_the_open_ones_are_counted_is_not_counted():
+    assert module.process_metrics()["process_open_fds"][""] == len(os.listdir("/proc/self/fd")) - 1
+
+
 def descriptors_at_rest(daemon):
     """The number without a connection. It is taken while one is open, for the thread that takes
     that one has closed all others."""
@@ -4142,6 +4372,7 @@ def test_pct_that_is_missing_or_cannot_run_is_503(asking, host):
     ({"signal": 9}, 500, "pct status 104 was ended by SIGKILL"),
     ({"signal": 11}, 500, "pct status 104 was ended by SIGSEGV"),
     ({"exit": 7, "stderr": "first line\nsecond line\n"}, 500, "pct status 104 failed: second line"),
+    ({"exit": 127, "stderr": "odd\n"}, 500, "pct status 104 failed: odd"),
     ({"spew": 100_000_000, "exit": 0}, 500, "pct status 104 printed more than 4 MiB"),
     ({"exit": 1, "bytes": "fffe80", "stderr": ""}, 500,
      "pct status 104 failed: \ufffd\ufffd\ufffd"),
@@ -4165,6 +4396,12 @@ def test_a_change_may_print_what_it_likes(api, host):
     host.faults(set={"spew": 100_000_000, "bytes": "fffe80"})
     assert api.post("/scale/cores", {"vm_id": 104, "cores": 4}).status == 200
     assert host.conf(104)["cores"] == "4" and resident_kb(api) < 60000
+
+
+def test_an_output_that_was_cut_off_is_an_error_though_its_command_ended_well():
+    with pytest.raises(module.Problem) as caught:
+        module.checked(["pct", "list"], module.Result(0, "x", "", True))
+    assert (caught.value.status, caught.value.error) == (500, "pct list printed more than 4 MiB")
 
 
 def cpu_ticks(daemon):
@@ -4224,6 +4461,22 @@ def test_the_place_of_a_command_that_cannot_be_killed_is_free_when_it_has_gone(l
     host.go()
     wait_until(lambda: api.get("/resource/vm/status?vm_id=106").status == 200)
     assert "ran pct status 104 --verbose: it cannot be ended in " in api.log()
+
+
+def test_the_place_of_a_command_that_cannot_be_killed_is_free_where_no_thread_is_left(monkeypatch):
+    commands = module.Commands(1, 1, module.Workers(), module.Metrics())
+    monkeypatch.setattr(module, "ended", lambda *_: False)
+    monkeypatch.setattr(module.os, "killpg", lambda *_: None)
+    process = module.SimpleNamespace(pid=1, wait=lambda: None)
+    with no_thread_left(monkeypatch), commands.slot(None) as slots:
+        assert commands.kill(process, (None, "pct", "list"), slots) is False
+    assert commands.hung == {} and commands.nodes[None].semaphore.free == 1
+
+
+def test_waiting_for_the_end_of_a_command_leaves_no_descriptor_open():
+    process = subprocess.Popen(["true"])
+    before = len(os.listdir("/proc/self/fd"))
+    assert module.ended(process, 10) and len(os.listdir("/proc/self/fd")) == before
 
 
 def test_long_changes_leave_places_to_others_and_health_needs_none(launch, host):
@@ -4656,6 +4909,12 @@ def test_another_node_is_measured_before_its_pvesh_loads_it(tmp_path):
     assert asked == [stat, stat, ("b", ("pvesh", "get"))]
 
 
+def test_how_busy_processors_were_is_told_of_all_of_them_together(monkeypatch):
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    moments = [(1.0, 10.0), (3.0, 11.0)]            # seconds that they worked, and that went by
+    assert module.cpu_meter(lambda: moments.pop(0))(4) == 50
+
+
 def test_health_is_what_pct_says_and_is_kept(host, launch):
     api = launch()
     replies = [api.get("/health/check", key=None) for _ in range(5)]
@@ -4688,7 +4947,8 @@ def test_a_container_that_is_not_there_costs_no_process(api, host):
         reply = api.get(f"/{path}?vm_id=999")
         assert (reply.status, reply.body) == (
             404, error("VM 999 does not exist on node 'proxmox'")), path
-    assert host.calls() == []
+    assert api.post("/scale/cores", {"vm_id": 999, "cores": 4}).status == 404
+    assert host.calls() == [] and api.log("error") == ""
 
 
 def test_a_virtual_machine_of_a_single_host_is_called_one_and_costs_no_process(api, host):
@@ -5554,6 +5814,34 @@ def test_a_change_is_either_cancelled_or_begun():
         "error": "in time"}
 
 
+def test_a_change_for_which_no_thread_is_left_is_refused_and_holds_up_nobody(monkeypatch):
+    changes, began = module.Changes(None, module.Workers(), lambda change: None), []
+    change, later = (change_of("/scale/cores", vm_id=104, cores=cores) for cores in (4, 5))
+    with no_thread_left(monkeypatch):
+        changes.take(change)
+    with pytest.raises(module.Problem) as refusal:
+        changes.answer(change, module.Client(None, "127.0.0.1"), 1)
+    assert (refusal.value.status, refusal.value.error, refusal.value.fields) == (
+        503, "The host has no thread left; try again later", {"outcome": "nothing_done"})
+    assert [(row["state"], row["status"]) for row in changes.rows()] == [("failed", 503)]
+    assert changes.pending == set()
+    changes.workers = module.SimpleNamespace(start=lambda work, change: began.append(change))
+    changes.take(later)
+    assert began == [later]
+
+
+def test_no_more_changes_wait_than_are_remembered(monkeypatch):
+    monkeypatch.setattr(module, "MAX_OPERATIONS", 1)
+    changes = module.Changes(None, module.SimpleNamespace(start=lambda *_: None), None)
+    first, second = (change_of("/scale/cores", vm_id=vm_id, cores=4) for vm_id in (104, 106))
+    changes.take(first)
+    with pytest.raises(module.Problem) as refusal:
+        changes.take(second)
+    assert (refusal.value.status, refusal.value.error, refusal.value.headers) == (
+        503, "Too many changes wait; try again later", {"Retry-After": "30"})
+    assert (changes.pending, list(changes.recent)) == ({first}, [first])
+
+
 def test_changes_to_one_container_are_done_in_the_order_in_which_they_were_accepted(api, host):
     """Each was answered 202 before the next was sent."""
     headers = {"X-API-Key": KEY, "Content-Type": "application/json", "Prefer": "respond-async"}
@@ -5837,6 +6125,40 @@ def test_a_lock_held_by_another_pct_is_409(api, host):
         reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4})
     assert (reply.status, reply.body["error"]) == (
         409, "Another Proxmox command holds the container; try again when it has ended")
+
+
+def test_what_a_destroy_refuses_before_it_begins_is_nothing_done(api, host):
+    """PVE::API2::LXC, destroy_vm, frees volumes only after these checks."""
+    for says in (
+            "There is a replication job '104-0' for guest '104' - Please remove that first.",
+            "unable to remove CT 104 - used in HA resources and purge parameter not set.",
+            "can't remove CT 104 - protection mode enabled", "CT is locked (backup)",
+            "can't lock file '/run/lock/lxc/pve-config-104.lock' - got timeout"):
+        host.faults(destroy={"exit": 255, "stderr": says + "\n"})
+        reply = api.delete("/clone/delete", {"vm_id": 104})
+        assert (reply.status, reply.body) == (409, refused(reply.body["error"], details=says))
+
+
+def test_what_was_refused_at_once_is_nothing_done_though_somebody_else_changes_the_container(
+        api, host):
+    for path, body, command, says in (
+            ("/scale/storage/increase", {"disk_size": 1}, "resize", "unable to shrink disk size"),
+            ("/scale/storage/increase", {"disk_size": 1}, "resize",
+             "disk is already at specified size"),
+            ("/snapshot/create", {"snapshot_name": "s1"}, "snapshot",
+             "snapshot name 's1' already used"),
+            ("/clone/create", {"new_vm_id": 105, "new_vm_name": "x"}, "clone",
+             "unable to create CT 105 - CT 105 already exists on node 'pve2'"),
+            ("/scale/cores", {"cores": 4}, "set", "CT is locked (backup)")):
+        host.faults(**{command: {"pause": True, "exit": 255, "stderr": says + "\n"}})
+        begun = len(host.calls())
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(api.post, path, {"vm_id": 106, **body})
+            wait_until(lambda: f"pct {command} " in " ".join(host.calls()[begun:]))
+            host.path(106).write_text("#somebody else's\n" + host.path(106).read_text())
+            host.go()
+            reply = asked.result()
+        assert (reply.status, reply.body) == (409, refused(reply.body["error"], details=says))
 
 
 def test_an_existing_or_missing_snapshot_is_told(api, host):
@@ -6979,6 +7301,46 @@ def test_a_rollback_whose_container_does_not_start_again_is_no_success(api, host
     assert not host.running(104) and host.calls()[-2:] == ["pct status 104"] * 2
 
 
+def test_a_container_that_a_rollback_stopped_before_it_failed_is_told(api, host):
+    """Its file is as before then, and it does not run."""
+    host.faults(rollback={"pause": True, "exit": 255, "stderr": "container did not stop\n"})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(api.post, "/snapshot/rollback", {"vm_id": 104, "snapshot_name": "s1"})
+        wait_until(lambda: "rollback" in " ".join(host.calls()))
+        (host.cgroup / "lxc/104").rename(host.root / "trash/104")
+        host.go()
+        reply = asked.result()
+    assert (reply.status, reply.body) == (409, error(
+        "The container is just starting or stopping; look at its state and try again",
+        outcome="incomplete",
+        details="container did not stop\n"
+                "VM 104 ran before and is stopped now; start it with: pct start 104"))
+
+
+def test_a_failed_start_or_shutdown_tells_the_state_now_whatever_the_file_says(api, host):
+    """Whether a container runs, its file does not tell; a shutdown was to stop it."""
+    host.faults(start={"work_fails": "unable to get PID for CT 106 (not running?)"},
+                shutdown={"dies_after": True})
+    reply = api.post("/power/start", {"vm_id": 106})
+    assert (reply.status, reply.body) == (409, error(
+        "The container is just starting or stopping; look at its state and try again",
+        outcome="incomplete",
+        details="unable to get PID for CT 106 (not running?)\nVM 106 is stopped now"))
+    reply = api.post("/power/shutdown", {"vm_id": 104})
+    assert (reply.status, reply.body) == (500, error(
+        "pct shutdown 104 failed with exit status 255", outcome="incomplete",
+        details="VM 104 is stopped now"))
+
+
+def test_a_lock_that_a_container_had_before_is_not_told_as_left(api, host):
+    host.add(107, lock="backup")
+    host.faults(set={"signal": 9})
+    reply = api.post("/scale/cores", {"vm_id": 107, "cores": 4})
+    assert (reply.status, reply.body) == (500, error(
+        "pct set 107 was ended by SIGKILL", outcome="incomplete",
+        details="Its task may still be at work: look again before trying again"))
+
+
 def test_a_container_that_a_killed_snapshot_has_left_frozen_is_told(api, host):
     (host.cgroup / "lxc/104/ns/cgroup.events").write_text("populated 1\nfrozen 1\n")
     host.faults(snapshot={"kills_pct": True})
@@ -7013,6 +7375,30 @@ def test_a_destroy_that_fails_may_have_freed_volumes_though_the_configuration_st
     assert "incomplete: DELETE /clone/delete vm_id=106" in api.log("error")
 
 
+def test_a_container_that_is_gone_after_a_destroy_that_failed_is_not_asked_for_its_state(api, host):
+    host.faults(destroy={"dies_after": True})
+    reply = api.delete("/clone/delete", {"vm_id": 106})
+    assert (reply.status, reply.body) == (500, error(
+        "pct destroy 106 failed: Logical volume \"vm-106-disk-0\" successfully removed.",
+        outcome="incomplete", details="Logical volume \"vm-106-disk-0\" successfully removed."))
+    assert not host.path(106).exists() and host.calls()[-1] == "pct destroy 106 --force 1"
+
+
+def test_a_destroy_that_left_its_lock_is_mended_in_one_way_only(api, host):
+    host.faults(destroy={"pause": True, "exit": 255, "stderr": "odd\n"})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(api.delete, "/clone/delete", {"vm_id": 106})
+        wait_until(lambda: "destroy" in " ".join(host.calls()))
+        host.path(106).write_text("lock: destroyed\n" + host.path(106).read_text())
+        host.go()
+        reply = asked.result()
+    assert (reply.status, reply.body) == (500, error(
+        "pct destroy 106 failed: odd", outcome="incomplete", details=(
+            "odd\nVM 106 is left with the lock 'destroyed'; if no task of it runs, mend it with: "
+            "pct unlock 106 && pct destroy 106\n"
+            "VM 106 is stopped now, and its volumes or snapshots may be gone already")))
+
+
 @pytest.mark.parametrize("path, command, asked", [
     ("/power/stop", "stop", "stop"), ("/power/shutdown", "shutdown", "stop"),
     ("/power/start", "start", "start")])
@@ -7045,6 +7431,52 @@ def test_a_container_that_somebody_else_creates_under_the_clone_s_id_is_not_ours
             host.go()
             assert asked.result().body["details"] == "odd\n" + said
         host.path(105).unlink()
+
+
+def test_a_clone_without_a_name_yet_is_ours_while_its_source_is_locked_for_it(api, host):
+    host.faults(clone={"pause": True, "exit": 255, "stderr": "odd\n"})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(api.post, "/clone/create", {
+            "vm_id": 106, "new_vm_id": 105, "new_vm_name": "x"})
+        wait_until(lambda: "pct clone" in " ".join(host.calls()))
+        host.path(106).write_text("lock: disk\n" + host.path(106).read_text())
+        host.path(105).write_text("arch: amd64\nlock: create\n")
+        host.go()
+        details = asked.result().body["details"]
+    assert details.splitlines()[:3] == [
+        "odd", "VM 106 is left with the lock 'disk'; if no task of it runs, mend it with: "
+               "pct unlock 106",
+        "VM 105 is left half-made; if no task of it runs, remove it with: "
+        "pct unlock 105 && pct destroy 105"]
+
+
+def test_a_step_that_was_not_begun_is_named_for_others_were(api, host):
+    host.faults(clone={"delay": True})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(api.post, "/clone/create", {
+            "vm_id": 106, "new_vm_id": 105, "new_vm_name": "x"})
+        wait_until(lambda: host.path(105).exists())
+        (host.root / "bin/pct").unlink()
+        host.go()
+        reply = asked.result()
+    assert (reply.status, reply.body["outcome"], reply.body["error"]) == (
+        500, "incomplete", "VM 105 was cloned, but did not start: pct start 105 was not begun: "
+                           "pct is not installed, or not on the daemon's PATH")
+
+
+def test_after_a_fault_of_ours_what_the_last_steps_did_is_called_unknown(launch, host):
+    api = launch(constants={"start_clone": Code("lambda *_: 1 / 0")})
+    reply = api.post("/clone/create", {"vm_id": 106, "new_vm_id": 105, "new_vm_name": "x"})
+    assert (reply.status, reply.body["outcome"], reply.body["details"]) == (
+        500, "unknown", "VM 105 was cloned")
+
+
+def test_a_fault_of_ours_in_telling_what_is_left_costs_nobody_the_answer(launch, host):
+    host.faults(set={"exit": 255, "stderr": "odd\n"})
+    api = launch(constants={"Change.remains": Code("lambda self: 1 / 0")})
+    reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4}, timeout=5)
+    assert (reply.status, reply.body) == (500, error(
+        "pct set 104 failed: odd", outcome="incomplete", details="odd"))
 
 
 def test_a_temporary_snapshot_that_a_killed_command_may_yet_take_is_told(api, host):
@@ -7213,6 +7645,14 @@ def test_storage_grows_by_what_was_asked(api, host):
     assert (reply.status, reply.body) == (200, ok("Storage increased by 5 GB for VM 104"))
     assert host.conf(104)["rootfs"] == "local-lvm:vm-104-disk-0,size=13G"
     assert host.calls() == ["pct resize 104 rootfs +5G"]
+
+
+def test_a_disk_that_a_container_does_not_have_is_not_grown(steady):
+    before = steady.host.calls()
+    reply = steady.post(
+        "/scale/storage/increase", {"vm_id": 104, "disk_size": 1, "disk": "mp7"})
+    assert (reply.status, reply.body, steady.host.calls()) == (
+        409, refused("VM 104 has no mp7"), before)
 
 
 def test_a_resize_that_fails_with_exit_status_0_is_a_failure(api, host):
@@ -7425,6 +7865,28 @@ def test_a_clone_is_started_if_asked(api, host):
              "look at its state and try again")
     assert reply.body["details"].endswith(
         "start it with: pct start 105, or remove it with: pct destroy 105")
+
+
+def test_a_clone_s_new_address_leaves_all_else_of_its_network_as_it_was_but_a_gateway_under_dhcp(
+        api, host):
+    net = "name=eth0,bridge=vmbr0,hwaddr=BC:24:11:00:00:01,{}type=veth"
+    for vm_id, before, ip, after in (
+            (107, "ip=dhcp,ip6=auto,", "192.0.2.5/24", "ip6=auto,type=veth,ip=192.0.2.5/24"),
+            (108, "gw=192.0.2.1,ip=192.0.2.7/24,", "dhcp", "type=veth,ip=dhcp")):
+        host.add(vm_id, net0=net.format(before))
+        assert api.post("/clone/create", {
+            "vm_id": vm_id, "new_vm_id": vm_id + 100, "new_vm_name": "x", "ip": ip,
+            "start": False}).status == 200
+        hwaddr = f"BC:24:11:{vm_id + 100:02X}:00:00"
+        assert host.conf(vm_id + 100)["net0"] == f"name=eth0,bridge=vmbr0,hwaddr={hwaddr},{after}"
+
+
+def test_the_time_that_a_shutdown_or_reboot_was_given_is_waited_for_on_top(launch):
+    api = launch(constants={"Changes.answer": Code(
+        "lambda self, change, client, seconds: daemon.success(f'{seconds} s')")})
+    for path, body, seconds in (("shutdown", {"timeout": 100}, 160), ("reboot", {}, 120),
+                                ("stop", {}, 60)):
+        assert api.post(f"/power/{path}", {"vm_id": 106, **body}).body == ok(f"{seconds} s")
 
 
 def test_a_clone_needs_an_id_of_its_own(api, host):
@@ -7692,10 +8154,12 @@ def test_head_options_and_wrong_methods(either):
         full = read_answer(sock)
     assert (head.status, head.body, head.headers["Content-Length"]) == (
         200, "", full.headers["Content-Length"])
+    wait_until(lambda: " HEAD /routes 200 0 " in either.log("access"))
     for path, allow in (("/routes", "GET, HEAD, OPTIONS"), ("/scale/cores", "POST, OPTIONS"),
                         ("/clone/delete", "DELETE, OPTIONS")):
         reply = either.request("OPTIONS", path)
         assert (reply.status, reply.body, reply.headers["Allow"]) == (204, "", allow)
+        assert not {"Content-Length", "Content-Type"} & set(reply.headers)
         reply = either.request("PATCH", path)
         assert (reply.status, reply.body, reply.headers["Allow"]) == (
             405, error(f"Wrong method; {path} takes {allow}"), allow)
@@ -7847,6 +8311,10 @@ def test_without_a_key_the_log_names_the_address_alone(launch):
     api = launch(authentication={"enabled": False})
     api.post("/scale/cores", {"vm_id": 104, "cores": 4})
     assert "POST /scale/cores vm_id=104 cores=4 by 127.0.0.1: done" in api.log()
+
+
+def test_of_a_long_path_the_log_has_its_beginning():
+    assert module.loggable_path("/" + "x" * 5000) == "/" + "x" * 99
 
 
 def test_logs_say_who_did_what(api, host):
@@ -8291,10 +8759,31 @@ def test_a_missing_host_two_and_a_bad_one_are_told_apart(either, lines, says):
     assert statuses(either.raw(framed("GET /routes HTTP/1.1", *lines, LOGIN))) == (
         [400], error(says))
     for value in ("", "x", "x:", "pve-1.example.org:5000", "a_b", "192.0.2.1:80", "[2001:db8::1]",
-                  "[fe80::1%25eth0]:5000"):
+                  "[fe80::1%25eth0]:5000", "a%20b:5000"):
         assert statuses(either.raw(framed(
             "GET /routes HTTP/1.1", f"Host: {value}", LOGIN, "Connection: close")))[0] == [200]
     assert statuses(either.raw(framed("GET /routes HTTP/1.0", LOGIN)))[0] == [200]
+
+
+def test_what_is_as_long_as_it_may_be_is_taken(steady):
+    more = ["Host: x", LOGIN, "Connection: close"]
+    path = "x" * (module.MAX_LINE - len("GET / HTTP/1.1"))
+    assert statuses(steady.raw(framed(f"GET /{path} HTTP/1.1", *more)))[0] == [404]
+    assert statuses(steady.raw(framed(f"GET /{path}x HTTP/1.1", *more)))[0] == [414]
+    value = "x" * (module.MAX_HEAD - len(framed("GET /nowhere HTTP/1.1", *more, "A: ")) + 4)
+    assert statuses(steady.raw(framed("GET /nowhere HTTP/1.1", *more, f"A: {value}")))[0] == [404]
+    assert statuses(steady.raw(framed("GET /nowhere HTTP/1.1", *more, f"A: {value}x")))[0] == [431]
+    for size, says in (
+            (module.MAX_BODY, "Invalid cores: must be an integer between 1 and 128"),
+            (module.MAX_BODY + 1, "The body is too large: at most 65536 bytes are taken")):
+        assert steady.post("/scale/cores", '{"vm_id": 104, "cores": 0}'.ljust(size), headers={
+            "Content-Type": "application/json"}).body == refused(says)
+
+
+def test_a_tab_may_stand_in_a_header_s_value(steady):
+    """RFC 9110 section 5.5."""
+    assert statuses(steady.raw(framed(
+        "GET /routes HTTP/1.1", "Host: x", LOGIN, "A: b\tc", "Connection: close")))[0] == [200]
 
 
 @pytest.mark.parametrize("version", ["1.2", "1.9"])
@@ -8379,7 +8868,19 @@ def test_a_body_is_asked_for_only_if_it_will_be_read(either):
     for line, headers, status in (
             ("POST /scale/cores HTTP/1.1", [], 401), ("POST /nowhere HTTP/1.1", [LOGIN], 404),
             ("GET /scale/cores HTTP/1.1", [LOGIN], 405)):
-        assert statuses(either.raw(framed(line, *expect, *headers)))[0] == [status]
+        said = either.raw(framed(line, *expect, *headers))
+        assert statuses(said)[0] == [status] and b"\r\nConnection: close\r\n" in said
+
+
+def test_nothing_is_asked_for_in_http_1_0_nor_where_there_is_no_body(steady):
+    """RFC 9110 section 10.1.1: in HTTP/1.0 the expectation is ignored."""
+    body = '{"vm_id": 104, "cores": 0}'
+    assert statuses(steady.raw(framed(
+        "POST /scale/cores HTTP/1.0", LOGIN, JSON_KIND, "Expect: 100-continue",
+        f"Content-Length: {len(body)}", body=body)))[0] == [400]
+    assert statuses(steady.raw(
+        framed("GET /routes HTTP/1.1", "Host: x", LOGIN, "Expect: 100-continue")
+        + framed("GET /nowhere HTTP/1.1", "Host: x", LOGIN, "Connection: close")))[0] == [200, 404]
 
 
 def test_every_answer_has_the_headers_it_should(either):
@@ -8702,6 +9203,19 @@ def test_one_connection_too_many_is_told_so_at_once(launch, host):
         sock.close()
 
 
+def test_of_those_turned_away_no_more_are_kept_open_than_may_connect(launch):
+    api = launch(server={"max_connections": 2}, constants={
+        "YIELD_SECONDS": 60, "LINGER_SECONDS": 60})
+    held = [api.connect() for _ in range(2)]
+    wait_until(lambda: statuses(api.raw(b""))[0] == [503])
+    before = descriptors(api)
+    for _ in range(10):
+        assert statuses(api.raw(b""))[0] == [503]
+    wait_until(lambda: descriptors(api) <= before + 2)
+    for sock in held:
+        sock.close()
+
+
 def is_healthy(api):
     """Whether the health check is answered with 200; one connection too many is closed before TLS
     begins."""
@@ -8794,6 +9308,43 @@ def test_one_address_that_holds_all_places_with_work_gives_way_and_its_threads_e
         sock.close()
 
 
+def test_of_an_address_s_connections_one_whose_change_runs_gives_way_last(launch, host):
+    host.faults(set={"delay": True})
+    api, body = launch(server={"max_connections": 2}), '{"vm_id": 104, "cores": 4}'
+    with api.connect(source="127.0.0.2") as busy, api.connect(source="127.0.0.2") as idle:
+        busy.sendall(framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND,
+                            f"Content-Length: {len(body)}", body=body))
+        wait_until(host.calls)
+        idle.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
+        assert read_answer(idle).status == 200
+        assert api.get("/routes").status == 200 and idle.recv(10) == b""
+        host.go()
+        assert read_answer(busy).body == ok("CPU cores set to 4 for VM 104")
+
+
+def test_a_connection_gives_way_to_another_of_its_address_only_when_its_change_has_ended(
+        launch, host):
+    host.faults(set={"delay": True})
+    api, body = launch(server={"max_connections": 1}, constants={"YIELD_SECONDS": 0}), (
+        '{"vm_id": 104, "cores": 4}')
+    with api.connect() as sock:
+        sock.sendall(framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND,
+                            f"Content-Length: {len(body)}", body=body))
+        wait_until(host.calls)
+        assert api.get("/routes").body == refused("Too many connections; try again later")
+        host.go()
+        assert read_answer(sock).status == 200
+        wait_until(lambda: is_healthy(api), 5)
+
+
+def test_a_request_whose_connection_has_lost_its_place_is_not_begun():
+    server = module.SimpleNamespace(
+        changed=threading.Condition(), stopping=threading.Event(), clients={})
+    client = module.Client(None, "127.0.0.1")
+    assert module.Server.begin_request(server, client, "127.0.0.1", True) is False
+    assert client.asking is None
+
+
 def test_a_client_behind_a_proxy_is_counted_by_its_own_address(launch):
     api = launch(server={"max_connections": 4}, constants={"YIELD_SECONDS": 60})
     held = [api.connect() for _ in range(3)]
@@ -8834,6 +9385,29 @@ def test_who_leaves_while_a_request_waits_gives_the_place_back(launch, host, tls
     host.go()
     wait_until(lambda: api.log("access").count(" 127.0.0.1 GET /health/check 499 0 ") == 9)
     assert host.calls() == ["pct list"] and api.get("/health/check").status == 200
+
+
+def test_who_half_closes_the_connection_still_takes_a_change_s_answer_or_a_large_one(launch, host):
+    host.faults(set={"delay": True})
+    api = launch(constants={
+        "LOOK_SECONDS": 0.02, "Metrics.render": Code("lambda *_: 8000000 * 'x'")})
+    body = '{"vm_id": 104, "cores": 4}'
+    change = framed("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND,
+                    f"Content-Length: {len(body)}", body=body)
+    with api.connect() as changing, api.connect() as taking:
+        changing.sendall(change)
+        wait_until(host.calls)
+        taking.sendall(framed("GET /metrics HTTP/1.1", "Host: x", "Connection: close"))
+        assert taking.recv(10) == b"HTTP/1.1 2"
+        for sock in (changing, taking):
+            sock.shutdown(socket.SHUT_WR)
+        with api.connect() as leaving:              # who leaves later is noticed no sooner
+            leaving.sendall(change)
+            wait_until(lambda: operations(api)[0]["state"] == "waiting")
+        wait_until(lambda: operations(api)[0]["status"] == 499)
+        host.go()
+        assert read_answer(changing).body == ok("CPU cores set to 4 for VM 104")
+        assert len(read_all(taking)) > 8000000
 
 
 @OVER_BOTH
@@ -9162,6 +9736,14 @@ def test_the_watchdog_is_fed_while_all_places_are_taken(launch, host, manager, t
         sock.close()
 
 
+def test_a_watchdog_that_waits_for_another_process_is_not_fed(monkeypatch):
+    """sd_watchdog_enabled(3)."""
+    monkeypatch.setenv("WATCHDOG_USEC", "3000000")
+    for pid, seconds in ((os.getppid(), None), (os.getpid(), 1)):
+        monkeypatch.setenv("WATCHDOG_PID", str(pid))
+        assert module.watchdog_seconds() == seconds
+
+
 def test_reloads_do_not_starve_the_watchdog(launch, manager):
     api = launch(env={"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "900000"})
     fed = []
@@ -9211,6 +9793,29 @@ def test_a_reload_takes_over_keys_limits_rails_and_logs_and_closes_nothing(launc
             read_answer(sock)) == (200, "1")
     assert api.post("/scale/cores", {"vm_id": 104, "cores": 4}, key=new_key).status == 403
     assert " ran pct" not in api.log("second")
+
+
+def test_a_reload_takes_over_the_level_and_the_keys_of_logs_that_stay_where_they_are(api, host):
+    """The error log has warnings whatever the level."""
+    new_key = "another-key-9876543210"
+    (host.root / "api.yaml").write_text(config_text(
+        host, api.port, new_key, logging={"log_level": "ERROR"}, server={"max_connections": 17}))
+    api.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: "may need a restart" in api.log("error"))
+    before = api.log()
+    host.faults(set={"exit": 255, "stderr": new_key + "\n"})
+    assert api.post("/scale/cores", {"vm_id": 104, "cores": 4}, key=new_key).status == 500
+    assert (" WARNING failed: pct set 104 --cores 4: exit 255: [API key]\n" in api.log("error")
+            and new_key not in api.log("error") and api.log() == before)
+
+
+def test_a_reload_that_leaves_the_limits_as_they_were_forgets_no_request(launch):
+    api = limited(launch, max_requests_per_minute=1)
+    via = {"X-Forwarded-For": "198.51.100.7"}
+    assert [api.get("/routes", headers=via).status for _ in range(2)] == [200, 429]
+    api.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: " INFO reloaded " in api.log())
+    assert api.get("/routes", headers=via).status == 429
 
 
 def test_a_bad_file_is_not_taken_over_and_said_with_its_line(api, host):
