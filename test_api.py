@@ -1015,13 +1015,16 @@ def answers(port, connect=socket.create_connection):
 
 
 def wait_until(condition, seconds=10):
-    """Wait for a condition -> its first true value; the test fails if it never comes."""
-    end = time.monotonic() + seconds
+    """Wait for a condition -> its first true value; the test fails if it never comes.
+
+    It is looked at less often while it does not come, for others need the processor."""
+    end, pause = time.monotonic() + seconds, 0.002
     while time.monotonic() < end:
         value = condition()
         if value:
             return value
-        time.sleep(0.005)
+        time.sleep(pause)
+        pause = min(1.3 * pause, 0.03)
     raise AssertionError(f"not within {seconds} s: {condition}")
 
 
@@ -1031,6 +1034,7 @@ if __name__ == "__main__":
 import concurrent.futures  # noqa: E402  (the simulated host above needs Python alone)
 import ctypes  # noqa: E402
 import errno  # noqa: E402
+import fcntl  # noqa: E402
 import gc  # noqa: E402
 import http.client  # noqa: E402
 import itertools  # noqa: E402
@@ -1430,7 +1434,7 @@ def sharing(request, tmp_path_factory):
         return
     folder = tmp_path_factory.mktemp("sharing")
     sys.stdout.flush()
-    for fixture in ("lab", "stage_here", "stage_there"):
+    for fixture in ("lab", "stage_here", "stage_there", "installed"):
         helpers.append(os.fork())
         if not helpers[-1]:
             become_helper(config, items, folder, fixture)
@@ -6173,6 +6177,14 @@ def test_an_existing_or_missing_snapshot_is_told(api, host):
         details="snapshot name 'backup_20241224' already used"))
 
 
+def is_held(path):
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+
+
 def test_an_increase_repeated_while_its_first_try_goes_on_without_its_daemon_counts_once(
         launch, host):
     host.faults(resize={"delay": True})
@@ -6180,6 +6192,7 @@ def test_an_increase_repeated_while_its_first_try_goes_on_without_its_daemon_cou
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         lost = pool.submit(first.post, "/scale/storage/increase", body)
         wait_until(host.calls)
+        wait_until(lambda: is_held(host.root / "locks/pve-config-104.lock"))
         first.process.kill()
         first.process.wait(10)
         assert isinstance(lost.exception(), (OSError, http.client.HTTPException))
