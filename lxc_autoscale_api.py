@@ -1463,8 +1463,8 @@ def part_used(total, free):
 
 # What pct fails with
 
-# What pct says of a task that ended without a word: somebody, or want of memory, has killed it
-# (PVE::RESTEnvironment, tee_worker).
+# What pct says of a task that ended without a word: somebody has killed it, or the kernel, when
+# memory ran out (PVE::RESTEnvironment, tee_worker).
 TASK_KILLED = "got unexpected control message"
 
 # What a resize prints when the volume has grown and its file system has not, or perhaps not. The
@@ -3292,7 +3292,6 @@ AT_ONCE = re.compile(
 # tell that nothing was done.
 CONFIG_UNWRITTEN = re.compile(rf"'/etc/pve/[^']*\.conf(?:\.tmp\b|')|{TASK_KILLED}")
 
-
 # What pct says when it has asked HA, and done no more (PVE::API2::LXC::Status).
 ASKED_HA = re.compile(r"^Requesting HA (start|stop) for CT", re.MULTILINE)
 
@@ -3568,11 +3567,13 @@ class Change:
     def unfinished(self):
         """Return what stays behind if the last step ends well and none follows it, as texts."""
         found, ip = list(self.notes), self.values.get("ip")
-        if self.temporary and self.steps:
+        if not self.steps:
+            return found
+        if self.temporary:
             found.append(f"The temporary snapshot '{self.temporary}' of VM {self.vm_id} stays; "
                          f"once no task of VM {self.vm_id} runs, remove it{on(self.node)} with: "
                          f"pct delsnapshot {self.vm_id} {self.temporary}")
-        if ip and not self.addressed:
+        if ip and not self.ran_any("set"):
             found.append(f"VM {self.values['new_vm_id']} will not have the address {ip}, but what "
                          f"VM {self.vm_id} has; do not start it with that")
         return found

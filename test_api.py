@@ -6447,6 +6447,17 @@ def test_a_stop_begins_no_further_step_and_says_what_stays(launch, host):
     assert host.snapshots(104) == [name] and not host.path(105).exists()
 
 
+def test_what_a_stop_leaves_unfinished_follows_from_the_steps_that_were_begun():
+    change = change_of("/clone/create", vm_id=104, new_vm_id=105, new_vm_name="x",
+                       ip="192.0.2.5/24")
+    told = [change.unfinished()]
+    for step in ("clone", "set"):
+        change.steps.append(["pct", step])
+        told.append(change.unfinished())
+    assert told == [[], ["VM 105 will not have the address 192.0.2.5/24, but what VM 104 has; "
+                         "do not start it with that"], []]
+
+
 def test_containers_that_are_protected_meanwhile_are_not_changed(api, host):
     host.faults(set={"delay": True})
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
