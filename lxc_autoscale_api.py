@@ -67,7 +67,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from copy import copy
-from functools import lru_cache, partial
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Empty, SimpleQueue
 from socketserver import TCPServer
@@ -3332,7 +3332,6 @@ class Change:
         self.began = self.ended = None
         self.started, self.future = Future(), Future()
         self.node = self.slots = self.before = self.ran = self.problem = None
-        self.guard = lambda: None           # raises Problem if it must not begin after all
         # Once the daemon stops, no further step is begun; the lock decides which was the last.
         self.lock, self.broken_off, self.temporary = threading.Lock(), False, None
         # killed: a command was killed, and its task may still be at work.
@@ -3722,12 +3721,14 @@ class Changes:
         self.lock, self.stopping, self.ending = threading.Lock(), False, Future()
         self.pending, self.recent = set(), deque()
         self.queues = {}                    # {container: the changes that run or wait, in order}
+        self.rules, _ = read_section("containers", None, {})
 
     def take(self, change):
         """Let a change begin as soon as it is the first in the queues of all its containers.
 
         No thread waits for that. At its end, self.count(change) is called.
         """
+        self.guard(change)
         with self.lock:                     # either refuse_waiting sees it, or it has been called
             if self.stopping:
                 raise stopping()
@@ -3754,6 +3755,28 @@ class Changes:
                 self.cancel(change, problem)
         except Exception:
             log.exception("internal error in %s", change.title)     # its turn will tell
+
+    def guard(self, change):
+        """Hold a change to the rules, or Problem 403 or 400.
+
+        A clone cannot be its own source, either.
+        """
+        values, rules = change.values, self.rules
+        if values.get("new_vm_id") == values["vm_id"]:
+            raise Problem(400, "Invalid new_vm_id: must differ from vm_id")
+        for vm_id in change.containers:
+            if vm_id in rules.protected:
+                raise Problem(403, f"VM {vm_id} is protected: "
+                                   "containers.protected in the daemon's configuration names it")
+            if rules.allowed and vm_id not in rules.allowed:
+                raise Problem(403, f"VM {vm_id} must not be changed: containers.allowed "
+                                   "in the daemon's configuration does not name it")
+        for parameter, setting in ((CORES, "max_cores"), (MEMORY, "max_memory_mb")):
+            low, high = parameter.schema["minimum"], getattr(rules, setting)
+            if values.get(parameter.name, 0) > high:
+                raise Problem(400, f"Invalid {parameter.name}: must be an integer "
+                                   f"between {low} and {high} "
+                                   f"(containers.{setting} in the daemon's configuration)")
 
     def is_first(self, change):
         return all(self.queues[vm_id][0] is change for vm_id in change.containers)
@@ -3843,7 +3866,7 @@ class Changes:
         files, pve, commands = self.host.files, self.host.pve, self.host.commands
         node = files.read(pve.changeable, change.vm_id)
         with commands.slot(node, change.since, change.long) as slots:
-            change.guard()                  # its rules may have changed while it waited
+            self.guard(change)              # the rules may have changed while it waited
             if not change.future.set_running_or_notify_cancel():
                 return None
             change.began = time.time()
@@ -4673,7 +4696,7 @@ class Api:
                   else None)
         if bounds != self.bounds:
             self.limiter = RateLimiter(*bounds) if bounds else None
-        self.config, self.bounds = config, bounds
+        self.config, self.bounds, self.changes.rules = config, bounds, config.containers
         login = config.authentication
         self.open_paths = {
             path for path, route in PATHS.items() if route.key is False
@@ -4792,35 +4815,11 @@ class Api:
             raise Problem(403, "This key may only read")
         return query
 
-    def guard(self, route, values):
-        """Hold a caller to the configuration's `containers`, or Problem 403 or 400.
-
-        A clone cannot be its own source, either.
-        """
-        rules = self.config.containers
-        if values.get("new_vm_id") == values["vm_id"]:
-            raise Problem(400, "Invalid new_vm_id: must differ from vm_id")
-        for name in route.changes:
-            if values[name] in rules.protected:
-                raise Problem(403, f"VM {values[name]} is protected: "
-                                   "containers.protected in the daemon's configuration names it")
-            if rules.allowed and values[name] not in rules.allowed:
-                raise Problem(403, f"VM {values[name]} must not be changed: containers.allowed "
-                                   "in the daemon's configuration does not name it")
-        for parameter, setting in ((CORES, "max_cores"), (MEMORY, "max_memory_mb")):
-            low, high = parameter.schema["minimum"], getattr(rules, setting)
-            if values.get(parameter.name, 0) > high:
-                raise Problem(400, f"Invalid {parameter.name}: must be an integer "
-                                   f"between {low} and {high} "
-                                   f"(containers.{setting} in the daemon's configuration)")
-
     def change(self, request, route, values):
         """Run a handler that changes containers, once it is the first in their queues."""
-        self.guard(route, values)
         client, key = request.client, request.client.key
         who = f"{client.address} with key {key}" if key else client.address
         change = Change(route, values, who, self.host)
-        change.guard = partial(self.guard, route, values)
         self.changes.take(change)
         if "respond-async" in request.words("prefer"):      # RFC 7240
             return Answer(202, {"status": "accepted",
