@@ -1247,12 +1247,12 @@ def parse_broadcast(document):
     PVE::Service::pvestatd, PVE::API2Tools). The keys are pve2.3-vm/ID and pve2-node/NAME, since
     VE 9 pve-vm-9.0/ID and pve-node-9.0/NAME.
     """
-    rows, moment = {}, {"vm": 4, "node": 2}             # which field is the time
+    rows, place = {}, {"vm": 4, "node": 2}              # of the time among the fields
     for kind, name, fields in re.findall(
             r"^pve[\d.]*-(vm|node)(?:-[\d.]+)?/([^:/]+):(.*)$", document or "", re.MULTILINE):
         fields = fields.split(":")
-        when = number("".join(fields[moment[kind]:][:1])) or 0
-        rows.setdefault((kind, name), []).append((when, fields))
+        when = number(fields[place[kind]]) if len(fields) > place[kind] else None
+        rows.setdefault((kind, name), []).append((when or 0, fields))
     # For five minutes after an upgrade or a migration there are two (pve-cluster, status.c).
     return {which: max(found)[1] for which, found in rows.items()}
 
@@ -1395,8 +1395,8 @@ def size_in_gb(value):
 
 
 def mount_point(disk, value):
-    unnamed = [each for each in value.split(",") if "=" not in each]
-    volume = option(value, "volume") or "".join(unnamed[:1])
+    volume = option(value, "volume") or next(
+        (each for each in value.split(",") if "=" not in each), "")
     size = None if volume.startswith("/") else size_in_gb(option(value, "size"))
     return {"disk": disk, "path": option(value, "mp"), "size_gb": size, "volume": volume}
 
@@ -3287,9 +3287,10 @@ AT_ONCE = re.compile(
     r"|destroy: Another Proxmox command holds the container"
     rf"|(?:{'|'.join(POWER)}): VM \d+ is (?:not|already) running")
 
-# What a resize says, perhaps after the volume has grown already, of the file in which the size is
-# to be noted (PVE::API2::LXC, resize_vm: volume_resize, then write_config): so the file does not
-# tell that nothing was done.
+# What a resize or a set says, perhaps after the volume has grown or the running container has the
+# value already, of the file in which that is to be noted (PVE::API2::LXC, resize_vm:
+# volume_resize, then write_config; PVE::API2::LXC::Config, update_vm: update_pct_config, then
+# write_config): so the file does not tell that nothing was done.
 CONFIG_UNWRITTEN = re.compile(rf"'/etc/pve/[^']*\.conf(?:\.tmp\b|')|{TASK_KILLED}")
 
 # What pct says when it has asked HA, and done no more (PVE::API2::LXC::Status).
@@ -3373,10 +3374,6 @@ class Change:
         if asked:
             self.warnings.append(f"Proxmox HA was asked to {asked[1]} VM {self.vm_id} and may do "
                                  "so later; ask for the container's state")
-        if command == "snapshot":
-            with suppress(Problem):         # it was taken, whatever can be read now
-                for text in self.frozen():
-                    self.leave(text)
         return result
 
     def failed(self, argv, result):
@@ -3406,6 +3403,13 @@ class Change:
         elif at_once or (passing and len(self.steps) == 1 and self.is_as_before()):
             self.steps.pop()
         return problem
+
+    def take_snapshot(self, name, *options):
+        """Take a snapshot; if it leaves the container frozen, pct calls that a success, too."""
+        self.pct("snapshot", name, *options)
+        with suppress(Problem):             # it was taken, whatever can be read now
+            for text in self.frozen():
+                self.leave(text)
 
     def verify(self, read):
         """Return read(), which tells what a step has done; if that fails, nobody knows."""
@@ -3445,7 +3449,7 @@ class Change:
         """Take a snapshot, yield its name, and remove it unless something may still need it."""
         name = self.temporary = TEMPORARY_SNAPSHOT + os.urandom(4).hex()
         try:
-            self.pct("snapshot", name)
+            self.take_snapshot(name)
             yield name
         finally:
             if self.steps:                  # else it was refused
@@ -3907,7 +3911,7 @@ class Changes:
 
     def refuse_late(self):
         """Refuse the changes that have waited for others to end for LOCK_SECONDS."""
-        for change in sorted(list(self.pending), key=lambda change: change.since):
+        for change in sorted(self.pending, key=lambda change: change.since):
             late = time.monotonic() - change.since > LOCK_SECONDS
             found = self.blocked(change) if late else None
             if found:                       # and not since the one before was refused
@@ -4022,16 +4026,15 @@ def grow_storage(change, vm_id, disk_size, disk, current_size):
     success, so a size where there was none before is a success as well. It knows nothing of
     pending changes.
     """
-    def size():
-        return option(change.conf().current.get(disk), "size")
-    before = size()
-    if disk != "rootfs" and disk not in change.conf().current:
+    disks = change.conf().current
+    before = option(disks.get(disk), "size")
+    if disk != "rootfs" and disk not in disks:
         raise Problem(409, f"VM {vm_id} has no {disk}")
     if current_size not in (None, size_in_gb(before)):
         raise Problem(409, f"The {disk} of VM {vm_id} has {size_in_gb(before)} GB now, "
                            f"and not {current_size}")
     result = change.pct("resize", disk, growth(before, disk_size, relative=current_size is None))
-    after = change.verify(size)
+    after = option(change.verify(change.conf).current.get(disk), "size")
     if "disk is already at specified size" in result.stderr or (
             (size_in_bytes(after) or 0) < (size_in_bytes(before) or 0) + disk_size * GIB):
         problem = change.failed(change.steps[-1], result)
@@ -4049,7 +4052,8 @@ def grow_storage(change, vm_id, disk_size, disk, current_size):
 
 
 def create_snapshot(change, vm_id, snapshot_name, description):
-    change.pct("snapshot", snapshot_name, *(("--description", description) if description else ()))
+    change.take_snapshot(
+        snapshot_name, *(("--description", description) if description else ()))
     return f"Snapshot '{snapshot_name}' created for VM {vm_id}"
 
 
