@@ -10041,9 +10041,14 @@ def newer_version(tmp_path, *changes):
 
 
 def version_that_runs(port):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    connection.request("GET", "/health/check")
-    return connection.getresponse().headers["Server"].partition("/")[2]
+    """The version of the first daemon that answers: one that ends may still accept."""
+    def ask():
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        with contextlib.closing(connection), contextlib.suppress(
+                OSError, http.client.HTTPException):
+            connection.request("GET", "/health/check")
+            return connection.getresponse().headers["Server"].partition("/")[2]
+    return wait_until(ask)
 
 
 def test_an_upgrade_of_a_running_daemon_keeps_its_settings(installed, tmp_path):
