@@ -3854,12 +3854,17 @@ def test_a_scrape_opens_no_file_that_this_kernel_does_not_have(host, monkeypatch
         (host.cgroup / f"lxc/{vm_id}/io.pressure").unlink()
     proxmox = proxmox_of(host)
     real, opened = module.read_text, []
-    monkeypatch.setattr(module, "read_text", lambda path: opened.append(path) or real(path))
+
+    def note(path, folder=None):
+        opened.append((folder and os.readlink(f"/proc/self/fd/{folder}"), path))
+        return real(path, folder)
+    monkeypatch.setattr(module, "read_text", note)
     gauges = proxmox.gauges()
-    cgroups = [path for path in opened if path.startswith(str(host.cgroup))]
     names = [name for name in module.CGROUP_FILES if name != "io.pressure"]
-    assert cgroups == [
-        f"{host.cgroup}/lxc/{vm_id}/{name}" for vm_id in (104, 107, 108) for name in names]
+    confs = [(str((host.pve / "lxc").resolve()), f"{vm_id}.conf")
+             for vm_id in (104, 106, 107, 108)]
+    assert opened == [(None, "/proc/net/dev"), *confs, *(
+        (f"{host.cgroup}/lxc", f"{vm_id}/{name}") for vm_id in (104, 107, 108) for name in names)]
     waiting = "lxc_autoscale_container_pressure_{}_waiting_seconds_total"
     assert set(gauges[waiting.format("cpu")]) == {one(104), one(107), one(108)}
     assert gauges["lxc_autoscale_container_up"] == {
@@ -3867,8 +3872,20 @@ def test_a_scrape_opens_no_file_that_this_kernel_does_not_have(host, monkeypatch
     for vm_id in (104, 107, 108):           # as a cgroup is that goes while it is read
         for path in (host.cgroup / f"lxc/{vm_id}").iterdir():
             path.unlink() if path.is_file() else shutil.rmtree(path)
-    assert proxmox.cgroups.files(["104", "107"]) == list(module.CGROUP_FILES)
+    assert proxmox.cgroups.files([104, 107]) == list(module.CGROUP_FILES)
     assert set(proxmox.gauges()["lxc_autoscale_container_up"].values()) == {0}
+
+
+@pytest.mark.parametrize("name", ["104.conf", "104/cpu.stat"])
+def test_a_scrape_names_the_file_that_it_cannot_read(api, host, name):
+    folder = host.pve / "lxc" if name.endswith(".conf") else host.cgroup / "lxc"
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    reply = api.get("/metrics")
+    assert (reply.status, reply.body) == (503, {
+        "status": "error", "error": f"{folder}/{name} cannot be read: Is a directory"})
+    fds = f"/proc/{api.process.pid}/fd"
+    assert str(folder.resolve()) not in [os.path.realpath(f"{fds}/{fd}") for fd in os.listdir(fds)]
 
 
 def test_a_container_whose_pressure_is_hidden_hides_no_other_one_s(host):
@@ -4028,9 +4045,9 @@ def test_the_traffic_of_all_containers_is_read_once(host, monkeypatch):
     net_dev = "".join(f"veth{vm_id}i0: {vm_id} 1 0 0 0 0 0 0 {vm_id * 2} 1 0 0 0 0 0 0\n"
                       for vm_id in (104, 106, 900))
 
-    def note(path):
+    def note(path, folder=None):
         read[os.path.basename(path)] += 1
-        return net_dev if path == "/proc/net/dev" else real(path)
+        return net_dev if path == "/proc/net/dev" else real(path, folder)
     monkeypatch.setattr(module, "read_text", note)
     host.add(107, running=True)
     gauges = proxmox_of(host).gauges()
@@ -4293,10 +4310,8 @@ def test_a_container_that_vanishes_during_a_scrape_is_left_out(api, host, monkey
     proxmox = proxmox_of(host)
     real = module.read_text
 
-    def vanish(path):
-        if path.endswith("106.conf"):
-            return None
-        return None if "/104/" in path else real(path)
+    def vanish(path, folder=None):
+        return None if path == "106.conf" or path.startswith("104/") else real(path, folder)
     monkeypatch.setattr(module, "read_text", vanish)
     gauges = proxmox.gauges()
     assert (gauges["lxc_autoscale_container_up"] == {one(104): 0}
