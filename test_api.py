@@ -1424,8 +1424,31 @@ def become_helper(config, items, folder, fixture):
     config.pluginmanager.register(Sharing(config, folder))
 
 
+def memory():
+    """-> a folder in memory in which there is room, and programs may run, or None."""
+    with contextlib.suppress(OSError):
+        found = os.statvfs("/dev/shm")
+        if (os.access("/dev/shm", os.W_OK) and not found.f_flag & os.ST_NOEXEC
+                and found.f_bavail * found.f_frsize > 2 ** 29):
+            return "/dev/shm"
+    return None
+
+
 @pytest.fixture(scope="module", autouse=True)
-def sharing(request, tmp_path_factory):
+def base(request, tmp_path_factory):
+    """The folder of all tests' folders. It is in memory if that can be, for to make a file takes
+    ext4 thirty times as long, and it goes when all have passed."""
+    with pytest.MonkeyPatch.context() as patch:
+        if memory():
+            patch.setenv("PYTEST_DEBUG_TEMPROOT", memory())
+        base, me = tmp_path_factory.getbasetemp(), os.getpid()
+    yield base
+    if os.getpid() == me and not request.session.testsfailed:       # and not in a helper
+        shutil.rmtree(base)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sharing(base, request, tmp_path_factory):
     """Fork helpers, which begin with the tests that use these fixtures: before each of them
     much of the time goes by."""
     config, items, helpers = request.config, request.session.items, []
@@ -1434,7 +1457,7 @@ def sharing(request, tmp_path_factory):
         return
     folder = tmp_path_factory.mktemp("sharing")
     sys.stdout.flush()
-    for fixture in ("lab", "stage_here", "stage_there", "installed"):
+    for fixture in ("lab", "stage_here", "steady_tls", "installed"):
         helpers.append(os.fork())
         if not helpers[-1]:
             become_helper(config, items, folder, fixture)
@@ -3838,10 +3861,10 @@ def test_what_the_kernel_does_not_measure_is_null_and_no_metric(api, host, monke
     assert "_pressure_" not in api.get("/metrics").body
     real = os.open
 
-    def refuse(path, *rest):
+    def refuse(path, *rest, **options):
         if str(path).endswith(".pressure"):         # so says a kernel that was started with psi=0
             raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-        return real(path, *rest)
+        return real(path, *rest, **options)
     monkeypatch.setattr(module.os, "open", refuse)
     proxmox = proxmox_of(host)
     assert proxmox.status(104)["pressure"] is None
