@@ -67,7 +67,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from copy import copy
-from functools import lru_cache
+from email.utils import formatdate
+from functools import lru_cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Empty, SimpleQueue
 from socketserver import TCPServer
@@ -288,10 +289,8 @@ def utc(second):
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
 
 
-@lru_cache(maxsize=2)
-def http_date(second):
-    """Write a whole epoch second as the Date header has it."""
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
+# Writes an epoch second as the Date header has it.
+http_date = lru_cache(maxsize=2)(partial(formatdate, usegmt=True))
 
 
 def number(value, digits=19):
@@ -2767,12 +2766,14 @@ class Commands:
         any thread, is reused for one second. A read (None) reuses for one second, too, that the
         node did not answer.
         """
-        width = min(self.width, MAX_SESSIONS) if node else self.width
         with self.lock:
-            known = self.nodes.setdefault(node and node.name, SimpleNamespace(
-                width=width, semaphore=Semaphore(width),
-                long=Semaphore(max(1, width - max(1, width // 4))),
-                lock=threading.Lock(), tried=-math.inf, problem=None))
+            known = self.nodes.get(node and node.name)
+            if not known:
+                width = min(self.width, MAX_SESSIONS) if node else self.width
+                known = self.nodes[node and node.name] = SimpleNamespace(
+                    width=width, semaphore=Semaphore(width),
+                    long=Semaphore(max(1, width - max(1, width // 4))),
+                    lock=threading.Lock(), tried=-math.inf, problem=None)
         if not node:
             return known
         if not (node.online and node.address):
@@ -3461,7 +3462,7 @@ class Change:
         In this node's /etc/pve, a change on another node is seen some milliseconds later.
         """
         vm_id = vm_id or self.vm_id
-        text = self.texts(vm_id)[vm_id]
+        text = self.read(self.host.pve.conf_path(vm_id))
         return parse_config(
             text if text is not None else self.look("pct", "config", vm_id).stdout)
 
@@ -3540,13 +3541,9 @@ class Change:
             return None
         return checked(("cat", path), result).stdout
 
-    def texts(self, *vm_ids):
-        """Return {id: text, or None} of the containers' configurations, as the node has them.
-
-        They are those of some or all of the containers that are changed.
-        """
-        return {vm_id: self.read(self.host.pve.conf_path(vm_id))
-                for vm_id in vm_ids or self.containers}
+    def texts(self):
+        """Return {id: text, or None} of the containers' configurations, as the node has them."""
+        return {vm_id: self.read(self.host.pve.conf_path(vm_id)) for vm_id in self.containers}
 
     def own_lock(self, conf):
         """Return the lock in the container's Conf, if it is one that a step has set."""
@@ -3765,9 +3762,9 @@ class Changes:
             if len(self.recent) > MAX_OPERATIONS:
                 # One that has not ended is still asked for.
                 self.recent.remove(next(old for old in reversed(self.recent) if old.ended))
+            first = not any(map(self.queues.get, change.containers))
             for vm_id in change.containers:
                 self.queues.setdefault(vm_id, deque()).append(change)
-            first = self.is_first(change)
         if first:
             self.start([change])
             return
@@ -3803,8 +3800,6 @@ class Changes:
                                    f"between {low} and {high} "
                                    f"(containers.{setting} in the daemon's configuration)")
 
-    def is_first(self, change):
-        return all(self.queues[vm_id][0] is change for vm_id in change.containers)
 
     def start(self, ready):
         """Start changes that are the first now, each in a thread of its own."""
@@ -3828,7 +3823,8 @@ class Changes:
                 if not queue:
                     del self.queues[vm_id]
             return [] if self.stopping else [
-                each for each in dict.fromkeys(ready) if self.is_first(each)]
+                each for each in dict.fromkeys(ready)
+                if all(self.queues[vm_id][0] is each for vm_id in each.containers)]
 
     def answer(self, change, client, seconds):
         """Wait for a change, and return its Answer.
@@ -5147,8 +5143,7 @@ class Server(ThreadingHTTPServer):
             self.add_threads(min(added, self.max_connections))
             if now - looked > LOOK_SECONDS:
                 looked = now
-                self.close_refused()
-                self.notice_departures()
+                self.close_connections()
                 self.api.changes.refuse_late()
 
     def add_threads(self, count):
@@ -5283,8 +5278,14 @@ class Server(ThreadingHTTPServer):
                 self.sending.pop(client, None)
                 self.changed.notify_all()
 
-    def notice_departures(self):
-        """Close the connections of those who have left while their request waits."""
+    def close_connections(self):
+        """Close those that were refused LINGER_SECONDS ago, and those left while a request waits.
+
+        Where no request waits, the connection's own thread notices that its client has left.
+        """
+        with self.changed:
+            while self.refused and self.refused[0][0] <= time.monotonic():
+                self.refused.popleft()[1].close()
         late = time.monotonic() - LOOK_SECONDS
         # `asking` is read once: its own thread sets it to None.
         waiting = {client.sock.fileno(): client for client in list(self.clients.values())
@@ -5436,13 +5437,10 @@ class Handler(BaseHTTPRequestHandler):
                                 request.method, request.path, 0)
         started = time.perf_counter()
         answer = self.server.api.answer(request)
-        if answer is None:
-            self.note(request.method, request.path, CLIENT_LEFT, 0, started)
-            return self.server.end_request(self.client)
         # With 408 or 411, where its body ends is not known.
         self.close_connection = (
             self.server.stopping.is_set() or not self.may_stay(request)
-            or answer.status in (408, 411))
+            or answer is None or answer.status in (408, 411))
         self.client.waited_for = time.monotonic()       # to take the answer
         self.respond(answer, request.method, request.path, started)
         self.server.end_request(self.client)
@@ -5568,35 +5566,37 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def respond(self, answer, method, path, started):
-        """Send an answer, in one write if it is not large, and log the request."""
-        body = answer.body
+        """Send an answer, unless the client has left (None), and log the request."""
+        status, size = CLIENT_LEFT, 0
+        if answer:
+            try:
+                size, status = self.send_answer(answer, method == "HEAD"), answer.status
+            except OSError:
+                self.close_connection = True
+        milliseconds = (time.perf_counter() - started) * 1000 if started else 0
+        access_log.add(f"{self.client.address} {method} {loggable_path(path)} {status} {size} "
+                       f"{milliseconds:.1f} ms")
+
+    def send_answer(self, answer, head_only):
+        """Send an answer, in one write if it is not large; return its body's size as sent."""
         headers = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
         if answer.status != 204:
-            headers += f"Content-Type: {answer.content_type}\r\nContent-Length: {len(body)}\r\n"
+            headers += (f"Content-Type: {answer.content_type}\r\n"
+                        f"Content-Length: {len(answer.body)}\r\n")
         if self.close_connection:
             headers += "Connection: close\r\n"
         elif self.minor == 0:
             headers += "Connection: keep-alive\r\n"
         head = (f"{STATUS_LINES[answer.status]}Date: {http_date(int(time.time()))}\r\n"
-                f"{COMMON_HEADERS}{headers}\r\n")
-        head, sent = head.encode("latin-1"), b"" if method == "HEAD" else body
-        status, size = answer.status, len(sent)
-        try:
-            if len(sent) > LARGE:           # its bytes are shared, and not copied for each client
-                with self.server.large_answer(self.client):
-                    self.send(head)
-                    self.send(sent)
-            else:
-                self.send(head + sent)
-        except OSError:
-            self.close_connection, status, size = True, CLIENT_LEFT, 0
-        self.note(method, path, status, size, started)
-
-    def note(self, method, path, status, size, started):
-        """Log a request."""
-        milliseconds = (time.perf_counter() - started) * 1000 if started else 0
-        access_log.add(f"{self.client.address} {method} {loggable_path(path)} {status} {size} "
-                       f"{milliseconds:.1f} ms")
+                f"{COMMON_HEADERS}{headers}\r\n").encode("latin-1")
+        body = b"" if head_only else answer.body
+        if len(body) > LARGE:               # its bytes are shared, and not copied for each client
+            with self.server.large_answer(self.client):
+                self.send(head)
+                self.send(body)
+        else:
+            self.send(head + body)
+        return len(body)
 
     def send(self, data):
         """Send all, or OSError.

@@ -9214,9 +9214,9 @@ def test_a_limit_of_descriptors_that_was_lowered_does_not_end_the_look_at_who_ha
             theirs.close()
             with monkeypatch.context() as patched:
                 patched.setattr(module.select, "poll", Poll)
-                server.notice_departures()
+                server.close_connections()
             assert not client.left.done()
-            server.notice_departures()
+            server.close_connections()
             assert client.left.done() and server.clients == {}
 
 
