@@ -99,6 +99,7 @@ MAX_HUNG = 16               # reads that hang; while there are so many, no furth
 MAX_OPERATIONS = 1000       # changes that wait or run at once, and that are remembered
 MAX_TURNS = 100           # of these for one container
 MAX_SENDING = 32            # large answers that are on their way at once
+SPARE_FILES = 128           # open files that connections leave to commands, logs and reading
 MAX_SESSIONS = 8            # commands at once on another node (sshd's MaxSessions: 10 a connection)
 
 REQUEST_SECONDS = 10        # for a whole request to arrive, and for an answer to leave
@@ -706,9 +707,16 @@ def listed(value):
     return value
 
 
+def network(text):
+    """Read a network; an IPv4-mapped one as IPv4, as connections' addresses are."""
+    found = ipaddress.ip_network(string(text), strict=False)
+    mapped = found.prefixlen >= 96 and getattr(found.network_address, "ipv4_mapped", None)
+    return ipaddress.ip_network((mapped, found.prefixlen - 96)) if mapped else found
+
+
 def networks(value):
     try:
-        return tuple(ipaddress.ip_network(string(each), strict=False) for each in listed(value))
+        return tuple(map(network, listed(value)))
     except ValueError:
         raise ValueError("must be a list of IP addresses or networks, "
                          'such as ["127.0.0.1", "::1"]') from None
@@ -1093,16 +1101,17 @@ def parse_config(document):
     """Read the text of `pct config` or of /etc/pve/lxc/ID.conf as a Conf.
 
     Pending changes are applied, as `pct config` shows them; a snapshot's `#` lines are
-    its description, %-encoded (PVE::LXC::Config, parse_pct_config).
+    its description, %-encoded (PVE::LXC::Config, parse_pct_config), once written as a key.
     """
     current, pending, snapshots = {}, {}, {}
     section = current
     for line in document.split("\n"):
         key, colon, value = line.partition(":")
-        if colon and CONF_KEY.fullmatch(key):
+        if line.startswith("#") or (key == "description" and value.strip()):
+            described = line[1:] if line.startswith("#") else value.strip()
+            section.setdefault("#", []).append(unquote(described))
+        elif colon and CONF_KEY.fullmatch(key):
             section[key] = value.lstrip(" \t").rstrip()
-        elif line.startswith("#"):
-            section.setdefault("#", []).append(unquote(line[1:]))
         elif line.startswith("["):
             name = line.strip("[] \t\r")
             section = (pending if name.lower() == "pve:pending"
@@ -5091,8 +5100,13 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 512
 
     def __init__(self, config, api, handler):
-        server = config.server
-        self.api, self.max_connections, self.tls = api, server.max_connections, config.tls
+        server, files = config.server, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.api, self.tls = api, config.tls
+        # Beyond the limit of open files nobody could be accepted, so nobody would give way.
+        self.max_connections = min(server.max_connections, max(1, files - SPARE_FILES))
+        if self.max_connections < server.max_connections:
+            log.warning("server.max_connections is %d, but the limit of open files (%d) lets %d in",
+                        server.max_connections, files, self.max_connections)
         # Held by the one thread that waits in accept(); how often one has come; set when it has.
         self.accepting, self.taken, self.came = threading.Lock(), 0, threading.Event()
         self.stopping = threading.Event()
@@ -5425,7 +5439,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.api.count("other", "unknown", problem.status, 0)
             # Of a request line that cannot be read, the method may be plain.
             method = self.method or bytes(self.buffer[:7]).partition(b" ")[0].decode("latin-1")
-            return self.respond(problem.answer(method in CHANGING), "-", "-", 0)
+            shown = "HEAD" if method == "HEAD" else "-"     # whose answer has no body
+            return self.respond(problem.answer(method in CHANGING), shown, "-", 0)
         except (ClientLeft, OSError):
             return None
         speaks_for = client_of(request.headers, self.client_address[0],

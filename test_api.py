@@ -2349,6 +2349,14 @@ def test_the_section_of_pending_changes_may_be_in_capitals_and_a_special_one_is_
         {"cores": "6"}, {"cores": "4"}, {"s1": {"cores": "2"}})
 
 
+def test_a_description_that_an_older_proxmox_wrote_as_a_key_is_read_as_such():
+    conf = module.parse_config("description: f%C3%BCr web\ncores: 2\n\n[s1]\n"
+                               "description: before%0Aupdate \nsnaptime: 1\n")
+    assert conf == ({"cores": "2", "description": "für web"},
+                    {"cores": "2", "description": "für web"},
+                    {"s1": {"description": "before\nupdate", "snaptime": "1"}})
+
+
 @pytest.mark.parametrize("zone, hours", [
     ("UTC", 0), ("Europe/Berlin", -1), ("America/New_York", 5)])
 def test_a_snapshot_tree_in_local_time_is_told_in_utc(zone, hours, monkeypatch):
@@ -3768,6 +3776,14 @@ def test_a_local_client_is_never_limited_and_a_proxied_one_always(launch):
 def test_only_a_trusted_proxy_speaks_for_others(peer, headers, client):
     trusted = module.networks(["127.0.0.1", "::1"])
     assert module.client_of(headers, peer, trusted) == client
+
+
+def test_a_proxy_whose_ipv4_address_is_written_as_ipv6_is_trusted():
+    trusted = module.networks(["::ffff:192.0.2.1", "::ffff:198.51.100.0/120", "::/0"])
+    assert [str(each) for each in trusted] == ["192.0.2.1/32", "198.51.100.0/24", "::/0"]
+    said = {"x-forwarded-for": "203.0.113.1"}
+    assert [module.client_of(said, peer, trusted)[0] for peer in (
+        "192.0.2.1", "192.0.2.2", "198.51.100.9")] == ["203.0.113.1", "192.0.2.2", "203.0.113.1"]
 
 
 def test_an_ipv4_address_in_ipv6_clothes_is_the_same_client():
@@ -8680,6 +8696,30 @@ def test_the_end_of_a_certificate_is_read_from_it(pem, end):
 
 # HTTP/1.1
 
+@pytest.mark.parametrize("request_line, header", [
+    ("HEAD /routes HTTP/1.1", "no colon"), ("HEAD /é HTTP/1.1", "Host: x"),
+    ("HEAD /routes HTTP/2.0", "Host: x")])
+def test_the_answer_to_a_head_that_cannot_be_read_has_no_body(api, request_line, header):
+    head, _, body = api.raw(framed(request_line, header)).partition(b"\r\n\r\n")
+    code = 505 if "2.0" in request_line else 400
+    assert (int(head.split()[1]), body) == (code, b"")
+    assert int(re.search(rb"\r\nContent-Length: (\d+)", head)[1]) > 50
+    wait_until(lambda: f" HEAD - {code} 0 0.0 ms\n" in api.log("access"))
+
+
+def test_where_a_body_s_end_is_not_known_nothing_after_it_is_read(launch):
+    api = launch(constants={"REQUEST_SECONDS": 0.3})
+    head = ("POST /scale/cores HTTP/1.1", "Host: x", LOGIN, JSON_KIND)
+    for received, answer in (
+            (api.raw(framed(*head) + HEALTH), (411, refused(
+                "Missing Content-Length: send the parameters as a JSON object, "
+                "with Content-Type: application/json"))),
+            (api.raw(framed(*head, "Content-Length: 9", body="{")), (408, refused(
+                "The request did not arrive within 0.3 s")))):
+        assert statuses(received) == ([answer[0]], answer[1])
+        assert b"\r\nConnection: close\r\n" in received
+
+
 BAD_FRAMES = [
     (b"\x00\x01\x02\r\n\r\n", 400), (b"GET\r\n\r\n", 400), (b"GET /\r\n", 400),
     (b"GET / \r\n\r\n", 400), (b"GET  / HTTP/1.1\r\n\r\n", 400),
@@ -9258,11 +9298,45 @@ def test_one_connection_too_many_is_told_so_at_once(launch, host):
     wait_until(lambda: descriptors(api) == used)    # they are closed when they had time to read
     assert b"\r\nRetry-After: 1\r\n" in api.raw(framed("GET /health/check HTTP/1.1", "Host: x"))
     held.pop().close()
-    wait_until(lambda: b" 200 OK" in api.raw(
-        framed("GET /health/check HTTP/1.1", "Host: x", "Connection: close")))
-    assert "lxc_autoscale_api_connections_refused_total 2" in api.get("/metrics").body
+    turned_away = 23
+
+    def is_let_in():
+        nonlocal turned_away
+        let_in = b" 200 OK" in api.raw(
+            framed("GET /health/check HTTP/1.1", "Host: x", "Connection: close"))
+        turned_away += not let_in
+        return let_in
+    wait_until(is_let_in)
+    metrics = wait_until(lambda: (reply := api.get("/metrics")).status == 200 and reply.body)
+    assert f"lxc_autoscale_api_connections_refused_total {turned_away}\n" in metrics
     for sock in held:
         sock.close()
+
+
+def test_no_more_connections_are_let_in_than_the_limit_of_open_files_bears(launch):
+    api = launch(inside=("sh", "-c", 'ulimit -n 200; exec "$@"', "sh"),
+                 server={"max_connections": 5000})
+    held = [api.connect(source="127.0.0.2") for _ in range(250)]
+    assert api.get("/routes", timeout=5).status == 200
+    assert (" WARNING server.max_connections is 5000, but the limit of open files (200) "
+            "lets 72 in\n") in api.log("error")
+    for sock in held:
+        sock.close()
+
+
+def test_an_address_that_holds_too_many_connections_is_named_once_a_minute(monkeypatch):
+    said = []
+    monkeypatch.setattr(module.log, "warning", lambda text, *values: said.append(text % values))
+    with listening(None, serving=False) as (server, _), contextlib.ExitStack() as socks:
+        server.max_connections = 4
+        for seconds in (0, 59, 61):             # since the line before
+            while len(server.clients) < 4:
+                sock = socks.enter_context(socket.socket())
+                server.clients[sock] = module.Client(sock, "192.0.2.1")
+            server.complained -= seconds
+            assert server.make_room("192.0.2.9")
+        assert said == ["192.0.2.1 holds 4 of 4 connections; "
+                        "one of them gives way to 192.0.2.9"] * 2
 
 
 def test_of_those_turned_away_no_more_are_kept_open_than_may_connect(launch):
