@@ -1537,10 +1537,11 @@ FAILURES = {
     (409, r"The container is locked by Proxmox (\1); try again when that has ended, or, "
           r"if no task of it runs, end it on its node with: pct unlock {vm_id}"): [
         rf"CT is locked \(({LASTING})\)"],
+    (409, "A replication runs or needs this snapshot; try again after it"): [
+        r"snapshot '[^']*' needed by replication job", r"Failed to obtain guest migration lock",
+        r"can't lock file '[^']*/pve-migrate-\d+' - got timeout"],
     (409, "Another Proxmox command holds the container; try again when it has ended"): [
         r"can't lock file '[^']*' - (?:got timeout|can't acquire lock)"],
-    (409, "A replication runs or needs this snapshot; try again after it"): [
-        r"snapshot '[^']*' needed by replication job", r"Failed to obtain guest migration lock"],
     (409, "The container is replicated; remove the replication job first"): [
         r"There is a replication job '"],
     # The container
@@ -3312,6 +3313,7 @@ POWER = ("start", "stop", "shutdown", "reboot")
 # the container. All else may be said in the middle of its work.
 AT_ONCE = re.compile(
     r"\w+: The container is (?:locked by Proxmox|protected|under Proxmox HA|replicated)"
+    r"|(?:delsnapshot|rollback): A replication runs or needs this snapshot"
     r"|(?!delsnapshot)\w+: The container is a template"     # that one sets its lock before it looks
     r"|resize: (?:The disk has this size already|A disk cannot shrink)"
     r"|\w+: The id \d+ is taken|\w+: Snapshot '[^']*' exists already"
@@ -3329,10 +3331,24 @@ ASKED_HA = re.compile(r"^Requesting HA (start|stop) for CT", re.MULTILINE)
 
 # What a clone or snapshot says when it could not remove again what it had made on a storage, or
 # was broken off while it made it (free_image and volume_snapshot_delete of the plugins in
-# pve-storage; PVE::Cluster, cfs_lock). The configurations are as before then.
+# pve-storage; PVE::Cluster, cfs_lock). The configurations are as before then, but for a lock.
 NOT_CLEANED_UP = re.compile(
-    r"lvremove |rbd (?:rm|snap rm) |cannot destroy|unlink .* failed|failed to (?:remove|delete)"
+    r"lvremove |rbd (?:rm|snap rm|snap purge|unprotect) |can't unmap rbd |subvolume delete "
+    r"|cannot (?:destroy|remove)|unlink .{1,4200} failed|[Ff]ailed to (?:remove|delete)"
     r"|-locked command timed out")
+# Its task says what a cleanup has died of on stdout, and what itself has died of on stderr.
+BEGUN_ON_STORAGE = re.compile(r"create (?:full|linked) clone of mount|starting cleanup")
+CLEANUP_DIED = re.compile(r"^(?:rbd error: |storage '|cfs-lock |can't lock file)", re.MULTILINE)
+
+# What a rollback says before it looks for locks (PVE::AbstractConfig, snapshot_rollback).
+REPLICATION_BROKEN = re.compile(r"removing replication snapshot '")
+
+
+def may_have_left_volumes(result):
+    """Tell whether a clone or snapshot that failed has said that it could not clean up."""
+    begun = BEGUN_ON_STORAGE.search(result.stdout)
+    return bool(NOT_CLEANED_UP.search(result.stdout + result.stderr)
+                or (begun and CLEANUP_DIED.search(result.stdout, begun.end())))
 
 
 def lock_in(document):
@@ -3366,8 +3382,9 @@ class Change:
         self.node = self.slots = self.before = self.ran = self.problem = None
         # Once the daemon stops, no further step is begun; the lock decides which was the last.
         self.lock, self.broken_off, self.temporary = threading.Lock(), False, None
-        # killed: a command was killed, and its task may still be at work.
-        self.steps, self.lost, self.killed = [], [], False
+        # done: the steps that have ended well; killed: a command was killed, and its task may
+        # still be at work.
+        self.steps, self.done, self.lost, self.killed = [], [], [], False
         self.warnings, self.data = [], {}   # of the answer, if all goes well
         # What was done, for who hears of a failure, and what stays behind.
         self.notes, self.left = [], []
@@ -3397,6 +3414,7 @@ class Change:
         self.killed |= result.exit < 0
         if result.exit:
             raise self.failed(argv, result)
+        self.done.append(argv)
         # stderr says nothing of the work that was done: storages, plugins and old lines of a
         # configuration have something to say at every call.
         said = map(str.strip, result.stderr[-MAX_DETAILS:].splitlines())
@@ -3426,8 +3444,10 @@ class Change:
                 f"pct rescan --vmid {self.vm_id}")
         elif argv[1] == "set" and CONFIG_UNWRITTEN.search(result.stderr):
             self.leave(f"If VM {argv[2]} runs, it may have the new value until its next start")
-        elif argv[1] in ("clone", "snapshot") and NOT_CLEANED_UP.search(
-                result.stdout + result.stderr):
+        elif argv[1] == "rollback" and REPLICATION_BROKEN.search(result.stdout):
+            self.leave(f"VM {self.vm_id} has lost replication snapshots, and will be replicated as "
+                       f"a whole unless snapshot '{argv[3]}' stays until it was replicated once")
+        elif argv[1] in ("clone", "snapshot") and may_have_left_volumes(result):
             vm_id = argv[3] if argv[1] == "clone" else argv[2]
             self.leave(f"A volume of VM {vm_id}, or a snapshot of one, may be left on its storage; "
                        f"look for it{on(self.node)} with: pvesm list STORAGE --vmid {vm_id}")
@@ -3509,7 +3529,11 @@ class Change:
                 why = f" ({problem.error})"
                 if not self.lost:
                     with suppress(Problem):
-                        locked = self.own_lock(self.conf())
+                        conf = self.conf()
+                        if name not in conf.snapshots and not self.killed:
+                            self.notes.append(f"{what} was removed again")
+                            return
+                        locked = self.own_lock(conf)
         if self.lost or not there:
             self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, {how}{command}")
             return
@@ -3555,8 +3579,12 @@ class Change:
         return {vm_id: self.read(self.host.pve.conf_path(vm_id)) for vm_id in self.containers}
 
     def own_lock(self, conf):
-        """Return the lock in the container's Conf, if it is one that a step has set."""
-        own = [OWN_LOCKS[step[1]][0] for step in self.steps if step[1] in OWN_LOCKS]
+        """Return the lock in the container's Conf, if it is one that a step has left there.
+
+        A step that has ended well has taken its own away again.
+        """
+        own = [OWN_LOCKS[step[1]][0] for step in self.steps
+               if step[1] in OWN_LOCKS and step not in self.done]
         lock = conf.current.get("lock")
         return lock if lock in own else None
 
@@ -3576,7 +3604,7 @@ class Change:
 
     def run(self, node, slots):
         """Run the steps on a node, and return the Answer; Problem 404 if it has no container."""
-        self.node, self.slots, self.steps, self.lost = node, slots, [], []
+        self.node, self.slots, self.steps, self.done, self.lost = node, slots, [], [], []
         self.before = self.host.files.read(self.host.pve.texts, self.containers, node)
         message = self.route.handler(self, **self.values)
         warnings = self.all_warnings()
@@ -3652,13 +3680,11 @@ class Change:
         except Problem as problem:
             return [f"What is left cannot be read: {problem.error}"]
         found += [each for vm_id in self.containers for each in self.lock_left(vm_id, texts)]
+        found += self.made_or_gone(texts)
         # Then what is said of the lock says how to go on.
         mended = (last in ("rollback", "destroy")
                   and lock_in(texts[self.vm_id]) == OWN_LOCKS[last][0])
-        if_idle = "if no task of it runs, " if self.killed else ""
-
-        def how(verb, command):
-            return f"; {if_idle}{verb} it{on(self.node)} with: pct {command}"
+        how = self.how
         for vm_id, state in states.items():
             if (vm_id == self.clone and state != "running"
                     and self.values["ip"] and not self.addressed):
@@ -3680,6 +3706,39 @@ class Change:
                 found.append(f"VM {vm_id} is {state} now")
         if self.killed and "no task of " not in "".join(found + self.left):
             found.append("Its task may still be at work: look again before trying again")
+        return found
+
+    def how(self, verb, command):
+        """Return how to mend what is left."""
+        if_idle = "if no task of it runs, " if self.killed else ""
+        return f"; {if_idle}{verb} it{on(self.node)} with: pct {command}"
+
+    def made_or_gone(self, texts):
+        """Return what to say of what a step has made or removed, though it failed, as texts.
+
+        A task that has done all its work ends with 255 if its log cannot be written, as on a full
+        disk (PVE::RESTEnvironment, fork_worker; PVE::Tools, upid_read_status).
+        """
+        before, now = (parse_config(each[self.vm_id] or "").snapshots
+                       for each in (self.before, texts))
+        found = []
+        for _, command, _, name, *_ in (step for step in self.steps
+                                        if step not in self.done and len(step) > 3):
+            is_there = name in now and "snapstate" not in now[name]
+            if command == "clone" and self.before[int(name)] is None:
+                clone = parse_config(texts[int(name)] or "").current
+                if (clone.get("hostname") == hostname(self.values["new_vm_name"])
+                        and "lock" not in clone):
+                    without = ", without its address" if self.values["ip"] else ""
+                    found.append(f"VM {name} is there now{without}"
+                                 + self.how("remove", f"destroy {name}"))
+            elif (command == "snapshot" and is_there and name not in before
+                    and not name.startswith(TEMPORARY_SNAPSHOT)):       # of that one all is said
+                found.append(f"Snapshot '{name}' of VM {self.vm_id} is there now")
+            elif command == "delsnapshot" and name in before and name not in now:
+                found.append(f"Snapshot '{name}' of VM {self.vm_id} is gone now")
+            elif command == "destroy" and texts[self.vm_id] is None:
+                found.append(f"VM {self.vm_id} is gone now")
         return found
 
     def frozen(self):
@@ -3711,7 +3770,7 @@ class Change:
                     f"pct unlock {vm_id} && pct destroy {vm_id}",
                     "A volume that was being copied stays, for its configuration does not name it; "
                     f"look for it{on(self.node)} with: pvesm list STORAGE --vmid {vm_id}"]
-        for step in self.steps:
+        for step in (step for step in self.steps if step not in self.done):
             own, mend = OWN_LOCKS.get(step[1], (None, ""))
             if lock == own and vm_id == self.vm_id:
                 command = f"pct unlock {vm_id}" + mend.format(
@@ -4057,8 +4116,8 @@ def grow_storage(change, vm_id, disk_size, disk, current_size):
     if disk != "rootfs" and disk not in disks:
         raise Problem(409, f"VM {vm_id} has no {disk}")
     if current_size not in (None, size_in_gb(before)):
-        raise Problem(409, f"The {disk} of VM {vm_id} has {size_in_gb(before)} GB now, "
-                           f"and not {current_size}")
+        has = "has no size of its own" if before is None else f"has {size_in_gb(before)} GB now"
+        raise Problem(409, f"The {disk} of VM {vm_id} {has}, and not {current_size}")
     result = change.pct("resize", disk, growth(before, disk_size, relative=current_size is None))
     after = option(change.verify(change.conf).current.get(disk), "size")
     if "disk is already at specified size" in result.stderr or (
@@ -4215,8 +4274,15 @@ def shut_down_container(change, vm_id, timeout):
 
 
 def reboot_container(change, vm_id, timeout):
+    """Reboot; pct does nothing, and calls that a success, if a stop of others came before it.
+
+    (PVE::LXC, vm_reboot.)
+    """
     change.ran = True                       # or pct refuses it
     change.pct("reboot", "--timeout", timeout)
+    if not change.verify(change.runs_now):
+        raise Problem(500, f"VM {vm_id} does not run after its reboot; "
+                           "it may have been stopped meanwhile")
     return f"Rebooted VM {vm_id}"
 
 

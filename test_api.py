@@ -6590,6 +6590,170 @@ def test_a_disk_with_a_pending_change_grows_by_what_it_has_now(api, host, disk, 
         f"The {disk} of VM 104 has 18 GB now, and not 8")
 
 
+# What a clone and a snapshot print, and what on stderr, when they cannot clean up
+# (free_image of pve-storage's BTRFSPlugin, RBDPlugin and Plugin; PVE::Storage, vdisk_free).
+COPIED, LEFT = "create full clone of mountpoint rootfs (x:106/vm-106-disk-0)\n", "clone failed: "
+NOT_CLEANED = {
+    "btrfs": ("clone", COPIED, LEFT + "command 'btrfs subvolume delete -- /mnt/btr/images/105/vm-10"
+              "5-disk-0' failed: ERROR: Could not destroy subvolume/snapshot: No space left on "
+              "device"),
+    "directory": ("clone", COPIED + "cannot remove directory for /mnt/nas/images/105/subvol-105-dis"
+                  "k-0.subvol: Directory not empty at /usr/share/perl5/PVE/Storage/Plugin.pm line "
+                  "1136.\n", LEFT + "command 'rsync --stats -X' failed: exit code 11"),
+    "mapped": ("clone", COPIED, LEFT + "can't unmap rbd device /dev/rbd-pve/f/rbd/vm-105-disk-0: "
+               "rbd: unmap failed: (16) Device or resource busy"),
+    "purge": ("clone", COPIED + "rbd snap purge 'vm-105-disk-0' error: Removing all snapshots: 0% "
+              "complete...failed.\n", LEFT + "odd"),
+    "away": ("clone", COPIED + "storage 'nas' is not online\n",
+             LEFT + "storage 'nas' is not online"),
+    "busy": ("clone", COPIED + "cfs-lock 'storage-ceph' error: got lock request timeout\n",
+             LEFT + "cfs-lock 'storage-ceph' error: got lock request timeout"),
+    "snapshot": ("snapshot", "snapshot create failed: starting cleanup\n"
+                 "rbd error: rbd: couldn't connect to the cluster!\n",
+                 "rbd snapshot 'vm-106-disk-1' error: rbd: couldn't connect to the cluster!"),
+    "source": ("clone", "", "Failed to remove source CT config lock - can't lock file '/run/lock/l"
+               "xc/pve-config-106.lock' - got timeout\n"
+               "unable to create CT 105 - CT 105 already exists on node 'pve2'"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_CLEANED)
+def test_a_clone_or_snapshot_whose_cleanup_failed_is_never_nothing(api, host, case):
+    command, stdout, stderr = NOT_CLEANED[case]
+    host.faults(**{command: {"stdout": stdout, "stderr": stderr + "\n", "exit": 255}})
+    path, body, vm_id = {
+        "clone": ("/clone/create", {"new_vm_id": 105, "new_vm_name": "x"}, 105),
+        "snapshot": ("/snapshot/create", {"snapshot_name": "s1"}, 106)}[command]
+    reply = api.post(path, {"vm_id": 106, **body})
+    assert (reply.headers.get("Retry-After"), reply.body["outcome"]) == (None, "incomplete")
+    assert reply.body["details"].splitlines()[-2:] == [stderr.splitlines()[-1], (
+        f"A volume of VM {vm_id}, or a snapshot of one, may be left on its storage; "
+        f"look for it with: pvesm list STORAGE --vmid {vm_id}")]
+
+
+def test_a_clone_that_was_refused_by_a_storage_is_nothing_done(api, host):
+    """The same words before anything is made."""
+    host.faults(clone={"exit": 255, "stdout": "storage 'x' is odd\ncreating a clone\n",
+                       "stderr": "clone failed: storage 'nas' is not online\n"})
+    reply = api.post("/clone/create", {"vm_id": 106, "new_vm_id": 105, "new_vm_name": "x"})
+    assert (reply.status, reply.body["outcome"]) == (503, "nothing_done")
+
+
+def test_a_rollback_that_removed_replication_snapshots_has_done_something(api, host):
+    """It does so before it looks for locks (PVE::AbstractConfig, snapshot_rollback)."""
+    host.faults(rollback={
+        "exit": 255, "stderr": "CT is locked (backup)\n",
+        "stdout": "WARN: removing replication snapshot 'z:subvol-106-disk-0@__replicate_106-0__'\n"})
+    reply = api.post("/snapshot/rollback", {"vm_id": 106, "snapshot_name": "s1"})
+    assert (reply.status, reply.body["outcome"]) == (409, "incomplete")
+    assert reply.body["details"].splitlines()[-1] == (
+        "VM 106 has lost replication snapshots, and will be replicated as a whole unless snapshot "
+        "'s1' stays until it was replicated once")
+
+
+@pytest.mark.parametrize("method, path, command, says, lock", [
+    ("DELETE", "/snapshot/delete", "delsnapshot",
+     "Failed to obtain guest migration lock - replication running?", "snapshot-delete"),
+    ("POST", "/snapshot/rollback", "rollback",
+     "can't lock file '/var/lock/pve-manager/pve-migrate-106' - got timeout", "rollback")])
+def test_what_waited_in_vain_for_another_snapshot_task_has_done_nothing(
+        api, host, method, path, command, says, lock):
+    """That task begins between our look at the container and pct's (PVE::API2::LXC::Snapshot)."""
+    host.faults(**{command: {"pause": True, "exit": 255, "stderr": says + "\n"}})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(api.request, method, path, {"vm_id": 106, "snapshot_name": "a1"})
+        wait_until(lambda: f"pct {command} " in " ".join(host.calls()))
+        host.path(106).write_text(f"lock: {lock}\n{host.path(106).read_text()}")
+        host.go()
+        reply = asked.result()
+    assert (reply.status, reply.body) == (409, refused(
+        "A replication runs or needs this snapshot; try again after it", details=says))
+
+
+def test_a_task_that_did_all_its_work_and_could_not_say_so_is_told_by_what_is_there(api, host):
+    """So ends pct with a full /var/log."""
+    host.add(104, "web-01", net0="name=eth0,bridge=vmbr0,ip=192.0.2.4/24,type=veth")
+    host.faults(**{command: {"dies_after": True} for command in (
+        "clone", "snapshot", "delsnapshot")})
+    details = []
+    for method, path, body in (
+            ("POST", "/clone/create", {"vm_id": 106, "new_vm_id": 107, "new_vm_name": "a"}),
+            ("POST", "/clone/create", {"vm_id": 104, "new_vm_id": 108, "new_vm_name": "b"}),
+            ("POST", "/snapshot/create", {"vm_id": 106, "snapshot_name": "s1"}),
+            ("DELETE", "/snapshot/delete", {"vm_id": 106, "snapshot_name": "s1"})):
+        reply = api.request(method, path, body)
+        assert (reply.status, reply.body["outcome"]) == (500, "incomplete")
+        details.append(reply.body["details"].splitlines()[-1])
+    # of a running one, the temporary snapshot was taken though pct did not say so
+    assert re.fullmatch(r"The temporary snapshot '\w+' of VM 104 was removed again", details.pop(1))
+    assert details == [
+        "VM 107 is there now; remove it with: pct destroy 107",
+        "Snapshot 's1' of VM 106 is there now", "Snapshot 's1' of VM 106 is gone now"]
+    assert host.snapshots(104) == host.snapshots(106) == [] and not host.path(108).exists()
+    host.faults(clone={"dies_after": True})
+    reply = api.post("/clone/create", {
+        "vm_id": 104, "new_vm_id": 108, "new_vm_name": "b", "ip": "192.0.2.5/24"})
+    assert reply.body["details"].splitlines()[-1] == (
+        "VM 108 is there now, without its address; remove it with: pct destroy 108")
+
+
+@pytest.mark.parametrize("vm_id, lock, section", [
+    (106, "disk", ""), (104, "snapshot", "\n[nightly]\nsnapstate: prepare\n")])
+def test_a_lock_like_one_that_a_step_has_taken_away_again_is_another_task_s(
+        api, host, vm_id, lock, section):
+    """A clone that has ended takes its lock away (PVE::API2::LXC, clone_vm), and so does a
+    snapshot (PVE::AbstractConfig, __snapshot_commit)."""
+    host.faults(start={"pause": True, "exit": 255, "stderr": "startup for container failed\n"})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(api.post, "/clone/create", {
+            "vm_id": vm_id, "new_vm_id": 105, "new_vm_name": "x"})
+        wait_until(lambda: "pct start 105" in host.calls())
+        host.path(vm_id).write_text(f"lock: {lock}\n{host.path(vm_id).read_text()}{section}")
+        host.go()
+        reply = asked.result()
+    assert (reply.status, reply.body["outcome"]) == (500, "incomplete")
+    assert f"VM {vm_id} is locked by Proxmox ({lock}), by another task" in (
+        reply.body["details"].splitlines())
+    assert "unlock" not in reply.body["details"]
+
+
+def test_another_snapshot_that_begins_before_the_temporary_one_is_removed_is_not_ended(api, host):
+    host.faults(delsnapshot={"pause": True})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(api.post, "/clone/create", {
+            "vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
+        wait_until(lambda: "pct delsnapshot" in " ".join(host.calls()))
+        host.path(104).write_text(f"lock: snapshot\n{host.path(104).read_text()}")
+        host.go()
+        reply = asked.result()
+    name, = host.snapshots(104)
+    assert (reply.status, reply.body["data"]["warnings"]) == (200, [
+        f"The temporary snapshot '{name}' of VM 104 could not be removed (The container is locked "
+        "by Proxmox (snapshot); try again when that has ended, or, if no task of it runs, end it "
+        f"on its node with: pct unlock 104); remove it with: pct delsnapshot 104 {name}"])
+
+
+def test_a_reboot_that_a_stop_of_others_came_before_is_no_success(api, host):
+    host.faults(reboot={"pause": True, "exit": 0})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(api.post, "/power/reboot", {"vm_id": 104})
+        wait_until(lambda: "pct reboot" in " ".join(host.calls()))
+        (host.cgroup / "lxc/104").rename(host.root / "trash/104")
+        host.go()
+        reply = asked.result()
+    assert (reply.status, reply.body) == (500, error(
+        "VM 104 does not run after its reboot; it may have been stopped meanwhile",
+        outcome="incomplete",
+        details="VM 104 ran before and is stopped now; start it with: pct start 104"))
+
+
+def test_a_bind_mount_has_no_size_that_could_be_the_current_one(api, host):
+    host.add(107, mp0="/srv/x,mp=/x")
+    assert api.post("/scale/storage/increase", {
+        "vm_id": 107, "disk": "mp0", "disk_size": 5, "current_size": 8}).body == refused(
+            "The mp0 of VM 107 has no size of its own, and not 8")
+
+
 @pytest.mark.parametrize("says, error, status", [
     ("lvremove 'pve/vm-105-disk-0' error:   Logical volume pve/vm-105-disk-0 in use.",
      "The volume or snapshot is in use (a backup, a replication, a linked clone or a mount)", 409),
@@ -7458,7 +7622,8 @@ def test_a_container_that_is_gone_after_a_destroy_that_failed_is_not_asked_for_i
     reply = api.delete("/clone/delete", {"vm_id": 106})
     assert (reply.status, reply.body) == (500, error(
         "pct destroy 106 failed: Logical volume \"vm-106-disk-0\" successfully removed.",
-        outcome="incomplete", details="Logical volume \"vm-106-disk-0\" successfully removed."))
+        outcome="incomplete", details="Logical volume \"vm-106-disk-0\" successfully removed.\n"
+                                      "VM 106 is gone now"))
     assert not host.path(106).exists() and host.calls()[-1] == "pct destroy 106 --force 1"
 
 
