@@ -119,6 +119,7 @@ LOOK_SECONDS = 0.5          # between two looks at who has left
 HELD_SECONDS = 0.002        # for which all threads are held up that take connections, before more
 COMPLAINT_SECONDS = 60      # between two lines about an address that holds too many connections
 LOG_SECONDS = 0.5           # for a main or error log line to be written before its caller goes on
+SLOW_SECONDS = 0.05         # that a write takes to a log for which nobody waits any more
 STOP_SECONDS = 30           # for requests in work to be answered when the daemon stops
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -279,9 +280,12 @@ class Request(namedtuple("Request", "method path query headers length read_body 
     """
 
     def words(self, header):
-        """Return the words of a header that is a list of them, such as Connection or Prefer."""
-        return {each.partition(";")[0].strip().lower()
-                for each in self.headers.get(header, "").split(",")}
+        """Return the words of a header that is a list of them, such as Connection or Prefer.
+
+        What stands in quotes is a value of one of them.
+        """
+        unquoted = "".join(self.headers.get(header, "").split('"')[::2])
+        return {each.partition(";")[0].strip().lower() for each in unquoted.split(",")}
 
 
 @lru_cache(maxsize=64)
@@ -348,9 +352,10 @@ def open_again(file):
 class LogFile(logging.Handler):
     """A log, whose lines a thread of its own writes to a file that logrotate may move away.
 
-    A disk that hangs, or is full, costs lines and nothing else: MAX_BACKLOG characters of them
-    wait, further lines are counted, and nobody who logs waits longer than LOG_SECONDS for
-    them, once.
+    A disk that hangs, or is slow or full, costs lines and nothing else: MAX_BACKLOG characters of
+    them wait, further lines are counted, and nobody who logs waits longer than LOG_SECONDS for
+    them, once. A record's `patience` may be less: where many are logged one after another, or
+    while others wait.
     """
 
     def __init__(self, gather=0):
@@ -377,10 +382,11 @@ class LogFile(logging.Handler):
                 complain(f"{path} cannot be written: no thread is left; going on as before")
                 return
             self.path, self.thread, self.hangs = path, writer, False
+            self.written = self.added - len(self.lines)     # for what the other has, nobody waits
             self.changed.notify_all()
 
     def handle(self, record):               # without logging's own lock, under which all would wait
-        self.add(self.format(record), LOG_SECONDS)
+        self.add(self.format(record), getattr(record, "patience", LOG_SECONDS))
 
     def add(self, line, patience=0):
         """Add a line; with patience, wait so many seconds until it is written."""
@@ -397,8 +403,9 @@ class LogFile(logging.Handler):
             number = self.added
             if len(self.lines) == 1:        # else it knows already, and each call would wake it
                 self.changed.notify_all()
-            if patience and not self.hangs:
-                self.hangs = not self.changed.wait_for(lambda: self.written >= number, patience)
+            if patience and not self.hangs and not self.changed.wait_for(
+                    lambda: self.written >= number, patience):
+                self.hangs = True
 
     def flush(self):
         """Let the lines that wait be written now, and wait for that for LOG_SECONDS at most."""
@@ -427,8 +434,9 @@ class LogFile(logging.Handler):
             failed = self.write(file, lines + notice)
             with self.changed:
                 self.lost += failed and failed + lost - len(notice)
-                self.written += len(lines)
-                self.hangs = time.monotonic() - started > LOG_SECONDS
+                if self.thread is me:
+                    self.written += len(lines)
+                    self.hangs = time.monotonic() - started > SLOW_SECONDS
                 self.changed.notify_all()
         if file.fd is not None:
             os.close(file.fd)
@@ -460,6 +468,7 @@ class LogFile(logging.Handler):
 
 
 main_log, error_log, access_log = LogFile(), LogFile(), LogFile(gather=0.05)
+UNWAITED = {"patience": 0}                  # as `extra`: who logs this goes on at once
 
 
 def point_logs(settings, keys):
@@ -2970,7 +2979,7 @@ class Proxmox:
         self.commands, self.files = commands, files
         self.disks = Files(files.workers)   # apart: a storage that hangs must not stop the rest
         self.pve, self.cgroups = ClusterFiles(pve_dir, clustered), Cgroups(cgroup_dir)
-        self.probed = (-math.inf, False, "")
+        self.probing, self.probed = threading.Lock(), (-math.inf, False, "")
         self.described = {}                 # by id, what the last scrape read in the configurations
 
     def ask(self, node, *argv):
@@ -3273,9 +3282,10 @@ class Proxmox:
 
         Nobody asks this twice at once.
         """
-        if self.must_probe():
-            self.probed = self.probe()
-        return self.probed[1:]
+        with self.probing:
+            if self.must_probe():
+                self.probed = self.probe()
+            return self.probed[1:]
 
     def must_probe(self):
         return time.monotonic() - self.probed[0] > PROBE_SECONDS
@@ -4010,8 +4020,8 @@ class Changes:
         ended, change.before, problem = time.time(), None, change.problem
         outcome = (f"{problem.status} {problem.error} ({problem.fields['outcome']})" if problem
                    else "done")
-        log.info("change %s by %s: %s, after %.1f s",
-                 change.title, change.client, outcome, ended - change.requested)
+        log.info("change %s by %s: %s, after %.1f s", change.title, change.client, outcome,
+                 ended - change.requested, extra=None if change.began else UNWAITED)
         if problem and change.steps:
             told = "; ".join(filter(None, (problem.error, problem.fields.get("details"))))
             log.warning("%s: %s by %s: %s",
@@ -4642,6 +4652,7 @@ HEADERS = {                                 # of answers: the type and meaning
                                      "leaves the window; absent for local clients."),
     "Retry-After": ("integer", "Seconds after which to try again."),
     "WWW-Authenticate": ("string", "How a key is asked for."),
+    "Accept-Encoding": ("string", "The Content-Encoding that is taken: none."),
     "Allow": ("string", "The methods that are taken here."),
     "Location": ("string", "Where the change may be asked for: a path of /operations."),
     "Preference-Applied": ("string", "The preference that was followed: respond-async."),
@@ -4649,8 +4660,11 @@ HEADERS = {                                 # of answers: the type and meaning
 # Local clients do not get these.
 RATE_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
 STATUS_HEADERS = {
-    401: ["WWW-Authenticate"], 405: ["Allow"], 429: ["Retry-After"], 503: ["Retry-After"]}
+    401: ["WWW-Authenticate"], 405: ["Allow"], 415: ["Accept-Encoding"], 429: ["Retry-After"],
+    503: ["Retry-After"]}
 PLAIN_ERRORS = {401: "Error", 429: "RateLimited"}       # what is the same for reads and changes
+# Of whom is turned away before his request was read, nobody knows what he asked for.
+TURNED_AWAY = (called("Error"), called("ChangeError"))
 
 
 def describe_headers(names):
@@ -4659,8 +4673,10 @@ def describe_headers(names):
 
 def describe_error(status, schema):
     headers = describe_headers([*RATE_HEADERS, *STATUS_HEADERS.get(status, ())])
+    schema = ({"oneOf": list(TURNED_AWAY)} if (status, schema) == (503, "Error")
+              else called(schema))
     return {"description": STATUSES[status], "headers": headers,
-            "content": {"application/json": {"schema": called(schema)}}}
+            "content": {"application/json": {"schema": schema}}}
 
 
 def describe_parameter(parameter):
@@ -4684,7 +4700,8 @@ def describe_route(path, route):
     }
     if route.probe:
         described["responses"]["503"] = {
-            "description": "Proxmox's commands do not work.", "content": good,
+            "description": "Proxmox's commands do not work, or they cannot be looked at now.",
+            "content": {kind: {"schema": {"oneOf": [route.answer, *TURNED_AWAY]}}},
             "headers": describe_headers([*RATE_HEADERS, "Retry-After"])}
     if route.method == "GET":
         described["parameters"] = [
@@ -5313,7 +5330,7 @@ class Server(ThreadingHTTPServer):
         if held[newcomer] < most and time.monotonic() - self.complained > COMPLAINT_SECONDS:
             self.complained = time.monotonic()
             log.warning("%s holds %d of %d connections; one of them gives way to %s",
-                        least.address, most, self.max_connections, address)
+                        least.address, most, self.max_connections, address, extra=UNWAITED)
         self.dismiss(least)
         return True
 

@@ -1620,6 +1620,73 @@ def test_a_log_s_disk_that_hangs_costs_lines_and_nothing_else(launch, host):
     assert api.stop() == 0 and time.monotonic() - started < 3
 
 
+def slow_write(seconds):
+    """A disk on which each write to a log takes a while."""
+    return Code("(lambda write: lambda fd, data: "
+                f"(daemon.time.sleep({seconds}), write(fd, data))[1])(daemon.os.write)")
+
+
+def test_a_log_s_disk_that_is_slow_is_waited_for_once(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(
+        module.os, "write", lambda fd, data: (time.sleep(0.1), write(fd, data))[1])
+    log, started = module.LogFile(), time.monotonic()
+    log.point(str(tmp_path / "log"), [])
+    for number in range(30):
+        log.add(f"line {number}", 5)
+    assert time.monotonic() - started < 1 and log.hangs
+    log.flush()
+    end_thread_of(log)
+    assert (tmp_path / "log").read_text().count("line ") == 30
+
+
+def test_changes_that_a_stop_refuses_are_logged_without_waiting_for_each(launch, host):
+    """A hundred lines on a disk that takes almost too long for each would hold the stop up."""
+    host.faults(set={"delay": True})
+    api = launch(constants={"os.write": slow_write(0.04)})
+    for _ in range(99):
+        assert api.post("/scale/cores", {"vm_id": 104, "cores": 4},
+                        headers={"Prefer": "respond-async"}).status == 202
+    started = time.monotonic()
+    api.process.send_signal(signal.SIGTERM)
+
+    def refuses():
+        with contextlib.suppress(ConnectionResetError):
+            try:
+                api.connect(5).close()
+            except ConnectionRefusedError:
+                return True
+    wait_until(refuses)
+    assert time.monotonic() - started < 2
+    host.go()
+    wait_until(lambda: api.process.poll() == 0)
+    assert api.log().count("503 The daemon is stopping (nothing_done)") == 98
+
+
+def test_a_log_that_was_moved_from_a_disk_that_hangs_is_as_fast_as_any(tmp_path, monkeypatch):
+    write, works, old = os.write, threading.Event(), tmp_path / "old"
+
+    def hang(fd, data):
+        if data and os.readlink(f"/proc/self/fd/{fd}") == str(old):
+            assert works.wait(20)
+        return write(fd, data)
+    monkeypatch.setattr(module.os, "write", hang)
+    log = module.LogFile()
+    log.point(str(old), [])
+    log.add("one", 0.2)
+    log.point(str(tmp_path / "new"), [])
+    started = time.monotonic()
+    for number in range(9):
+        log.add(f"line {number}", 5)
+    assert time.monotonic() - started < 2
+    works.set()
+    wait_until(lambda: old.read_text().endswith("Z one\n"))     # that one counts nothing
+    log.add("last", 5)
+    assert not log.hangs and log.written == log.added == 11
+    end_thread_of(log)
+    assert (tmp_path / "new").read_text().count("\n") == 10
+
+
 @contextlib.contextmanager
 def no_thread_left(monkeypatch):
     """No thread can be started -> those that were to be."""
@@ -4991,6 +5058,20 @@ def test_health_is_what_pct_says_and_is_kept(host, launch):
             "Proxmox's cluster file system does not answer; see: systemctl status pve-cluster")}
 
 
+def test_a_probe_s_result_that_expires_between_two_looks_at_it_is_renewed_once(host, monkeypatch):
+    proxmox, probes = proxmox_of(host), []
+
+    def probe():
+        probes.append(1)
+        time.sleep(0.2)
+        return time.monotonic(), True, "fine"
+    monkeypatch.setattr(proxmox, "probe", probe)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(proxmox.health) for _ in range(8)]
+        assert [each.result() for each in asked] == [(True, "fine")] * 8
+    assert len(probes) == 1
+
+
 def test_many_ask_for_health_and_one_probe_answers(host, launch):
     host.faults(list={"pause": 0.3})
     api = launch()
@@ -6427,6 +6508,10 @@ def test_who_does_not_want_to_wait_finds_what_came_of_it(api, host):
     reply = api.post("/scale/cores", {"vm_id": 106, "cores": 4},
                      headers={"Prefer": "respond-async-x"})
     assert (reply.status, reply.body) == (200, ok("CPU cores set to 4 for VM 106"))
+    # in quotes it is somebody else's value (RFC 7240 section 2)
+    codes = [api.post("/scale/cores", {"vm_id": 106, "cores": 4}, headers={"Prefer": said}).status
+             for said in ('foo="a, respond-async, b"', 'foo="a, b", respond-async, wait=5')]
+    assert codes == [200, 202]
 
 
 def test_operations_are_bounded_and_found_by_id_and_container(launch, host):
@@ -8323,6 +8408,16 @@ def test_every_answer_is_as_the_description_says(launch, host):
         reply = api.post("/scale/cores", body)
         assert (reply.status, described(document, "POST", "/scale/cores", reply)) == (
             status, []), reply
+    reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4},
+                     headers={"Content-Encoding": "gzip"})
+    assert (reply.status, described(document, "POST", "/scale/cores", reply)) == (415, [])
+    assert {"Accept-Encoding"} <= set(reply.headers) & set(
+        document["components"]["responses"]["ChangeError415"]["headers"])
+    # what a place that is not there is answered with
+    reply = Reply(503, error("Too many connections; try again later", outcome="nothing_done"),
+                  {"Content-Type": "application/json", "Retry-After": "1"})
+    assert [described(document, "GET", path, reply) for path in (
+        "/health/check", "/resource/vm/list")] == [[], []]
     reply = api.get("/operations?vm_id=107")
     assert (reply.body["data"][0]["outcome"], described(document, "GET", "/operations", reply)) == (
         "nothing_done", [])
@@ -9491,7 +9586,10 @@ def test_no_more_connections_are_let_in_than_the_limit_of_open_files_bears(launc
 
 def test_an_address_that_holds_too_many_connections_is_named_once_a_minute(monkeypatch):
     said = []
-    monkeypatch.setattr(module.log, "warning", lambda text, *values: said.append(text % values))
+
+    def note(text, *values, extra):
+        said.append((text % values, extra))
+    monkeypatch.setattr(module.log, "warning", note)
     with listening(None, serving=False) as (server, _), contextlib.ExitStack() as socks:
         server.max_connections = 4
         for seconds in (0, 59, 61):             # since the line before
@@ -9500,8 +9598,8 @@ def test_an_address_that_holds_too_many_connections_is_named_once_a_minute(monke
                 server.clients[sock] = module.Client(sock, "192.0.2.1")
             server.complained -= seconds
             assert server.make_room("192.0.2.9")
-        assert said == ["192.0.2.1 holds 4 of 4 connections; "
-                        "one of them gives way to 192.0.2.9"] * 2
+        assert said == [("192.0.2.1 holds 4 of 4 connections; one of them gives way to 192.0.2.9",
+                         {"patience": 0})] * 2          # the others' places wait meanwhile
 
 
 def test_of_those_turned_away_no_more_are_kept_open_than_may_connect(launch):
