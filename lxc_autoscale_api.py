@@ -2074,7 +2074,6 @@ class Cgroups:
     def path(self, vm_id):
         return f"{self.folder}/lxc/{vm_id}"
 
-
     def runs(self, vm_id):
         """Tell whether a container runs: its cgroup is there, and some process in it.
 
@@ -3694,24 +3693,23 @@ class Change:
         # Then what is said of the lock says how to go on.
         mended = (last in ("rollback", "destroy")
                   and lock_in(texts[self.vm_id]) == OWN_LOCKS[last][0])
-        how = self.how
         for vm_id, state in states.items():
             if (vm_id == self.clone and state != "running"
                     and self.values["ip"] and not self.addressed):
                 found.append(f"VM {vm_id} is {state}, without its address"     # perhaps another's
-                             + how("remove", f"destroy {vm_id}"))
+                             + self.how("remove", f"destroy {vm_id}"))
             elif vm_id == self.clone and state != "running":
-                found.append(f"VM {vm_id} is {state}" + how("start", f"start {vm_id}")
+                found.append(f"VM {vm_id} is {state}" + self.how("start", f"start {vm_id}")
                              + f", or remove it with: pct destroy {vm_id}")
             elif last == "destroy":
                 was = "ran before and is" if self.ran and state != "running" else "is"
                 force = " --force 1" if state == "running" else ""
                 found.append(f"VM {vm_id} {was} {state} now, and its volumes or snapshots may be "
                              "gone already"
-                             + ("" if mended else how("remove", f"destroy {vm_id}{force}")))
+                             + ("" if mended else self.how("remove", f"destroy {vm_id}{force}")))
             elif self.ran and state != "running" and last not in ("stop", "shutdown"):
                 found.append(f"VM {vm_id} ran before and is {state} now"
-                             + ("" if mended else how("start", f"start {vm_id}")))
+                             + ("" if mended else self.how("start", f"start {vm_id}")))
             elif vm_id == self.clone or (last in POWER and not self.clone):
                 found.append(f"VM {vm_id} is {state} now")
         if self.killed and "no task of " not in "".join(found + self.left):
@@ -3877,7 +3875,6 @@ class Changes:
                 raise Problem(400, f"Invalid {parameter.name}: must be an integer "
                                    f"between {low} and {high} "
                                    f"(containers.{setting} in the daemon's configuration)")
-
 
     def start(self, ready):
         """Start changes that are the first now, each in a thread of its own."""

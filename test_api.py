@@ -4300,10 +4300,14 @@ def test_the_daemon_tells_about_itself(launch, host):
         change.result()
     (host.root / "bin/pct").unlink()
     api.post("/scale/cores", {"vm_id": 104, "cores": 3})
-    # a tick is 10 ms
-    wait_until(lambda: parse_exposition(api.get("/metrics").body)[1]["process_cpu_seconds_total"])
-    types, values = parse_exposition(api.get("/metrics").body)
     name = "lxc_autoscale_api_"
+
+    def settled():
+        types, values = parse_exposition(api.get("/metrics").body)
+        # a tick is 10 ms, and the request before has ended a little after its answer came
+        return (values["process_cpu_seconds_total"]
+                and values[name + "requests_in_progress"] == 1 and (types, values))
+    types, values = wait_until(settled)
     assert (busy[name + "commands_in_progress"], busy[name + "commands_waiting"],
             busy[name + "requests_in_progress"]) == (1, 0, 2)
     assert (values[name + "commands_in_progress"], values[name + "requests_in_progress"]) == (0, 1)
