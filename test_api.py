@@ -1434,7 +1434,7 @@ def memory():
     return None
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def base(request, tmp_path_factory):
     """The folder of all tests' folders. It is in memory if that can be, for to make a file takes
     ext4 thirty times as long, and it goes when all have passed."""
