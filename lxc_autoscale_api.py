@@ -2398,14 +2398,14 @@ def client_of(headers, address, trusted):
     X-Forwarded-For that is not a trusted proxy itself, or else by X-Real-IP. Whoever
     comes through a proxy is no local program.
     """
-    said = headers.get("x-forwarded-for", headers.get("x-real-ip"))
-    if said is None:
+    said = [headers[name] for name in ("x-real-ip", "x-forwarded-for") if name in headers]
+    if not said:
         return address, address.startswith("127.") or address == "::1"
     peer = plain_address(address)
     if not any(peer in network for network in trusted):
         return address, peer.is_loopback
     client = peer
-    for hop in reversed(said.rsplit(",", MAX_HOPS)[-MAX_HOPS:]):
+    for hop in reversed(",".join(filter(None, said)).rsplit(",", MAX_HOPS)[-MAX_HOPS:]):
         try:
             client = hop_address(hop)
         except ValueError:

@@ -3820,6 +3820,12 @@ def test_a_local_client_is_never_limited_and_a_proxied_one_always(launch):
     ("127.0.0.1", {"x-real-ip": "198.51.100.2"}, ("198.51.100.2", False)),
     ("127.0.0.1", {"x-forwarded-for": "198.51.100.1", "x-real-ip": "198.51.100.2"},
      ("198.51.100.1", False)),
+    ("127.0.0.1", {"x-forwarded-for": "127.0.0.1, ::1", "x-real-ip": "198.51.100.2"},
+     ("198.51.100.2", False)),
+    ("127.0.0.1", {"x-forwarded-for": "", "x-real-ip": "198.51.100.2"}, ("198.51.100.2", False)),
+    ("127.0.0.1", {"x-forwarded-for": "unknown", "x-real-ip": "198.51.100.2"},
+     ("127.0.0.1", False)),
+    ("192.0.2.1", {"x-forwarded-for": "", "x-real-ip": "198.51.100.2"}, ("192.0.2.1", False)),
     ("127.0.0.1", {"x-forwarded-for": "::ffff:198.51.100.1"}, ("198.51.100.1", False)),
     ("127.0.0.2", {"x-forwarded-for": "198.51.100.1"}, ("127.0.0.2", True)),
     *((peer, {name: said}, (client, False))
