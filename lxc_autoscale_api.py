@@ -3343,11 +3343,14 @@ ASKED_HA = re.compile(r"^Requesting HA (start|stop) for CT", re.MULTILINE)
 # pve-storage; PVE::Cluster, cfs_lock). The configurations are as before then, but for a lock.
 NOT_CLEANED_UP = re.compile(
     r"lvremove |rbd (?:rm|snap rm|snap purge|unprotect) |can't unmap rbd |subvolume delete "
-    r"|cannot (?:destroy|remove)|unlink .{1,4200} failed|[Ff]ailed to (?:remove|delete)"
-    r"|-locked command timed out")
+    r"|cannot (?:destroy|remove)|unlink .{1,4200} failed|-locked command timed out"
+    r"|[Ff]ailed to (?:remove|delete)(?! (?:source|target) CT config)")
 # Its task says what a cleanup has died of on stdout, and what itself has died of on stderr.
 BEGUN_ON_STORAGE = re.compile(r"create (?:full|linked) clone of mount|starting cleanup")
 CLEANUP_DIED = re.compile(r"^(?:rbd error: |storage '|cfs-lock |can't lock file)", re.MULTILINE)
+
+# What a clone says that was refused and could not take back its locks (PVE::API2::LXC, clone_vm).
+LOCK_STAYED = re.compile(r"^Failed to remove (?:source|target) CT config", re.MULTILINE)
 
 # What a rollback says before it looks for locks (PVE::AbstractConfig, snapshot_rollback).
 REPLICATION_BROKEN = re.compile(r"removing replication snapshot '")
@@ -3441,7 +3444,8 @@ class Change:
         all is as before.
         """
         problem = failed(argv, result)
-        at_once = problem.status in (400, 404) or AT_ONCE.match(f"{argv[1]}: {problem.error}")
+        at_once = not LOCK_STAYED.search(result.stderr) and (
+            problem.status in (400, 404) or AT_ONCE.match(f"{argv[1]}: {problem.error}"))
         # A destroy frees volume after volume, and changes the configuration only when all have
         # gone (PVE::LXC, destroy_lxc_container): so that does not tell that nothing was done.
         passing = argv[1] != "destroy" and (
@@ -3727,12 +3731,12 @@ class Change:
         A task that has done all its work ends with 255 if its log cannot be written, as on a full
         disk (PVE::RESTEnvironment, fork_worker; PVE::Tools, upid_read_status).
         """
-        before, now = (parse_config(each[self.vm_id] or "").snapshots
-                       for each in (self.before, texts))
+        (_, before, had), (_, now, has) = (
+            parse_config(each[self.vm_id] or "") for each in (self.before, texts))
         found = []
         for _, command, _, name, *_ in (step for step in self.steps
                                         if step not in self.done and len(step) > 3):
-            is_there = name in now and "snapstate" not in now[name]
+            is_there = name in has and "snapstate" not in has[name]
             if command == "clone" and self.before[int(name)] is None:
                 clone = parse_config(texts[int(name)] or "").current
                 if (clone.get("hostname") == hostname(self.values["new_vm_name"])
@@ -3740,11 +3744,14 @@ class Change:
                     without = ", without its address" if self.values["ip"] else ""
                     found.append(f"VM {name} is there now{without}"
                                  + self.how("remove", f"destroy {name}"))
-            elif (command == "snapshot" and is_there and name not in before
+            elif (command == "snapshot" and is_there and name not in had
                     and not name.startswith(TEMPORARY_SNAPSHOT)):       # of that one all is said
                 found.append(f"Snapshot '{name}' of VM {self.vm_id} is there now")
-            elif command == "delsnapshot" and name in before and name not in now:
+            elif command == "delsnapshot" and name in had and name not in has:
                 found.append(f"Snapshot '{name}' of VM {self.vm_id} is gone now")
+            elif command == "rollback" and now.get("parent") == name and "lock" not in now:
+                was = "may have been" if before.get("parent") == name else "was"
+                found.append(f"VM {self.vm_id} {was} rolled back to snapshot '{name}'")
             elif command == "destroy" and texts[self.vm_id] is None:
                 found.append(f"VM {self.vm_id} is gone now")
         return found
@@ -4593,7 +4600,7 @@ ROUTES = (
           "Let a container shut itself down.",
           changes=("vm_id",)),
     Route("POST", "/power/reboot", reboot_container, (VM_ID, TIMEOUT),
-          "Let a container reboot itself.",
+          "Let a container shut down, or kill it past the timeout, and start it.",
           changes=("vm_id",)),
     Route("GET", "/operations", list_operations, (OPERATION, ANY_VM_ID),
           "The last changes, newest first.",
@@ -4670,7 +4677,7 @@ def describe_headers(names):
 
 def describe_error(status, schema):
     headers = describe_headers([*RATE_HEADERS, *STATUS_HEADERS.get(status, ())])
-    schema = ({"oneOf": list(TURNED_AWAY)} if (status, schema) == (503, "Error")
+    schema = ({"anyOf": list(TURNED_AWAY)} if (status, schema) == (503, "Error")
               else called(schema))
     return {"description": STATUSES[status], "headers": headers,
             "content": {"application/json": {"schema": schema}}}
@@ -4698,7 +4705,7 @@ def describe_route(path, route):
     if route.probe:
         described["responses"]["503"] = {
             "description": "Proxmox's commands do not work, or they cannot be looked at now.",
-            "content": {kind: {"schema": {"oneOf": [route.answer, *TURNED_AWAY]}}},
+            "content": {kind: {"schema": {"anyOf": [route.answer, *TURNED_AWAY]}}},
             "headers": describe_headers([*RATE_HEADERS, "Retry-After"])}
     if route.method == "GET":
         described["parameters"] = [
@@ -5411,12 +5418,7 @@ class Server(ThreadingHTTPServer):
             sock.shutdown(socket.SHUT_WR)
         with self.changed:
             self.refused.append((time.monotonic() + LINGER_SECONDS, sock))
-            if len(self.refused) > self.max_connections:
-                self.refused.popleft()[1].close()
-
-    def close_refused(self):
-        with self.changed:
-            while self.refused and self.refused[0][0] <= time.monotonic():
+            if len(self.refused) > min(self.max_connections, SPARE_FILES // 2):
                 self.refused.popleft()[1].close()
 
     def begin_request(self, client, address, local):
@@ -5832,7 +5834,8 @@ def notify(state):
             sock.settimeout(1)
             sock.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
     except OSError as error:
-        log.warning("systemd cannot be told %s: %s", state.partition("\n")[0], error.strerror)
+        log.warning("systemd cannot be told %s: %s", state.partition("\n")[0],
+                    error.strerror or error)
 
 
 def watchdog_seconds():

@@ -6706,9 +6706,6 @@ NOT_CLEANED = {
     "snapshot": ("snapshot", "snapshot create failed: starting cleanup\n"
                  "rbd error: rbd: couldn't connect to the cluster!\n",
                  "rbd snapshot 'vm-106-disk-1' error: rbd: couldn't connect to the cluster!"),
-    "source": ("clone", "", "Failed to remove source CT config lock - can't lock file '/run/lock/l"
-               "xc/pve-config-106.lock' - got timeout\n"
-               "unable to create CT 105 - CT 105 already exists on node 'pve2'"),
 }
 
 
@@ -6724,6 +6721,28 @@ def test_a_clone_or_snapshot_whose_cleanup_failed_is_never_nothing(api, host, ca
     assert reply.body["details"].splitlines()[-2:] == [stderr.splitlines()[-1], (
         f"A volume of VM {vm_id}, or a snapshot of one, may be left on its storage; "
         f"look for it with: pvesm list STORAGE --vmid {vm_id}")]
+
+
+@pytest.mark.parametrize("stayed", [True, False])
+def test_a_refused_clone_that_could_not_unlock_its_source_says_so_if_the_lock_stays(
+        api, host, stayed):
+    """PVE::API2::LXC, clone_vm, before its task begins: there is no volume yet."""
+    host.faults(clone={"pause": True, "exit": 255, "stderr": (
+        "Failed to remove source CT config lock - can't lock file '/run/lock/lxc/pve-config-106.loc"
+        "k' - got timeout\nunable to create CT 105 - CT 105 already exists on node 'pve2'\n")})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(api.post, "/clone/create", {
+            "vm_id": 106, "new_vm_id": 105, "new_vm_name": "x"})
+        wait_until(lambda: "pct clone" in " ".join(host.calls()))
+        if stayed:
+            host.path(106).write_text(f"lock: disk\n{host.path(106).read_text()}")
+        host.go()
+        reply = asked.result()
+    assert (reply.status, reply.body["outcome"]) == (
+        409, "incomplete" if stayed else "nothing_done")
+    assert reply.body["details"].splitlines()[2:] == [
+        "VM 106 is left with the lock 'disk'; if no task of it runs, mend it with: pct unlock 106"
+        ] * stayed
 
 
 def test_a_clone_that_was_refused_by_a_storage_is_nothing_done(api, host):
@@ -6785,7 +6804,13 @@ def test_a_task_that_did_all_its_work_and_could_not_say_so_is_told_by_what_is_th
         "VM 107 is there now; remove it with: pct destroy 107",
         "Snapshot 's1' of VM 106 is there now", "Snapshot 's1' of VM 106 is gone now"]
     assert host.snapshots(104) == host.snapshots(106) == [] and not host.path(108).exists()
-    host.faults(clone={"dies_after": True})
+    host.faults(clone={"dies_after": True}, rollback={"dies_after": True})
+    assert api.post("/snapshot/create", {"vm_id": 106, "snapshot_name": "s2"}).status == 200
+    assert api.post("/snapshot/create", {"vm_id": 106, "snapshot_name": "s3"}).status == 200
+    for was in ("was", "may have been"):
+        reply = api.post("/snapshot/rollback", {"vm_id": 106, "snapshot_name": "s2"})
+        assert reply.body["details"].splitlines()[-1] == (
+            f"VM 106 {was} rolled back to snapshot 's2'")
     reply = api.post("/clone/create", {
         "vm_id": 104, "new_vm_id": 108, "new_vm_name": "b", "ip": "192.0.2.5/24"})
     assert reply.body["details"].splitlines()[-1] == (
@@ -8326,9 +8351,12 @@ JSON_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool,
 
 def violations(value, schema, document, where="$"):
     """What in a JSON value is not as its schema says (type, const, enum, properties,
-    required, items, oneOf, $ref)."""
+    required, items, oneOf, anyOf, $ref)."""
     if "$ref" in schema:
         schema = functools.reduce(dict.__getitem__, schema["$ref"].split("/")[1:], document)
+    if "anyOf" in schema:
+        found = [violations(value, each, document, where) for each in schema["anyOf"]]
+        return [] if [] in found else sum(found, [])
     if "oneOf" in schema:
         fitting = [each for each in schema["oneOf"] if not violations(value, each, document)]
         return [] if len(fitting) == 1 else [
@@ -8365,6 +8393,8 @@ def violations(value, schema, document, where="$"):
     ("success", {"const": "error"}, 1), ("lost", {"type": "string", "enum": ["unknown"]}, 1),
     (None, {"oneOf": [module.called("Pressure"), {"type": "null"}]}, 0),
     (5, {"oneOf": [module.called("Pressure"), {"type": "null"}]}, 1),
+    (5, {"anyOf": [{"type": "integer"}, {"type": "number"}]}, 0),
+    (5, {"anyOf": [{"type": "string"}, {"type": "null"}]}, 2),
 ])
 def test_the_validator_sees_what_does_not_fit(value, schema, count):
     assert len(violations(value, schema, module.openapi())) == count
@@ -9592,6 +9622,18 @@ def test_no_more_connections_are_let_in_than_the_limit_of_open_files_bears(launc
             "lets 72 in\n") in api.log("error")
     for sock in held:
         sock.close()
+
+
+def test_those_turned_away_leave_files_to_all_else(launch):
+    api = launch(inside=("sh", "-c", 'ulimit -n 300; exec "$@"', "sh"),
+                 server={"max_connections": 1000}, constants={"LINGER_SECONDS": 60})
+    with contextlib.ExitStack() as held, api.connect() as sock:
+        for _ in range(400):                    # 172 are let in
+            held.enter_context(api.connect(source="127.0.0.2"))
+        wait_until(lambda: "connections_refused_total 0" not in api_metrics(sock))
+        assert descriptors(api) < 290
+        sock.sendall(framed("GET /resource/vm/status?vm_id=104 HTTP/1.1", "Host: x", LOGIN))
+        assert read_answer(sock).status == 200
 
 
 def test_an_address_that_holds_too_many_connections_is_named_once_a_minute(monkeypatch):
