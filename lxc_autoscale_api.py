@@ -3524,8 +3524,7 @@ class Change:
         """Remove a temporary snapshot, or tell in `left` how to."""
         what, how = (f"The temporary snapshot '{name}' of VM {self.vm_id}",
                      f"remove it{on(self.node)} with: ")
-        command, why, locked = f"pct delsnapshot {self.vm_id} {name}", "", None
-        there = True
+        command, why, locked, there = f"pct delsnapshot {self.vm_id} {name}", "", None, True
         if not self.lost:
             try:
                 conf = self.conf()
@@ -3548,13 +3547,19 @@ class Change:
                             return
                         locked = self.own_lock(conf)
         if self.lost or not there:
-            self.leave(f"{what} may be left; once no task of VM {self.vm_id} runs, {how}{command}")
+            self.leave(self.tell_temporary("may be left"))
             return
         if locked:
             self.told_locks.add(self.vm_id)
             how, command = (f"if no task of VM {self.vm_id} runs, {how}",
                             f"pct unlock {self.vm_id} && {command}")
         self.leave(f"{what} could not be removed{why}; {how}{command}")
+
+    def tell_temporary(self, state):
+        """Return how to remove the temporary snapshot later."""
+        return (f"The temporary snapshot '{self.temporary}' of VM {self.vm_id} {state}; "
+                f"once no task of VM {self.vm_id} runs, remove it{on(self.node)} with: "
+                f"pct delsnapshot {self.vm_id} {self.temporary}")
 
     def leave(self, text):
         self.left.append(text)
@@ -3641,9 +3646,7 @@ class Change:
         if not self.steps:
             return found
         if self.temporary:
-            found.append(f"The temporary snapshot '{self.temporary}' of VM {self.vm_id} stays; "
-                         f"once no task of VM {self.vm_id} runs, remove it{on(self.node)} with: "
-                         f"pct delsnapshot {self.vm_id} {self.temporary}")
+            found.append(self.tell_temporary("stays"))
         if ip and not self.ran_any("set"):
             found.append(f"VM {self.values['new_vm_id']} will not have the address {ip}, but what "
                          f"VM {self.vm_id} has; do not start it with that")
