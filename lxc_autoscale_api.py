@@ -3601,10 +3601,12 @@ class Change:
 
         A step that has ended well has taken its own away again.
         """
-        own = [OWN_LOCKS[step[1]][0] for step in self.steps
-               if step[1] in OWN_LOCKS and step not in self.done]
+        own = [OWN_LOCKS[step[1]][0] for step in self.failed_steps() if step[1] in OWN_LOCKS]
         lock = conf.current.get("lock")
         return lock if lock in own else None
+
+    def failed_steps(self):
+        return [step for step in self.steps if step not in self.done]
 
     def is_as_before(self):
         """Tell whether the containers are as they were before the first step.
@@ -3737,9 +3739,7 @@ class Change:
         (_, before, had), (_, now, has) = (
             parse_config(each[self.vm_id] or "") for each in (self.before, texts))
         found = []
-        for _, command, _, name, *_ in (step for step in self.steps
-                                        if step not in self.done and len(step) > 3):
-            is_there = name in has and "snapstate" not in has[name]
+        for _, command, _, name, *_ in (step for step in self.failed_steps() if len(step) > 3):
             if command == "clone" and self.before[int(name)] is None:
                 clone = parse_config(texts[int(name)] or "").current
                 if (clone.get("hostname") == hostname(self.values["new_vm_name"])
@@ -3747,7 +3747,8 @@ class Change:
                     without = ", without its address" if self.values["ip"] else ""
                     found.append(f"VM {name} is there now{without}"
                                  + self.how("remove", f"destroy {name}"))
-            elif (command == "snapshot" and is_there and name not in had
+            elif (command == "snapshot" and name in has and "snapstate" not in has[name]
+                    and name not in had
                     and not name.startswith(TEMPORARY_SNAPSHOT)):       # of that one all is said
                 found.append(f"Snapshot '{name}' of VM {self.vm_id} is there now")
             elif command == "delsnapshot" and name in had and name not in has:
@@ -3788,7 +3789,7 @@ class Change:
                     f"pct unlock {vm_id} && pct destroy {vm_id}",
                     "A volume that was being copied stays, for its configuration does not name it; "
                     f"look for it{on(self.node)} with: pvesm list STORAGE --vmid {vm_id}"]
-        for step in (step for step in self.steps if step not in self.done):
+        for step in self.failed_steps():
             own, mend = OWN_LOCKS.get(step[1], (None, ""))
             if lock == own and vm_id == self.vm_id:
                 command = f"pct unlock {vm_id}" + mend.format(
