@@ -9738,6 +9738,7 @@ def test_one_address_that_holds_all_places_with_answered_requests_gives_way(laun
             with contextlib.suppress(OSError):
                 sock.sendall(framed("OPTIONS /metrics HTTP/1.1", "Host: x"))
         assert [api.get("/routes").status for _ in range(5)] == [200] * 5
+    assert api.stop() == 0                  # by then all lines are written
     warnings = re.findall(r"WARNING (.*)\n", api.log("error"))
     assert warnings == ["127.0.0.2 holds 8 of 8 connections; one of them gives way to 127.0.0.1"]
     for sock in held:
@@ -9819,6 +9820,7 @@ def test_a_client_behind_a_proxy_is_counted_by_its_own_address(launch):
         assert api.get("/routes").status == 200
         honest.sendall(framed("GET /routes HTTP/1.1", "Host: x", LOGIN))
         assert read_answer(honest).status == 200, "who holds little keeps it"
+    assert api.stop() == 0                  # by then all lines are written
     assert re.findall(r"WARNING (.*)\n", api.log("error")) == [
         "198.51.100.7 holds 3 of 4 connections; one of them gives way to 127.0.0.1"]
     for sock in held:
