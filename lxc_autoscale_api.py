@@ -923,12 +923,6 @@ def hostname(name):
     return name.replace("_", "-")
 
 
-def is_vm_name(text):
-    """Tell whether a name makes a hostname that Proxmox takes (PVE::JSONSchema, dns-name)."""
-    label = "[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
-    return len(text) <= 63 and bool(re.fullmatch(rf"(?:{label}\.)*{label}", hostname(text)))
-
-
 def is_description(text):
     return len(text) <= 1024 and not re.search(
         r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", text)
@@ -983,11 +977,13 @@ def flag_parameter(name):
 VM_ID = number_parameter("vm_id", 100, 999999, also=("lxc_id", "container_id"))
 ANY_VM_ID = VM_ID._replace(default=None)
 NEW_VM_ID = number_parameter("new_vm_id", 100, 999999, also=("new_lxc_id",))
+# A part of a name that makes, by hostname(), one that Proxmox takes (PVE::JSONSchema, dns-name).
+LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_\-]*[A-Za-z0-9])?"
 NEW_VM_NAME = text_parameter(
-    "new_vm_name", is_vm_name,
+    "new_vm_name", matches(rf"(?=.{{1,63}}\Z){LABEL}(?:\.{LABEL})*"),
     "must be 1 to 63 letters, digits or _ . - (ASCII), of which each part between dots begins "
     "and ends with a letter or digit", REQUIRED, also=("new_lxc_name", "hostname"),
-    pattern="^[A-Za-z0-9]([A-Za-z0-9_.\\-]*[A-Za-z0-9])?$", minLength=1, maxLength=63)
+    pattern=rf"^{LABEL}(?:\.{LABEL})*$", minLength=1, maxLength=63)
 CORES = number_parameter("cores", 1, 128)
 MEMORY = number_parameter("memory", 64, 1048576)
 DISK_SIZE = number_parameter("disk_size", 1, 16384)     # ext4's default bound; more breaks it
@@ -2734,6 +2730,18 @@ def environment():
     return {**ROOT, **own, "LC_ALL": "C.UTF-8", "LANG": "C.UTF-8"}
 
 
+class Slots:
+    """The slots of a node, in which commands run; long changes leave some of them to others.
+
+    Of another node it is kept, too, when it was last tried, and the Problem of that, if any.
+    """
+
+    def __init__(self, width):
+        self.width, self.semaphore = width, Semaphore(width)
+        self.long = Semaphore(max(1, width - max(1, width // 4)))
+        self.lock, self.tried, self.problem = threading.Lock(), -math.inf, None
+
+
 class Commands:
     """Starts every process, each without a shell and with nothing on stdin.
 
@@ -2744,17 +2752,17 @@ class Commands:
     bound, too. Each has a session of its own: what kills the daemon's group, or stops its
     unit, leaves it alone. Each has the umask of root's shell, whatever the daemon's own is:
     with 0077 a clone's folder is closed to its unprivileged container, which then never
-    starts. Long changes leave some of the slots to others.
+    starts.
     """
 
     def __init__(self, width, read_seconds, workers, metrics):
-        self.width, self.read_seconds, self.workers, self.metrics = (
-            width, read_seconds, workers, metrics)
+        self.read_seconds, self.workers, self.metrics = read_seconds, workers, metrics
         self.environment = environment()
-        self.lock, self.nodes, self.hung = threading.Lock(), {}, {}
+        self.lock, self.hung = threading.Lock(), {}
+        self.own, self.nodes = Slots(width), {}         # of this node, and of others by name
 
     def gauges(self):
-        known = list(self.nodes.values())
+        known = [self.own, *self.nodes.values()]
         return {"lxc_autoscale_api_commands_in_progress": {"": sum(
                     each.width - each.semaphore.free for each in known)},
                 "lxc_autoscale_api_commands_waiting": {"": sum(
@@ -2765,7 +2773,7 @@ class Commands:
     def slot(self, node, since=None, long=False):
         """Hold a slot to run commands on a node, which answers; Problem 503 if none is free."""
         deadline = time.monotonic() + SLOT_SECONDS
-        known = self.reachable(node, since)
+        known = self.reachable(node, since) if node else self.own
         with ExitStack() as slots:
             for semaphore in (known.long, known.semaphore) if long else (known.semaphore,):
                 if not semaphore.acquire(max(0, deadline - time.monotonic())):
@@ -2776,27 +2784,18 @@ class Commands:
             yield slots
 
     def reachable(self, node, since):
-        """Return what is known of a node that answers; Problem 503 if it does not.
+        """Return the Slots of another node that answers; Problem 503 if it does not.
 
-        That is its slots, when it was last tried, and the Problem of that, if it had one. To try
-        it opens the connection that its commands share: so a change is not begun over one that
-        is dead, and nobody waits for long for a node that is. A result found after `since`, by
-        any thread, is reused for one second. A read (None) reuses for one second, too, that the
-        node did not answer.
+        To try it opens the connection that its commands share: so a change is not begun over one
+        that is dead, and nobody waits for long for a node that is. A result found after `since`,
+        by any thread, is reused for one second. A read (None) reuses for one second, too, that
+        the node did not answer.
         """
-        with self.lock:
-            known = self.nodes.get(node and node.name)
-            if not known:
-                width = min(self.width, MAX_SESSIONS) if node else self.width
-                known = self.nodes[node and node.name] = SimpleNamespace(
-                    width=width, semaphore=Semaphore(width),
-                    long=Semaphore(max(1, width - max(1, width // 4))),
-                    lock=threading.Lock(), tried=-math.inf, problem=None)
-        if not node:
-            return known
         if not (node.online and node.address):
             raise unavailable(f"Node '{node.name}' is offline; "
                               "to see why, on this host: pvecm status", RETRY_SECONDS)
+        with self.lock:
+            known = self.nodes.setdefault(node.name, Slots(min(self.own.width, MAX_SESSIONS)))
         asked = since or time.monotonic()   # what is found while we wait for it, counts
         with known.lock:
             now = time.monotonic()
@@ -3857,8 +3856,9 @@ class Changes:
             return
         # Else it would wait for its turn, though its node does not answer.
         try:
-            self.host.commands.reachable(
-                self.host.files.read(self.host.pve.changeable, change.vm_id), change.since)
+            node = self.host.files.read(self.host.pve.changeable, change.vm_id)
+            if node:
+                self.host.commands.reachable(node, change.since)
         except Problem as problem:
             if problem.status == 503:       # what is not there may be by then
                 self.cancel(change, problem)

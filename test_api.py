@@ -4605,7 +4605,7 @@ def test_the_place_of_a_command_that_cannot_be_killed_is_free_where_no_thread_is
     process = module.SimpleNamespace(pid=1, wait=lambda: None)
     with no_thread_left(monkeypatch), commands.slot(None) as slots:
         assert commands.kill(process, (None, "pct", "list"), slots) is False
-    assert commands.hung == {} and commands.nodes[None].semaphore.free == 1
+    assert commands.hung == {} and commands.own.semaphore.free == 1
 
 
 def test_waiting_for_the_end_of_a_command_leaves_no_descriptor_open():
