@@ -2058,7 +2058,7 @@ class Cgroups:
     """What the cgroups (version 2) of this host's containers say, and /proc of what runs there."""
 
     def __init__(self, folder):
-        self.folder = folder
+        self.folder, self.lxc = folder, f"{folder}/lxc"         # the latter of all containers
 
     def are_there(self):
         """Tell whether control groups are there in version 2.
@@ -2067,17 +2067,14 @@ class Cgroups:
         """
         return is_there(self.folder) and not is_there(f"{self.folder}/memory")
 
-    def path(self, vm_id):
-        return f"{self.folder}/lxc/{vm_id}"
-
     def runs(self, vm_id):
         """Tell whether a container runs: its cgroup is there, and some process in it.
 
         One that has stopped may leave an empty cgroup until its next start (pve-container,
         lxc-pve-prestart-hook, cleanup_cgroups).
         """
-        pids = only_number(read_text(self.path(vm_id) + "/pids.current"))
-        return is_there(self.path(vm_id)) if pids is None else pids > 0
+        pids = only_number(read_text(f"{self.lxc}/{vm_id}/pids.current"))
+        return is_there(f"{self.lxc}/{vm_id}") if pids is None else pids > 0
 
     def files(self, vm_ids):
         """Return those of CGROUP_FILES that this kernel has, as the first few containers show.
@@ -2088,19 +2085,19 @@ class Cgroups:
         """
         there = set()
         for vm_id in vm_ids[:8]:
-            there.update(names_in(self.path(vm_id)))
+            there.update(names_in(f"{self.lxc}/{vm_id}"))
             if there.issuperset(CGROUP_FILES):
                 break
         return [name for name in CGROUP_FILES if name in there or "cpu.stat" not in there]
 
     def usages(self, vm_ids):
         """Return {id: Usage} of those of these containers that run."""
-        there = set(names_in(f"{self.folder}/lxc"))
+        there = set(names_in(self.lxc))
         vm_ids = [vm_id for vm_id in vm_ids if str(vm_id) in there]
         if not vm_ids:
             return {}
         names = self.files(vm_ids)
-        with opened(f"{self.folder}/lxc") as folder:
+        with opened(self.lxc) as folder:
             usages = {vm_id: self.usage(f"{vm_id}/", names, folder) for vm_id in vm_ids}
         return {vm_id: usage for vm_id, usage in usages.items() if usage}
 
@@ -2131,7 +2128,7 @@ class Cgroups:
         A systemd moves itself into init.scope. Any other init stays beside its children, of
         which it is the one that is process 1 inside: the last number of NSpid in proc(5).
         """
-        folder = self.path(vm_id) + "/ns"
+        folder = f"{self.lxc}/{vm_id}/ns"
         systemd = find_number(r"^(\d+)", read_text(f"{folder}/init.scope/cgroup.procs"))
         if systemd:
             return systemd
@@ -3085,7 +3082,7 @@ class Proxmox:
         """
         document = self.pve.texts([vm_id], None)[vm_id]
         up = self.cgroups.runs(vm_id)
-        usage = self.cgroups.usage(self.cgroups.path(vm_id) + "/") if up else None
+        usage = self.cgroups.usage(f"{self.cgroups.lxc}/{vm_id}/") if up else None
         if document is None or not self.cgroups.are_there() or (up and usage is None):
             return None
         values, pid = parse_config(document).current, self.cgroups.init_pid(vm_id)
@@ -3123,7 +3120,7 @@ class Proxmox:
 
         They are from the container's cgroup (v2).
         """
-        stat = self.text_at(node, self.cgroups.path(vm_id) + "/cpu.stat")
+        stat = self.text_at(node, f"{self.cgroups.lxc}/{vm_id}/cpu.stat")
         used = row_number("usage_usec", stat)
         return None if used is None else (used / 1e6, time.monotonic())
 
@@ -3494,7 +3491,7 @@ class Change:
 
     def runs_now(self):
         """Tell whether the container runs, by its cgroup if that says so, for pct takes long."""
-        pids = only_number(self.read(self.host.cgroups.path(self.vm_id) + "/pids.current"))
+        pids = only_number(self.read(f"{self.host.cgroups.lxc}/{self.vm_id}/pids.current"))
         return bool(pids) or self.state() == "running"
 
     def conf(self, vm_id=None):
@@ -3765,7 +3762,7 @@ class Change:
         pct freezes it for the moment of the snapshot (PVE::LXC::Config, __snapshot_freeze). A
         cgroup below a frozen one says so, too (Linux, Documentation/admin-guide/cgroup-v2.rst).
         """
-        events = self.read(self.host.cgroups.path(self.vm_id) + "/ns/cgroup.events")
+        events = self.read(f"{self.host.cgroups.lxc}/{self.vm_id}/ns/cgroup.events")
         if not re.search(r"^frozen 1$", events or "", re.MULTILINE):
             return []
         return [f"VM {self.vm_id} is frozen, so that all its processes stand still; "
@@ -5283,26 +5280,19 @@ class Server(ThreadingHTTPServer):
         """
         while not self.stopping.is_set() and self.accepting.acquire(blocking=False):
             try:
-                sock, client_address = self.get_request()
+                sock, (address, port, *_) = self.get_request()
                 self.taken += 1
-            except OSError:                 # none came for REQUEST_SECONDS, or the daemon stops
+            except OSError as error:        # none came for REQUEST_SECONDS, or the daemon stops
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    # It stays in the backlog; asking again at once would only burn CPU.
+                    time.sleep(0.1)
                 continue
             finally:
                 self.accepting.release()
             self.came.set()
+            client_address = str(plain_address(address)) if ":" in address else address, port
             if self.admit(sock, client_address):
                 self.process_request_thread(sock, client_address)
-
-    def get_request(self):
-        """Accept a connection; return (its socket, (the address of its other end, port))."""
-        try:
-            request, (address, port, *_) = super().get_request()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                # It stays in the backlog; asking again at once would only burn CPU.
-                time.sleep(0.1)
-            raise
-        return request, (str(plain_address(address)) if ":" in address else address, port)
 
     def admit(self, sock, client_address):
         """Take in a connection, or turn it away; tell which."""
