@@ -1989,12 +1989,10 @@ class ClusterFiles:
         """Yield (id, text of its configuration) of all containers of a node, in the ids' order."""
         path = self.conf_folder(node)
         vm_ids = sorted(int(name[:-5]) for name in names_in(path) if CONF_NAME.fullmatch(name))
-        if not vm_ids:
-            return
-        with opened(path) as folder:
+        with suppress(FileNotFoundError), opened(path) as folder:       # which may have gone
             for vm_id in vm_ids:
                 document = read_text(f"{vm_id}.conf", folder)
-                if document is not None:    # one may vanish
+                if document is not None:    # a file, too
                     yield vm_id, document
 
     def confs(self, node=None):
@@ -2093,11 +2091,9 @@ class Cgroups:
     def usages(self, vm_ids):
         """Return {id: Usage} of those of these containers that run."""
         there = set(names_in(self.lxc))
-        vm_ids = [vm_id for vm_id in vm_ids if str(vm_id) in there]
-        if not vm_ids:
-            return {}
+        vm_ids, usages = [vm_id for vm_id in vm_ids if str(vm_id) in there], {}
         names = self.files(vm_ids)
-        with opened(self.lxc) as folder:
+        with suppress(FileNotFoundError), opened(self.lxc) as folder:
             usages = {vm_id: self.usage(f"{vm_id}/", names, folder) for vm_id in vm_ids}
         return {vm_id: usage for vm_id, usage in usages.items() if usage}
 
@@ -5056,7 +5052,10 @@ class Tls:
         self.unsent, self.taken = b"", 0
 
     def recv(self, size):
-        """Receive as a socket does, but None if what has come makes no whole record yet."""
+        """Receive as a socket does, but None if what has come makes no whole record yet.
+
+        What is no TLS at all is returned as it came, and `plain` says so.
+        """
         data = self.decrypted(size)
         if data is not None:
             return data
@@ -5065,9 +5064,7 @@ class Tls:
             return b""
         if not self.begun and received[0] != 0x16:          # a handshake (RFC 8446 section 5.1)
             self.plain = True
-            changing = received.startswith((b"POST ", b"DELETE "))
-            raise Problem(400, "This port speaks TLS: ask for https:// instead of http://",
-                          **({"outcome": NOTHING_DONE} if changing else {}))
+            return received
         self.begun = True
         self.incoming.write(received)
         return self.decrypted(size)
@@ -5609,6 +5606,8 @@ class Handler(BaseHTTPRequestHandler):
         if data == b"":
             raise ClientLeft
         self.buffer += data or b""          # of TLS, something came that makes no whole record yet
+        if self.channel is not self.request and self.channel.plain:
+            raise Problem(400, "This port speaks TLS: ask for https:// instead of http://")
 
     def await_request(self):
         """Wait for a request's first byte, which starts its time; ClientLeft if none comes.

@@ -4435,6 +4435,23 @@ def test_a_container_that_vanishes_during_a_scrape_is_left_out(api, host, monkey
             and gauges["lxc_autoscale_container_pids"] == {})
 
 
+@pytest.mark.parametrize("folder", ["pve", "cgroup"])
+def test_a_folder_that_goes_with_its_last_container_during_a_scrape_is_no_error(
+        host, monkeypatch, folder):
+    proxmox, real = proxmox_of(host), module.os.listdir
+    gone = {"pve": proxmox.pve.conf_folder(), "cgroup": proxmox.cgroups.lxc}[folder]
+
+    def vanish(path):
+        names = real(path)
+        if path == gone:
+            Path(path).resolve().rename(host.root / "gone")
+        return names
+    monkeypatch.setattr(module.os, "listdir", vanish)
+    gauges = proxmox.gauges()
+    assert (gauges["lxc_autoscale_container_up"], gauges["lxc_autoscale_container_pids"]) == (
+        {"pve": {}, "cgroup": {one(104): 0, one(106): 0}}[folder], {})
+
+
 # Processes
 
 def test_a_command_for_another_node_is_one_argument_of_ssh():
@@ -8800,6 +8817,10 @@ def test_plain_http_on_a_tls_port_is_told_so(steady_tls):
             told = refused if data.startswith(b"POST") else error
             assert statuses(read_all(sock)) == ([400], told(
                 "This port speaks TLS: ask for https:// instead of http://"))
+    with steady_tls.connect_plainly() as sock:
+        sock.sendall(framed("HEAD /health/check HTTP/1.1", "Host: x"))
+        head, _, body = read_all(sock).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and body == b"", "there is none of a HEAD"
 
 
 def test_what_is_no_tls_within_tls_ends_its_connection_and_nothing_else(steady_tls):
