@@ -983,7 +983,8 @@ def demo(port=5000):
     """Run the daemon on a simulated host until it is interrupted."""
     if answers(port):
         return f"Something listens on port {port} already; try: python3 test_api.py --demo 5001"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):      # a background job ignores one
+        signal.signal(number, signal.default_int_handler)
     key = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="lxc_autoscale_api_demo_") as root:
         host = Host(root)
