@@ -1498,6 +1498,9 @@ PCT_PARAMETERS = {
 
 LASTING = "snapshot|snapshot-delete|rollback|create|destroyed"      # locks that outlive a lost task
 
+OLD_PCT = "This pct does not know an option that is needed here; Proxmox VE 7.3 or later has it"
+SNAPSHOT_GONE = "The snapshot is in the configuration but no longer on the storage"
+
 # What pct and pvesh say when they fail, as their sources write it, by what a client is told.
 # A pattern stands for the start of a line, with or without what PREFIX takes away; it may begin
 # with the name of the command, such as "resize: ". A long line must not cost more than its
@@ -1578,7 +1581,7 @@ FAILURES = {
         r"unable to rollback to incomplete snapshot \(snapstate = (\w+)\)"],
     (409, "Newer snapshots exist on the storage; it can go back to the newest one only: "
           "delete those first"): [r"can't rollback, '[^']*' is not most recent snapshot"],
-    (409, "The snapshot is in the configuration but no longer on the storage"): [
+    (409, SNAPSHOT_GONE): [
         r"can't rollback, snapshot '[^']*' does not exist on ",
         r"no such logical volume [^/\s]+/snap_"],
     (409, "The container's storage (or a bind mount) cannot take snapshots"): [
@@ -1616,6 +1619,7 @@ FAILURES = {
         r"storage '[^']*' is not online", r"connection check for storage '[^']*' failed",
         r"mount error: ", r"unable to activate storage '"],
     (500, "The daemon must run as root"): [r"please run as root"],
+    (500, OLD_PCT): [r"400 unable to parse option"],
 }
 
 # What the tools of the storages say. A task prints that on stdout, and at most its last line
@@ -1632,7 +1636,7 @@ REASONS = {
         r"cannot [\w ]+'[^']*': (?:out of space|size is greater than available space)"],
     (409, "Newer snapshots exist on the storage; it can go back to the newest one only: "
           "delete those first"): [r"cannot rollback to '[^']*': more recent snapshots"],
-    (409, "The snapshot is in the configuration but no longer on the storage"): [
+    (409, SNAPSHOT_GONE): [
         r"could not find any snapshots to destroy",
         r"cannot open '[^'@]*@[^']*': dataset does not exist",
         r'Failed to find logical volume "[^"/]*/snap_',
@@ -1645,6 +1649,7 @@ REASONS = {
           "(a backup, a replication, a linked clone or a mount)"): [
         r"[Ll]ogical volume (?:\S+ )?(?:in use|is used by another device|contains a filesystem)",
         r"cannot [\w ]+'[^']*': (?:(?:pool or )?dataset is busy|target is busy)",
+        r"cannot destroy snapshot [^\s@]+@[^\s:]+: (?:dataset is busy|snapshot is cloned)",
         r"cannot [\w ]+'[^']*': (?:snapshot|filesystem|volume) has (?:dependent clones|children)",
         r"umount: .*: target is busy\.?$", r"rbd: [^()]*: \((?:16|39)\) ",
         r"rbd: snapshot '[^']*' is protected",
@@ -3316,7 +3321,7 @@ AT_ONCE = re.compile(
     r"\w+: The container is (?:locked by Proxmox|protected|under Proxmox HA|replicated)"
     r"|(?:delsnapshot|rollback): A replication runs or needs this snapshot"
     r"|(?!delsnapshot)\w+: The container is a template"     # that one sets its lock before it looks
-    r"|resize: (?:The disk has this size already|A disk cannot shrink)"
+    rf"|\w+: {OLD_PCT}|resize: (?:The disk has this size already|A disk cannot shrink)"
     r"|\w+: The id \d+ is taken|\w+: Snapshot '[^']*' exists already"
     r"|destroy: Another Proxmox command holds the container"
     rf"|(?:{'|'.join(POWER)}): VM \d+ is (?:not|already) running")
@@ -3327,6 +3332,10 @@ AT_ONCE = re.compile(
 # write_config): so the file does not tell that nothing was done.
 CONFIG_UNWRITTEN = re.compile(rf"'/etc/pve/[^']*\.conf(?:\.tmp\b|')|{TASK_KILLED}")
 
+# What a resize says when its storage's lock was held for too long by itself: the tool that grows
+# the volume goes on then (PVE::Cluster, cfs_lock; LVMPlugin, volume_resize).
+GROWS_ON = re.compile(r"'storage-[^']*'-locked command timed out")
+
 # What pct says when it has asked HA, and done no more (PVE::API2::LXC::Status).
 ASKED_HA = re.compile(r"^Requesting HA (start|stop) for CT", re.MULTILINE)
 
@@ -3335,7 +3344,8 @@ ASKED_HA = re.compile(r"^Requesting HA (start|stop) for CT", re.MULTILINE)
 # pve-storage; PVE::Cluster, cfs_lock). The configurations are as before then, but for a lock.
 NOT_CLEANED_UP = re.compile(
     r"lvremove |rbd (?:rm|snap rm|snap purge|unprotect) |can't unmap rbd |subvolume delete "
-    r"|cannot (?:destroy|remove)|unlink .{1,4200} failed|-locked command timed out"
+    r"|cannot (?:destroy|remove)|cannot set property for '[^']*@"
+    r"|unlink .{1,4200} failed|-locked command timed out"
     r"|[Ff]ailed to (?:remove|delete)(?! (?:source|target) CT config)")
 # Its task says what a cleanup has died of on stdout, and what itself has died of on stderr.
 BEGUN_ON_STORAGE = re.compile(r"create (?:full|linked) clone of mount|starting cleanup")
@@ -3344,8 +3354,17 @@ CLEANUP_DIED = re.compile(r"^(?:rbd error: |storage '|cfs-lock |can't lock file)
 # What a clone says that was refused and could not take back its locks (PVE::API2::LXC, clone_vm).
 LOCK_STAYED = re.compile(r"^Failed to remove (?:source|target) CT config", re.MULTILINE)
 
-# What a rollback says before it looks for locks (PVE::AbstractConfig, snapshot_rollback).
-REPLICATION_BROKEN = re.compile(r"removing replication snapshot '")
+# What a clone says on stdout that ended well, but could not take back its source's lock: another
+# task has kept the source for itself for too long (PVE::API2::LXC, clone_vm).
+SOURCE_STAYED_LOCKED = re.compile(
+    r"^(?:can't lock file '[^']*/pve-config-\d+\.lock'|unable to open file '/etc/pve/)",
+    re.MULTILINE)
+
+# What a rollback says before it looks for locks (PVE::AbstractConfig, snapshot_rollback, and
+# PVE::Replication, prepare), and of a volume that it removes before it makes it anew from its
+# snapshot (LvmThinPlugin, volume_snapshot_rollback).
+REPLICATION_BROKEN = re.compile(r"(?:removing|delete stale) replication snapshot '")
+VOLUME_REMOVED = re.compile(r'Logical volume "(vm-[^"]*)" successfully removed')
 
 
 def may_have_left_volumes(result):
@@ -3353,6 +3372,15 @@ def may_have_left_volumes(result):
     begun = BEGUN_ON_STORAGE.search(result.stdout)
     return bool(NOT_CLEANED_UP.search(result.stdout + result.stderr)
                 or (begun and CLEANUP_DIED.search(result.stdout, begun.end())))
+
+
+def destroying(vm_id, document):
+    """Return the commands that destroy a container of this configuration.
+
+    A clone is protected if its source was (PVE::API2::LXC, clone_vm).
+    """
+    protected = is_true(parse_config(document or "").current.get("protection"))
+    return f"pct set {vm_id} --protection 0 && " * protected + f"pct destroy {vm_id}"
 
 
 def lock_in(document):
@@ -3393,8 +3421,12 @@ class Change:
         # What was done, for who hears of a failure, and what stays behind.
         self.notes, self.left = [], []
         self.addressed = False              # whether the clone has the address that it was to get
-        # The clone's id, once it is whole, and containers whose lock is told in `left`.
-        self.clone, self.told_locks = None, set()
+        # Whether the storage has lost the snapshot that the configuration names, and the volumes
+        # that a rollback has removed to make them anew.
+        self.snapshot_gone, self.removed_volumes = False, []
+        # The clone's id, once it is whole; steps that ended well but have left their lock; and
+        # containers whose lock is told in `left`.
+        self.clone, self.kept_locks, self.told_locks = None, [], set()
 
     # For the handlers
 
@@ -3416,9 +3448,14 @@ class Change:
             raise
         self.lost.pop()
         self.killed |= result.exit < 0
+        if command == "rollback" and REPLICATION_BROKEN.search(result.stdout):
+            self.leave(f"VM {self.vm_id} has lost replication snapshots, and will be replicated as "
+                       f"a whole unless snapshot '{argv[3]}' stays until it was replicated once")
         if result.exit:
             raise self.failed(argv, result)
         self.done.append(argv)
+        if command == "clone" and SOURCE_STAYED_LOCKED.search(result.stdout):
+            self.keep_lock(argv)
         # stderr says nothing of the work that was done: storages, plugins and old lines of a
         # configuration have something to say at every call.
         said = map(str.strip, result.stderr[-MAX_DETAILS:].splitlines())
@@ -3436,29 +3473,56 @@ class Change:
         all is as before.
         """
         problem = failed(argv, result)
+        self.snapshot_gone = problem.error == SNAPSHOT_GONE
+        if argv[1] == "rollback":
+            self.removed_volumes = VOLUME_REMOVED.findall(result.stdout)
         at_once = not LOCK_STAYED.search(result.stderr) and (
             problem.status in (400, 404) or AT_ONCE.match(f"{argv[1]}: {problem.error}"))
+        if at_once and argv[1] == "clone" and "locked" in problem.error:
+            at_once = self.is_untouched(int(argv[3]))
         # A destroy frees volume after volume, and changes the configuration only when all have
         # gone (PVE::LXC, destroy_lxc_container): so that does not tell that nothing was done.
         passing = argv[1] != "destroy" and (
             problem.status == 503 or (problem.status != 500 and argv[1] not in POWER))
-        if argv[1] == "resize" and CONFIG_UNWRITTEN.search(result.stderr):
+        if argv[1] == "resize" and (CONFIG_UNWRITTEN.search(result.stderr)
+                                    or GROWS_ON.search(result.stderr)):
             self.leave(
                 f"The volume of VM {self.vm_id} may have grown, though its configuration does not "
                 f"have the new size; to enter what it has{on(self.node)}: "
                 f"pct rescan --vmid {self.vm_id}")
         elif argv[1] == "set" and CONFIG_UNWRITTEN.search(result.stderr):
             self.leave(f"If VM {argv[2]} runs, it may have the new value until its next start")
-        elif argv[1] == "rollback" and REPLICATION_BROKEN.search(result.stdout):
-            self.leave(f"VM {self.vm_id} has lost replication snapshots, and will be replicated as "
-                       f"a whole unless snapshot '{argv[3]}' stays until it was replicated once")
         elif argv[1] in ("clone", "snapshot") and may_have_left_volumes(result):
             vm_id = argv[3] if argv[1] == "clone" else argv[2]
             self.leave(f"A volume of VM {vm_id}, or a snapshot of one, may be left on its storage; "
                        f"look for it{on(self.node)} with: pvesm list STORAGE --vmid {vm_id}")
+        elif argv[1] == "rollback" and REPLICATION_BROKEN.search(result.stdout):
+            pass                            # which has been told
         elif at_once or (passing and len(self.steps) == 1 and self.is_as_before()):
             self.steps.pop()
         return problem
+
+    def is_untouched(self, vm_id):
+        """Tell whether a container's file is known to be as before: the same, or not there.
+
+        Before 4.2-2, pve-container made a clone's file before it looked for its source's lock.
+        """
+        try:
+            return self.read(self.host.pve.conf_path(vm_id)) == self.before[vm_id]
+        except Problem:
+            return False
+
+    def keep_lock(self, argv):
+        """Note that a clone has ended well, but has left its source locked, and tell so.
+
+        Of one from a temporary snapshot this is told where that is to be removed.
+        """
+        self.kept_locks.append(argv)
+        if not self.temporary:
+            with suppress(Problem):
+                for text in self.lock_left(self.vm_id, self.texts()):
+                    self.leave(text)
+            self.told_locks.add(self.vm_id)
 
     def take_snapshot(self, name, *options):
         """Take a snapshot; if it leaves the container frozen, pct calls that a success, too."""
@@ -3593,7 +3657,8 @@ class Change:
 
         A step that has ended well has taken its own away again.
         """
-        own = [OWN_LOCKS[step[1]][0] for step in self.failed_steps() if step[1] in OWN_LOCKS]
+        own = [OWN_LOCKS[step[1]][0] for step in self.failed_steps() + self.kept_locks
+               if step[1] in OWN_LOCKS]
         lock = conf.current.get("lock")
         return lock if lock in own else None
 
@@ -3641,7 +3706,7 @@ class Change:
             return found
         if self.temporary:
             found.append(self.tell_temporary("stays"))
-        if ip and not self.ran_any("set"):
+        if ip and self.ran_any("clone") and not self.ran_any("set"):
             found.append(f"VM {self.values['new_vm_id']} will not have the address {ip}, but what "
                          f"VM {self.vm_id} has; do not start it with that")
         return found
@@ -3698,19 +3763,20 @@ class Change:
             if (vm_id == self.clone and state != "running"
                     and self.values["ip"] and not self.addressed):
                 found.append(f"VM {vm_id} is {state}, without its address"     # perhaps another's
-                             + self.how("remove", f"destroy {vm_id}"))
+                             + self.how("remove", destroying(vm_id, texts[vm_id])))
             elif vm_id == self.clone and state != "running":
-                found.append(f"VM {vm_id} is {state}" + self.how("start", f"start {vm_id}")
-                             + f", or remove it with: pct destroy {vm_id}")
+                found.append(f"VM {vm_id} is {state}" + self.how("start", f"pct start {vm_id}")
+                             + f", or remove it with: {destroying(vm_id, texts[vm_id])}")
             elif last == "destroy":
                 was = "ran before and is" if self.ran and state != "running" else "is"
                 force = " --force 1" if state == "running" else ""
                 found.append(f"VM {vm_id} {was} {state} now, and its volumes or snapshots may be "
                              "gone already"
-                             + ("" if mended else self.how("remove", f"destroy {vm_id}{force}")))
+                             + ("" if mended else self.how(
+                                 "remove", f"pct destroy {vm_id}{force}")))
             elif self.ran and state != "running" and last not in ("stop", "shutdown"):
                 found.append(f"VM {vm_id} ran before and is {state} now"
-                             + ("" if mended else self.how("start", f"start {vm_id}")))
+                             + ("" if mended else self.how("start", f"pct start {vm_id}")))
             elif vm_id == self.clone or (last in POWER and not self.clone):
                 found.append(f"VM {vm_id} is {state} now")
         if self.killed and "no task of " not in "".join(found + self.left):
@@ -3720,7 +3786,7 @@ class Change:
     def how(self, verb, command):
         """Return how to mend what is left."""
         if_idle = "if no task of it runs, " if self.killed else ""
-        return f"; {if_idle}{verb} it{on(self.node)} with: pct {command}"
+        return f"; {if_idle}{verb} it{on(self.node)} with: {command}"
 
     def made_or_gone(self, texts):
         """Return what to say of what a step has made or removed, though it failed, as texts.
@@ -3728,7 +3794,7 @@ class Change:
         A task that has done all its work ends with 255 if its log cannot be written, as on a full
         disk (PVE::RESTEnvironment, fork_worker; PVE::Tools, upid_read_status).
         """
-        (_, before, had), (_, now, has) = (
+        (expected, before, had), (coming, now, has) = (
             parse_config(each[self.vm_id] or "") for each in (self.before, texts))
         found = []
         for _, command, _, name, *_ in (step for step in self.failed_steps() if len(step) > 3):
@@ -3738,7 +3804,7 @@ class Change:
                         and "lock" not in clone):
                     without = ", without its address" if self.values["ip"] else ""
                     found.append(f"VM {name} is there now{without}"
-                                 + self.how("remove", f"destroy {name}"))
+                                 + self.how("remove", destroying(name, texts[int(name)])))
             elif (command == "snapshot" and name in has and "snapstate" not in has[name]
                     and name not in had
                     and not name.startswith(TEMPORARY_SNAPSHOT)):       # of that one all is said
@@ -3750,6 +3816,12 @@ class Change:
                 found.append(f"VM {self.vm_id} {was} rolled back to snapshot '{name}'")
             elif command == "destroy" and texts[self.vm_id] is None:
                 found.append(f"VM {self.vm_id} is gone now")
+            elif command == "set" and coming.get(name[2:]) != expected.get(name[2:]):
+                key = name[2:]              # of "--cores" or "--memory"
+                pends = now.get(key) != coming[key]
+                found.append(f"VM {self.vm_id} has {key} {coming[key]} "
+                             + (f"from its next start on; take that back{on(self.node)} with: "
+                                f"pct set {self.vm_id} --revert {key}" if pends else "now"))
         return found
 
     def frozen(self):
@@ -3778,15 +3850,22 @@ class Change:
             # Each volume is entered once it is whole (PVE::API2::LXC, clone_vm: update_conf).
             return [f"VM {vm_id} is left half-made; if no task of it runs, "
                     f"remove it{on(self.node)} with: "
-                    f"pct unlock {vm_id} && pct destroy {vm_id}",
+                    f"pct unlock {vm_id} && {destroying(vm_id, texts[vm_id])}",
                     "A volume that was being copied stays, for its configuration does not name it; "
                     f"look for it{on(self.node)} with: pvesm list STORAGE --vmid {vm_id}"]
-        for step in self.failed_steps():
+        for step in self.failed_steps() + self.kept_locks:
             own, mend = OWN_LOCKS.get(step[1], (None, ""))
             if lock == own and vm_id == self.vm_id:
+                if self.snapshot_gone:      # so the same again would fail again
+                    mend = mend + " --force 1" if step[1] == "delsnapshot" else ""
+                name = "".join(step[3:4])
                 command = f"pct unlock {vm_id}" + mend.format(
-                    vm_id=vm_id, name="".join(step[3:4]), start=" --start 1" if self.ran else "")
-                return [f"VM {vm_id} is left with the lock '{lock}'; if no task of it runs, "
+                    vm_id=vm_id, name=name, start=" --start 1" if self.ran else "")
+                return [*(f"If the volume {volume} is missing{on(self.node)}, first make it anew, "
+                          "in its volume GROUP, from its snapshot: "
+                          f"lvcreate -kn -n {volume} -s GROUP/snap_{volume}_{name}"
+                          for volume in self.removed_volumes[-1:]),
+                        f"VM {vm_id} is left with the lock '{lock}'; if no task of it runs, "
                         f"mend it{on(self.node)} with: {command}"]
         return [f"VM {vm_id} is locked by Proxmox ({lock}), by another task"]
 
@@ -3925,6 +4004,8 @@ class Changes:
                 raise change.problem.again()
             return change.future.result()
         left = ()
+        if self.ending.done() and not change.steps:
+            raise stopping()                # after break_off, none begins
         if self.ending.done():
             why = f"has not finished, and the daemon stops: {change.goes_on()}"
             left = change.unfinished()
@@ -4941,7 +5022,8 @@ class Api:
                                 "operation": change.id},
                           {"Preference-Applied": "respond-async",
                            "Location": f"/operations?id={change.id}"})
-        seconds = getattr(self.config.proxmox, route.timeout) + values.get("timeout", 0)
+        # A shutdown that is not followed ends after twice its time (PVE::LXC, vm_stop).
+        seconds = getattr(self.config.proxmox, route.timeout) + 2 * values.get("timeout", 0)
         return self.changes.answer(change, client, seconds)
 
 
