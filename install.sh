@@ -15,6 +15,7 @@
 set -eu
 umask 022
 unset CDPATH                            # or cd might go elsewhere
+PATH=$PATH:/usr/sbin:/sbin              # which a shell from su may not have
 
 NAME=lxc_autoscale_api
 DESTDIR=${DESTDIR:-}
@@ -53,10 +54,11 @@ require_host() {
         [ -f "$HERE/$file" ] ||
             fail "$HERE/$file is missing; run install.sh from the project's folder."
     done
-    # The Python that will run the daemon also checks and asks it here.
+    # The Python that will run the daemon also checks and asks it here: always with -I, for what
+    # lies in the current folder must not stand for a module of its own.
     PYTHON=$(sed -n 's/^ExecStart=\([^ ]*\) .*/\1/p' "$HERE/$NAME.service")
     missing=""
-    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null ||
+    "$PYTHON" -Ic 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null ||
         missing="$missing Python-3.9-or-later-as-$PYTHON"
     if [ -z "$DESTDIR" ]; then
         [ "$(id -u)" -eq 0 ] || missing="$missing root-rights"
@@ -129,7 +131,7 @@ install_files() {
     put 0755 "$HERE/$NAME.py" "$MODULE"
     say "installed $DESTDIR$MODULE"
     drop_bytecode
-    "$PYTHON" -m py_compile "$DESTDIR$MODULE" || true       # a start does without, and takes longer
+    "$PYTHON" -Im py_compile "$DESTDIR$MODULE" || true      # a start does without, and takes longer
     put 0644 "$HERE/$NAME.service" "$UNIT"
     say "installed $DESTDIR$UNIT"
 }
@@ -137,8 +139,8 @@ install_files() {
 # A credential that stands in the unit moves beside it, where an upgrade leaves it alone.
 install_credential() {
     { ours && [ ! -e "$DESTDIR$CREDENTIAL" ]; } || return 0
-    lines=$(sed -nE '/^(Load|Set)Credential(Encrypted)?[[:space:]]*=[[:space:]]*api_key/p' \
-        "$DESTDIR$UNIT")
+    lines=$(sed -nE 's/^[[:space:]]+//
+        /^(Load|Set)Credential(Encrypted)?[[:space:]]*=[[:space:]]*api_key/p' "$DESTDIR$UNIT")
     [ -n "$lines" ] || return 0
     drop_in=$(mktemp)
     printf '[Service]\n%s\n' "$lines" >"$drop_in"
@@ -169,7 +171,7 @@ install_config() {
 # with_new_key: the sample with a key, and with --tls the certificate. The key comes near no
 # command line, where every user of the host could read it.
 with_new_key() {
-    "$PYTHON" -c 'import secrets, sys
+    "$PYTHON" -Ic 'import secrets, sys
 text = sys.stdin.read().replace("your-secret-api-key", secrets.token_hex(32))
 for setting, path in zip(("tls_certificate", "tls_key"), sys.argv[1:]):
     text = text.replace(f"{setting}: \"\"", f"{setting}: \"{path}\"")
@@ -194,6 +196,10 @@ same_but_key() {
 rotated_by() {
     for file in "$DESTDIR/etc/logrotate.conf" "$DESTDIR${LOGROTATE%/*}"/*; do
         case $file in "$DESTDIR$LOGROTATE" | "$DESTDIR$LOGROTATE.tmp") continue ;; esac
+        # Such copies logrotate passes over, too (its tabooext).
+        case $file in
+        *,v | *~ | *.bak | *.cfsaved | *.disabled | *.swp | *.dpkg-* | *.rpm* | *.ucf-*) continue ;;
+        esac
         [ -f "$file" ] || continue
         if rotated_paths "$file" | while read -r path; do
             # Unquoted, for the path may be a pattern, such as /var/log/autoscaleapi*.log.
@@ -211,7 +217,15 @@ rotated_paths() {
     scripts='(pre|post)rotate|(first|last)action|preremove'
     sed -E "/^[[:space:]]*#/d
         /^[[:space:]]*($scripts)/,/^[[:space:]]*endscript/d" "$1" |
-        tr -s '[:space:]"{}' '\n' | grep '^/' || true
+        tr -s "[:space:]\"'{}" '\n' | grep '^/' || true
+}
+
+# changed_rotation SAMPLE: whether the administrator has changed how our file rotates, or named
+# other logs there. Which of our own it names is up to us.
+changed_rotation() {
+    [ -e "$DESTDIR$LOGROTATE" ] || return 1
+    [ "$(sed '0,/{/d' "$DESTDIR$LOGROTATE")" = "$(sed '0,/{/d' "$1")" ] || return 0
+    rotated_paths "$DESTDIR$LOGROTATE" | grep -vxqF "$(printf '%s\n' "$LOGS" | tr ' ' '\n')"
 }
 
 # logrotate refuses a log that two files name, and then skips our file as a whole.
@@ -240,9 +254,7 @@ $logs{
     notifempty
 }
 END
-    # Which logs it names is up to us, and how they are rotated to the administrator.
-    if [ -e "$DESTDIR$LOGROTATE" ] &&
-        [ "$(sed '0,/{/d' "$DESTDIR$LOGROTATE")" != "$(sed '0,/{/d' "$rotate")" ]; then
+    if changed_rotation "$rotate"; then
         say "kept $DESTDIR$LOGROTATE, which was changed"
     else
         put 0644 "$rotate" "$LOGROTATE"
@@ -256,7 +268,7 @@ credential_line() {
     for folder in usr/lib run etc; do
         folder="$DESTDIR/$folder/systemd/system/$NAME.service"
         cat "$folder" "$folder.d"/*.conf 2>/dev/null || true
-    done | sed -nE 's/[[:space:]]*=[[:space:]]*/=/; s/[[:space:]]+$//
+    done | sed -nE 's/^[[:space:]]+//; s/[[:space:]]*=[[:space:]]*/=/; s/[[:space:]]+$//
         /^((Load|Set)Credential(Encrypted)?=(api_key(:.*)?)?$|ImportCredential=)/p' | tail -n 1
 }
 
@@ -299,7 +311,7 @@ check_config() {
     set -- --version
     [ ! -e "$DESTDIR$CONFIG" ] || set -- --config "$DESTDIR$CONFIG" --check-config
     status=0
-    said=$(with_credential "$PYTHON" "$HERE/$NAME.py" "$@" 2>&1 >/dev/null) || status=$?
+    said=$(with_credential "$PYTHON" -I "$HERE/$NAME.py" "$@" 2>&1 >/dev/null) || status=$?
     [ -z "$said" ] || printf '%s\n' "$said" >&2
     case $status in
     0) ;;
@@ -320,10 +332,10 @@ restart_service() {
 # health: the URL, with what curl needs for it, and the answer of /health/check, as the
 # configuration says where. Nobody else can answer on an address of this host.
 health() {
-    with_credential "$PYTHON" -B - \
+    with_credential "$PYTHON" -IB - \
         "$DESTDIR${MODULE%/*}" "$DESTDIR$CONFIG" "$TLS_CERTIFICATE" "$TLS_CA" <<'END'
 import sys, urllib.error, urllib.request
-sys.path[0] = sys.argv[1]               # there it has its bytecode
+sys.path.append(sys.argv[1])            # there it has its bytecode
 import lxc_autoscale_api as daemon
 config = daemon.read_settings(sys.argv[2])
 server = config.server
@@ -356,10 +368,9 @@ wait_until_healthy() {
 # say_key: the line by which a shell learns the key, from the daemon's own reader of its settings.
 # While the service runs, its credential is where systemd put it.
 say_key() {
-    say "  KEY=\$(cd $DESTDIR${MODULE%/*} &&" \
-        "CREDENTIALS_DIRECTORY=$DESTDIR/run/credentials/$NAME.service" \
-        "$PYTHON -Bc 'import $NAME as api;" \
-        "print(*api.read_settings(\"$DESTDIR$CONFIG\").keys[:1])')"
+    say "  KEY=\$(CREDENTIALS_DIRECTORY=$DESTDIR/run/credentials/$NAME.service" \
+        "$PYTHON -IBc 'import sys; sys.path.append(\"$DESTDIR${MODULE%/*}\");" \
+        "import $NAME as api; print(*api.read_settings(\"$DESTDIR$CONFIG\").keys[:1])')"
 }
 
 start_service() {
@@ -375,6 +386,10 @@ start_service() {
     fi
     put_back
     restart_service || true
+    if ! ours && [ -e "$DESTDIR$CONFIG.flask" ]; then
+        say "the old service needs its configuration:" \
+            "mv $DESTDIR$CONFIG.flask $DESTDIR$CONFIG && systemctl restart $NAME" >&2
+    fi
     fail "the new version did not become healthy, and the old one was put back;\
  see: journalctl -u $NAME"
 }
