@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -I
 """A REST API to scale, snapshot, clone and watch the LXC containers of a Proxmox VE host.
 
 How a request travels. The file begins with what stands at the bottom of this drawing: what is
@@ -233,9 +233,9 @@ def hanging():
                        "see: systemctl status pve-cluster", RETRY_SECONDS)
 
 
-def internal_error(error):
-    return Problem(
-        500, f"Internal error ({type(error).__name__}); the daemon's error log says more")
+def internal_error(error, **fields):
+    return Problem(500, f"Internal error ({type(error).__name__}); the daemon's error log says "
+                        "more", **fields)
 
 
 class ClientLeft(Exception):
@@ -852,8 +852,8 @@ def keys_in_force(login, credential, where):
             raise ConfigError(1, f"no key here, and the credential api_key {error}") from None
     if login.enabled and not keys:
         line = where.get(("authentication", "api_key")) or where.get(("authentication",)) or 1
-        raise ConfigError(line, "authentication.api_key is missing; "
-                                "set one, such as from: openssl rand -hex 32")
+        raise ConfigError(line, "authentication.api_key is missing, and no credential api_key was "
+                                "passed; set one, such as from: openssl rand -hex 32")
     readers = login.read_only_keys
     if set(readers) & set(keys):
         raise ConfigError(where["authentication", "read_only_keys"],
@@ -928,12 +928,13 @@ def is_description(text):
         r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", text)
 
 
-class Parameter(namedtuple("Parameter", "name kinds test rule schema default also")):
+class Parameter(namedtuple(
+        "Parameter", "name kinds test rule schema default also note", defaults=[""])):
     """What a client may send under a name, or under one of the names in `also`.
 
     A value is taken if its type is one of `kinds` and test(value) agrees; `rule` says that in
     words, and `schema` as JSON Schema. Where nothing is sent it is `default`, unless that is
-    REQUIRED.
+    REQUIRED. A `note` tells the unit, or what happens without it.
     """
 
     def parse(self, value):
@@ -945,11 +946,11 @@ class Parameter(namedtuple("Parameter", "name kinds test rule schema default als
         raise ValueError(self.rule)
 
 
-def number_parameter(name, low, high, default=REQUIRED, also=()):
+def number_parameter(name, low, high, default=REQUIRED, also=(), note=""):
     return Parameter(
         name, (int,), range(low, high + 1).__contains__,
         f"must be an integer between {low} and {high}",
-        {"type": "integer", "minimum": low, "maximum": high}, default, also)
+        {"type": "integer", "minimum": low, "maximum": high}, default, also, note)
 
 
 def text_parameter(name, test, rule, default=None, also=(), **schema):
@@ -969,9 +970,9 @@ def name_parameter(name, longest):
         REQUIRED, pattern=f"^{first}{more}*$", minLength=1, maxLength=longest)
 
 
-def flag_parameter(name):
+def flag_parameter(name, note):
     return Parameter(name, (bool,), lambda _: True, "must be true or false (a JSON boolean)",
-                     {"type": "boolean"}, None, ())
+                     {"type": "boolean"}, None, (), note)
 
 
 VM_ID = number_parameter("vm_id", 100, 999999, also=("lxc_id", "container_id"))
@@ -985,11 +986,14 @@ NEW_VM_NAME = text_parameter(
     "and ends with a letter or digit", REQUIRED, also=("new_lxc_name", "hostname"),
     pattern=rf"^{LABEL}(?:\.{LABEL})*$", minLength=1, maxLength=63)
 CORES = number_parameter("cores", 1, 128)
-MEMORY = number_parameter("memory", 64, 1048576)
-DISK_SIZE = number_parameter("disk_size", 1, 16384)     # ext4's default bound; more breaks it
+MEMORY = number_parameter("memory", 64, 1048576, note="in MB")
+# More than ext4's default bound breaks it.
+DISK_SIZE = number_parameter("disk_size", 1, 16384, note="in GB, by which the disk grows")
 SNAPSHOT_NAME = name_parameter("snapshot_name", 100)
 NODE_NAME = name_parameter("node_name", 50)
-START, FULL = flag_parameter("start"), flag_parameter("full")
+START = flag_parameter(
+    "start", "without it, the clone is started unless its static address would be there twice")
+FULL = flag_parameter("full", "without it, a template is cloned linked, and all else in full")
 STORAGE = text_parameter(
     "storage", matches(r"[A-Za-z][A-Za-z0-9._-]{1,99}"),
     "must be a storage id: a letter, then letters, digits, - _ or . (ASCII), 2 to 100 characters",
@@ -1004,7 +1008,7 @@ CURRENT_SIZE = Parameter(
     "current_size", (int, float), lambda size: 0 <= size < 2 ** 53,
     "must be a number of GB, as the container's configuration tells it",
     {"type": "number", "minimum": 0}, None, ())
-TIMEOUT = number_parameter("timeout", 1, 3600, default=60)
+TIMEOUT = number_parameter("timeout", 1, 3600, default=60, note="in seconds")
 DESCRIPTION = text_parameter(
     "description", is_description,
     "must be at most 1024 characters, without control characters but line ends", maxLength=1024)
@@ -3734,7 +3738,7 @@ class Change:
                 log.exception("internal error in %s", self.title)
         self.warnings = notes + self.warnings       # for who asks /operations
         # Trying again would do the first steps twice.
-        error = problem.error.partition("; try again")[0]
+        error = re.split("(?:;| and) try again", problem.error)[0]
         concluded = Problem(status, error, outcome=outcome, **problem.fields)
         concluded.add_details(*notes, *self.left)
         return concluded
@@ -4051,6 +4055,7 @@ class Changes:
             if not change.future.set_running_or_notify_cancel():
                 return None
             change.began = time.time()
+            log.info("change %s by %s: begun", change.title, change.client, extra=UNWAITED)
             change.started.set_result(None)
             try:
                 return change.run(node, slots)
@@ -4094,8 +4099,9 @@ class Changes:
             if found:                       # and not since the one before was refused
                 vm_id, first = found
                 since = utc(int(first.began or first.requested))
-                self.cancel(change, Problem(409, f"VM {vm_id} is busy for over {LOCK_SECONDS} s "
-                                                 f"with: {first.title}, since {since}"))
+                self.cancel(change, Problem(
+                    409, f"VM {vm_id} has been busy for over {LOCK_SECONDS} s, now with: "
+                         f"{first.title}, since {since}"))
 
     def record_end(self, change):
         """Log and count a change's end, before its caller and /operations tell of it."""
@@ -4762,14 +4768,21 @@ def describe_error(status, schema):
 
 
 def describe_parameter(parameter):
+    """Return (a parameter's description, its JSON Schema)."""
     others = " or ".join(parameter.also)
-    return parameter.rule + (f"; may also be called {others}" if others else "")
+    text = "; ".join(filter(None, (
+        parameter.rule, parameter.note, others and f"may also be called {others}")))
+    has_default = parameter.default not in (REQUIRED, None)
+    return text, {**parameter.schema, **({"default": parameter.default} if has_default else {})}
 
 
 def describe_route(path, route):
     kind = "application/json" if route.answer else "text/plain"
     good = {kind: {"schema": route.answer or {"type": "string"}}}
-    headers = describe_headers(RATE_HEADERS if route.limited else ())
+    # Where a setting says whether a key is needed, it says so of the limit, too.
+    limited = route.limited or route.key not in (True, False)
+    headers = describe_headers(RATE_HEADERS if limited else ())
+    parameters = [(each, describe_parameter(each)) for each in route.parameters]
     error, keys = "ChangeError" if route.changes else "Error", [{"header": []}, {"query": []}]
     described = {
         "operationId": path.strip("/").replace("/", "_").replace(".", "_"),
@@ -4788,8 +4801,7 @@ def describe_route(path, route):
     if route.method == "GET":
         described["parameters"] = [
             {"name": each.name, "in": "query", "required": each.default is REQUIRED,
-             "description": describe_parameter(each),
-             "schema": each.schema} for each in route.parameters]
+             "description": text, "schema": schema} for each, (text, schema) in parameters]
     else:
         accepted = {"application/json": {"schema": called("Accepted")}}
         described["responses"]["202"] = {
@@ -4801,8 +4813,8 @@ def describe_route(path, route):
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": {
             "type": "object", "additionalProperties": False,
             "required": [each.name for each in route.parameters if each.default is REQUIRED],
-            "properties": {each.name: {"description": describe_parameter(each), **each.schema}
-                           for each in route.parameters}}}}}
+            "properties": {each.name: {"description": text, **schema}
+                           for each, (text, schema) in parameters}}}}}
     return described
 
 
@@ -5024,7 +5036,13 @@ class Api:
                            "Location": f"/operations?id={change.id}"})
         # A shutdown that is not followed ends after twice its time (PVE::LXC, vm_stop).
         seconds = getattr(self.config.proxmox, route.timeout) + 2 * values.get("timeout", 0)
-        return self.changes.answer(change, client, seconds)
+        try:
+            return self.changes.answer(change, client, seconds)
+        except (Problem, ClientLeft):
+            raise
+        except Exception as error:          # the change itself goes on
+            log.exception("internal error in %s", change.title)
+            raise internal_error(error, outcome=UNKNOWN, operation=change.id) from None
 
 
 # TLS
@@ -5100,12 +5118,13 @@ def load_tls(certificate, key):
         return context, end_of_certificate(file.read())
 
 
-def read_tls(config, files):
+def read_tls(config, files, old=None):
     """Return (SSLContext for connections to come, when its certificate ends), or Nones.
 
     Of the files that are named, one that cannot be used is a ConfigError. They may lie under
     /etc/pve, and nobody waits for that without end; if it hangs or is not mounted, as it may
-    be while a host starts, that passes, and systemd tries the start again.
+    be while a host starts, that passes, and systemd tries the start again. If it hangs and the
+    old settings name the same files, what these held stays: a key must be revocable even then.
     """
     certificate, key = config.server.tls_certificate, config.server.tls_key
     if not certificate:
@@ -5115,6 +5134,9 @@ def read_tls(config, files):
     except BadFile as fault:
         raise bad_file(config, *fault.args) from None
     except Problem as problem:
+        if old and (certificate, key) == (old.server.tls_certificate, old.server.tls_key):
+            log.warning("server.tls_certificate is not read anew: %s", problem.error)
+            return old.tls, old.tls_ends
         line = config.where["server", "tls_certificate"]
         raise ConfigError(line, f"server.tls_certificate: {problem.error}", code=1) from None
 
@@ -5263,7 +5285,6 @@ TOO_MANY = (f"{STATUS_LINES[503]}Retry-After: 1\r\nContent-Type: application/jso
 
 class Server(ThreadingHTTPServer):
     """Connections, a thread each and at most `max_connections` of them."""
-    daemon_threads = True
     request_queue_size = 512
 
     def __init__(self, config, api, handler):
@@ -5591,11 +5612,12 @@ class Handler(BaseHTTPRequestHandler):
             request = self.read_request()
         except Problem as problem:
             self.linger, self.client.address = True, self.client_address[0]
-            self.server.api.count("other", "unknown", problem.status, 0)
+            self.server.api.count(self.method or "other", self.path if self.path in PATHS
+                                  else "unknown", problem.status, 0)
             # Of a request line that cannot be read, the method may be plain.
             method = self.method or bytes(self.buffer[:7]).partition(b" ")[0].decode("latin-1")
-            shown = "HEAD" if method == "HEAD" else "-"     # whose answer has no body
-            return self.respond(problem.answer(method in CHANGING), shown, "-", 0)
+            shown = self.method or ("HEAD" if method == "HEAD" else "-")    # a HEAD gets no body
+            return self.respond(problem.answer(method in CHANGING), shown, self.path or "-", 0)
         except (ClientLeft, OSError):
             return None
         speaks_for = client_of(request.headers, self.client_address[0],
@@ -5633,16 +5655,17 @@ class Handler(BaseHTTPRequestHandler):
 
         It raises ClientLeft if the connection ends, or if no request begins in time.
         """
-        self.method = None                  # not known yet
+        self.method = self.path = None      # not known yet
         self.await_request()
         line_end = self.read_until(b"\r\n", 0, MAX_LINE, 414, "The request line is")
-        self.method, path, query, self.minor = parse_request_line(bytes(self.buffer[:line_end]))
+        self.method, self.path, query, self.minor = parse_request_line(
+            bytes(self.buffer[:line_end]))
         end = self.read_until(b"\r\n\r\n", line_end, MAX_HEAD, 431, "The headers are")
         headers = parse_head(bytes(self.buffer[line_end + 2:end]), self.minor)
         del self.buffer[:end + 4]
         length = int(headers["content-length"]) if "content-length" in headers else None
         self.unread, self.continues = length or 0, "expect" in headers and self.minor == 1
-        return Request(self.method, path, query, headers, length, self.read_body, self.client)
+        return Request(self.method, self.path, query, headers, length, self.read_body, self.client)
 
     def read_until(self, marker, start, limit, status, what):
         """Return where `marker` begins in the buffer, from `start` on.
@@ -5820,10 +5843,11 @@ def read_file(path):
         return error
 
 
-def read_settings(path, files=None):
+def read_settings(path, files=None, old=None):
     """Read a file's settings; the ConfigError names file and line of each fault.
 
-    `files` reads it, and the files that it names, for they may hang.
+    `files` reads it, and the files that it names, for they may hang; `old` are the settings in
+    force, if there are any.
     """
     files = files or Files(Workers())
     try:
@@ -5834,7 +5858,7 @@ def read_settings(path, files=None):
         raise ConfigError(0, f"{path}: cannot be read: {raw.strerror}")
     try:
         config = load_settings(raw.decode("utf-8"), read_credential())
-        config.tls, config.tls_ends = read_tls(config, files)
+        config.tls, config.tls_ends = read_tls(config, files, old)
         return config
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
@@ -5934,12 +5958,15 @@ def warn_of_certificate(config):
                     config.server.tls_certificate, config.tls_ends)
 
 
-def reload(server, path):
-    """Take over keys, certificate, limits, container rules and logs; a bad file changes nothing."""
+def reload(server, path, files):
+    """Take over keys, certificate, limits, container rules and logs; a bad file changes nothing.
+
+    `files` reads it.
+    """
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
     old = server.api.config
     try:
-        config = read_settings(path, server.api.host.files)
+        config = read_settings(path, files, old)
     except ConfigError as error:
         for told in error.text.split("\n"):
             complain(f"not reloaded, the old settings stay: {told}")
@@ -5985,11 +6012,12 @@ def serve(server, signals, config_path):
     threading.Thread(
         target=warn_of_forgotten_snapshots, args=(server.api.host,), daemon=True).start()
     stopping = threading.Event()
+    files = Files(server.api.workers)       # apart: a hung /etc/pve must not keep a key in force
     threading.Thread(
         target=feed_watchdog, args=(server, watchdog_seconds(), stopping), daemon=True).start()
     number = signals.next()
     while number == signal.SIGHUP:
-        reload(server, config_path)
+        reload(server, config_path, files)
         number = signals.next()
     stopping.set()
     notify("STOPPING=1")
@@ -6010,7 +6038,7 @@ def exit_now():
     Threads may still be anywhere, in OpenSSL too, and would use what is being freed: with 500
     TLS handshakes just over, CPython 3.13 was once ended so by "double free or corruption".
     """
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):       # None: it was closed at the start
         with suppress(OSError):
             stream.flush()
     os._exit(0)

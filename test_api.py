@@ -1747,8 +1747,10 @@ def test_a_text_of_a_request_cannot_look_like_the_rest_of_its_line(api):
     forged = "x by 192.0.2.66 with key deadbeef: done, after 0.1 s"
     assert api.post("/snapshot/create", {
         "vm_id": 104, "snapshot_name": "s1", "description": forged}).status == 200
-    line, = [line for line in api.log().splitlines() if " change " in line]
-    assert f" vm_id=104 snapshot_name=s1 description='{forged}' by 127.0.0.1 with key " in line
+    lines = [line for line in api.log().splitlines() if " change " in line]
+    assert len(lines) == 2                  # of its begin and its end
+    for line in lines:
+        assert f" vm_id=104 snapshot_name=s1 description='{forged}' by 127.0.0.1 with key " in line
 
 
 def test_a_log_whose_file_cannot_be_closed_is_opened_anew(tmp_path, monkeypatch):
@@ -2068,7 +2070,7 @@ def test_all_that_is_wrong_with_keys_and_values_is_told_in_one_run(tmp_path):
     no_key = "server:\n  port: 0\nauthentication:\n  apikey: 1\n"
     assert [line.partition(";")[0] for line in check_config(tmp_path, no_key)[1].splitlines()] == [
         f"{path}:2: server.port must be an integer between 1 and 65535",
-        f"{path}:3: authentication.api_key is missing",
+        f"{path}:3: authentication.api_key is missing, and no credential api_key was passed",
         f"{path}:4: unknown key 'authentication.apikey'"]
     assert check_config(tmp_path, "a: 1\nb: [\nc: 1\n")[1].count("\n") == 1
 
@@ -6164,7 +6166,8 @@ def test_a_change_that_takes_too_long_goes_on_reserved_and_logged(launch, host):
     busy = api.post("/scale/ram", {"vm_id": 104, "memory": 512})
     assert busy.status == 409
     assert re.fullmatch(
-        r"VM 104 is busy for over 0\.3 s with: POST /scale/cores vm_id=104 cores=5, since \S+Z",
+        r"VM 104 has been busy for over 0\.3 s, now with: POST /scale/cores vm_id=104 cores=5, "
+        r"since \S+Z",
         busy.body["error"])
     # another container is free
     assert api.post("/snapshot/create", {"vm_id": 106, "snapshot_name": "s1"}).status == 200
@@ -6587,6 +6590,7 @@ def test_a_stop_tells_of_a_change_that_has_only_looked_that_nothing_was_done(lau
     assert (reply.status, reply.body, reply.headers["Retry-After"]) == (
         503, refused("Nothing was done: The daemon is stopping"), "30")
     assert api.process.wait(10) == 0 and host.calls() == ["pct status 104"]
+    wait_until(lambda: host.ended("status"))
 
 
 def test_a_stop_tells_what_waits_and_what_runs_apart(launch, host):
@@ -6681,7 +6685,7 @@ def test_who_waits_for_a_change_that_is_refused_goes_on(launch, host):
         behind = pool.submit(api.post, "/power/start", {"vm_id": 106})
         reply = clone.result()
         assert (reply.status, reply.body["error"].partition(" with: ")[0]) == (
-            409, "VM 104 is busy for over 0.5 s")
+            409, "VM 104 has been busy for over 0.5 s, now")
         assert behind.result().body == ok("Started VM 106") and not busy.done()
         host.go()
         assert busy.result().status == 200
@@ -7803,8 +7807,7 @@ def test_a_container_that_a_rollback_stopped_before_it_failed_is_told(api, host)
         host.go()
         reply = asked.result()
     assert (reply.status, reply.body) == (409, error(
-        "The container is just starting or stopping; look at its state and try again",
-        outcome="incomplete",
+        "The container is just starting or stopping; look at its state", outcome="incomplete",
         details="container did not stop\n"
                 "VM 104 ran before and is stopped now; start it with: pct start 104"))
 
@@ -7815,8 +7818,7 @@ def test_a_failed_start_or_shutdown_tells_the_state_now_whatever_the_file_says(a
                 shutdown={"dies_after": True})
     reply = api.post("/power/start", {"vm_id": 106})
     assert (reply.status, reply.body) == (409, error(
-        "The container is just starting or stopping; look at its state and try again",
-        outcome="incomplete",
+        "The container is just starting or stopping; look at its state", outcome="incomplete",
         details="unable to get PID for CT 106 (not running?)\nVM 106 is stopped now"))
     reply = api.post("/power/shutdown", {"vm_id": 104})
     assert (reply.status, reply.body) == (500, error(
@@ -8029,6 +8031,32 @@ def test_after_a_fault_of_ours_what_the_last_steps_did_is_called_unknown(launch,
     reply = api.post("/clone/create", {"vm_id": 106, "new_vm_id": 105, "new_vm_name": "x"})
     assert (reply.status, reply.body["outcome"], reply.body["details"]) == (
         500, "unknown", "VM 105 was cloned")
+
+
+def test_a_fault_of_ours_while_a_change_is_waited_for_is_not_called_nothing_done(launch, host):
+    api = launch(constants={"Changes.answer": Code("lambda *_: 1 / 0")})
+    reply = api.post("/scale/cores", {"vm_id": 104, "cores": 4})
+    row, = operations(api)
+    assert (reply.status, reply.body) == (500, error(
+        "Internal error (ZeroDivisionError); the daemon's error log says more",
+        outcome="unknown", operation=row["id"]))
+    assert "internal error in POST /scale/cores vm_id=104 cores=4" in api.log("error")
+    wait_until(lambda: operations(api)[0]["state"] == "done")
+    assert host.conf(104)["cores"] == "4"
+
+
+def test_that_a_change_begins_is_logged_for_its_end_may_be_in_no_log(api, host):
+    host.faults(set={"delay": True})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(api.post, "/scale/cores", {"vm_id": 104, "cores": 4})
+        wait_until(host.calls)
+        wait_until(lambda: api.log().endswith(
+            f" INFO change POST /scale/cores vm_id=104 cores=4 by {ASKER}: begun\n"))
+        api.process.kill()
+        assert api.process.wait(10) == -signal.SIGKILL
+        host.go()
+        wait_until(lambda: host.ended("set"))
+        assert isinstance(asked.exception(), (OSError, http.client.HTTPException))
 
 
 def test_a_fault_of_ours_in_telling_what_is_left_costs_nobody_the_answer(launch, host):
@@ -8455,7 +8483,7 @@ def test_a_clone_is_started_if_asked(api, host):
     reply = api.post("/clone/create", {**body, "start": True})
     assert (reply.status, reply.body["error"]) == (
         409, "VM 105 was cloned, but did not start: The container is just starting or stopping; "
-             "look at its state and try again")
+             "look at its state")
     assert reply.body["details"].endswith(
         "start it with: pct start 105, or remove it with: pct destroy 105")
 
@@ -8574,6 +8602,25 @@ def test_the_description_has_every_route_parameter_and_code(steady):
     assert headers["Retry-After"] == {
         "description": "Seconds after which to try again.", "schema": {"type": "integer"}}
     assert {each["schema"]["type"] for each in headers.values()} == {"integer", "string"}
+
+
+def test_the_description_tells_units_defaults_and_what_happens_without_a_parameter(steady):
+    paths = steady.get("/openapi.json").body["paths"]
+
+    def described(path, name):
+        found = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        return found["properties"][name]
+    assert described("/power/shutdown", "timeout") == {
+        "type": "integer", "minimum": 1, "maximum": 3600, "default": 60,
+        "description": "must be an integer between 1 and 3600; in seconds"}
+    assert described("/scale/storage/increase", "disk")["default"] == "rootfs"
+    assert described("/scale/ram", "memory")["description"].endswith("; in MB")
+    assert described("/clone/create", "full") == {
+        "type": "boolean",
+        "description": "must be true or false (a JSON boolean); without it, a template is cloned "
+                       "linked, and all else in full"}
+    # which limits it if a setting says that it needs a key
+    assert set(paths["/metrics"]["get"]["responses"]["200"]["headers"]) == set(module.RATE_HEADERS)
 
 
 JSON_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool,
@@ -9211,17 +9258,38 @@ def test_a_certificate_that_hangs_is_read_by_one_thread_only(tmp_path, monkeypat
     wait_until(lambda: not files.hung)
 
 
-def test_a_certificate_that_hangs_at_a_reload_delays_nobody(launch, host):
-    api = launch(tls=True, constants={"FILE_SECONDS": 0.3})
+def test_a_certificate_that_hangs_at_a_reload_delays_nobody_and_no_key(launch, host):
+    api, new = launch(tls=True, constants={"FILE_SECONDS": 0.3}), "another-key-0123456789"
     (host.root / "tls.pem").unlink()
     os.mkfifo(host.root / "tls.pem")
+    config = host.root / "api.yaml"
+    config.write_text(config.read_text().replace(KEY, new))
     api.process.send_signal(signal.SIGHUP)
     started = time.monotonic()
     assert api.get("/routes").status == 200 and time.monotonic() - started < 0.25
+    wait_until(lambda: " INFO reloaded " in api.log())
+    assert f"WARNING server.tls_certificate is not read anew: {HANGING}\n" in api.log("error")
+    assert (api.get("/routes").status, api.get("/routes", key=new).status) == (401, 200)
+    config.write_text(config.read_text().replace("tls.pem", "./tls.pem"))       # now another one
+    api.process.send_signal(signal.SIGHUP)
     wait_until(lambda: (f"not reloaded, the old settings stay: {host.root}/api.yaml:4: "
                         f"server.tls_certificate: {HANGING}") in api.log("error"))
-    assert api.get("/routes").status == 200
+    assert api.get("/routes", key=new).status == 200
     assert api.stop() == 0
+
+
+def test_while_etc_pve_hangs_a_reload_takes_over_keys(launch, host):
+    new, files = "another-key-0123456789", range(200, 200 + module.MAX_HUNG)
+    api = launch(constants={"FILE_SECONDS": 0.5})
+    for vm_id in files:
+        os.mkfifo(host.path(vm_id))
+    replies = side_by_side(*[(api.get, f"/resource/vm/config?vm_id={each}") for each in files])
+    assert {reply.status for reply in replies} == {503}
+    config = host.root / "api.yaml"
+    config.write_text(config.read_text().replace(KEY, new))
+    api.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: " INFO reloaded " in api.log())
+    assert (api.get("/routes").status, api.get("/routes", key=new).status) == (401, 200)
 
 
 @pytest.mark.parametrize("pem, end", [
@@ -9237,15 +9305,32 @@ def test_the_end_of_a_certificate_is_read_from_it(pem, end):
 
 # HTTP/1.1
 
+@pytest.mark.parametrize("method, path, header, code", [
+    ("POST", "/scale/cores", "Transfer-Encoding: chunked", 411),
+    ("DELETE", "/clone/delete", "Host: y", 400), ("POST", "/scale/ram", "Expect: foo", 417),
+    ("GET", "/routes", "X: " + "x" * 40000, 431), ("GET", "/x?api_key=secret", "no colon", 400)])
+def test_a_refused_request_whose_line_was_understood_is_logged_and_counted_by_it(
+        api, method, path, header, code):
+    answer = api.raw(framed(f"{method} {path} HTTP/1.1", "Host: x", header))
+    assert statuses(answer)[0] == [code]
+    path = path.partition("?")[0]
+    wait_until(lambda: re.search(
+        rf"^\S+Z 127\.0\.0\.1 {method} {path} {code} \d+ 0\.0 ms$", api.log("access"), re.M))
+    endpoint = path if path in module.PATHS else "unknown"
+    assert (f'lxc_autoscale_api_requests_total{{method="{method}",endpoint="{endpoint}",'
+            f'status="{code}"}} 1\n') in api.get("/metrics").body
+
+
 @pytest.mark.parametrize("request_line, header", [
     ("HEAD /routes HTTP/1.1", "no colon"), ("HEAD /é HTTP/1.1", "Host: x"),
     ("HEAD /routes HTTP/2.0", "Host: x")])
 def test_the_answer_to_a_head_that_cannot_be_read_has_no_body(api, request_line, header):
     head, _, body = api.raw(framed(request_line, header)).partition(b"\r\n\r\n")
     code = 505 if "2.0" in request_line else 400
+    path = "/routes" if "1.1" in request_line and "/routes" in request_line else "-"
     assert (int(head.split()[1]), body) == (code, b"")
     assert int(re.search(rb"\r\nContent-Length: (\d+)", head)[1]) > 50
-    wait_until(lambda: f" HEAD - {code} 0 0.0 ms\n" in api.log("access"))
+    wait_until(lambda: f" HEAD {path} {code} 0 0.0 ms\n" in api.log("access"))
 
 
 def test_where_a_body_s_end_is_not_known_nothing_after_it_is_read(launch):
@@ -10627,7 +10712,10 @@ def started_as_the_unit_says(folder, *options):
 def test_the_unit_starts_from_bytecode_and_without_it_from_the_source(tmp_path):
     assert install(tmp_path).returncode == 0
     version = (0, f"lxc_autoscale_api {module.VERSION}\n", "")
+    (tmp_path / "usr/local/bin/email.py").write_text("raise SystemExit('of an administrator')\n")
     assert started_as_the_unit_says(tmp_path, "--version") == version
+    done = subprocess.run([tmp_path / MODULE_PATH, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == version
     assert started_as_the_unit_says(tmp_path, "--what")[2].startswith(
         "usage: lxc_autoscale_api.py [-h]")
     path, (pyc,) = tmp_path / MODULE_PATH, bytecode(tmp_path)
@@ -10663,7 +10751,7 @@ case $1 in
 restart)
     stop
     CREDENTIALS_DIRECTORY=$DESTDIR/run/credentials/lxc_autoscale_api.service PATH={bin}:$PATH """
-    r"""{python} -Bc "import sys; del sys.argv[0]; sys.path[0] = '$DESTDIR/usr/local/bin'; """
+    r"""{python} -IBc "import sys; del sys.argv[0]; sys.path.append('$DESTDIR/usr/local/bin'); """
     r"""from lxc_autoscale_api import main; sys.exit(main())" lxc_autoscale_api.py """
     r"""--config $DESTDIR/etc/lxc_autoscale_ml/lxc_autoscale_api.yaml >/dev/null 2>>{root}/journal &
     echo $! >{root}/pid ;;
@@ -10827,7 +10915,7 @@ def test_an_upgrade_whose_configuration_does_not_fit_changes_nothing(installed, 
 # taken for granted.
 CREDENTIALS = [
     ("unit", "LoadCredential=api_key:/etc/key", True),
-    ("drop-in", "LoadCredential = api_key:/etc/key ", True),
+    ("drop-in", "  LoadCredential = api_key:/etc/key ", True),
     ("unit", "LoadCredentialEncrypted=api_key:/etc/key", False),
     ("drop-in", "SetCredential=api_key:x", False),
     ("drop-in", "LoadCredential=api_key", False), ("drop-in", "ImportCredential=api*", False)]
@@ -10957,6 +11045,19 @@ def test_over_a_unit_that_is_not_ours_a_failed_start_puts_that_one_back(tmp_path
     assert install(folder, "--purge", SYSTEMCTL=str(systemctl)).returncode == 0
     assert ([path for path in folder.rglob("*") if path.is_file()] == [unit]
             and "disable" not in (tmp_path / "calls").read_text())
+
+
+def test_a_flask_service_that_is_put_back_needs_its_configuration_and_that_is_told(tmp_path):
+    unit, config = tmp_path / UNIT_PATH, tmp_path / CONFIG_PATH
+    for path in (unit, config.with_name(config.name + ".flask")):
+        path.parent.mkdir(parents=True)
+        path.write_text("[Service]\nExecStart=/usr/bin/gunicorn\n")
+    done = install(tmp_path, SYSTEMCTL="false")
+    assert (done.returncode, done.stderr) == (
+        1, "the old service needs its configuration: "
+           f"mv {config}.flask {config} && systemctl restart lxc_autoscale_api\n"
+           "install.sh: the new version did not become healthy, and the old one was put back; "
+           "see: journalctl -u lxc_autoscale_api\n")
 
 
 def test_a_first_installation_that_does_not_become_healthy_stays_to_be_looked_at(tmp_path):
@@ -11103,6 +11204,20 @@ def test_an_upgrade_keeps_how_the_administrator_has_the_logs_rotated(tmp_path):
     assert ours.read_text() == changed
 
 
+def test_a_copy_of_the_logrotate_file_names_no_log_and_logs_that_have_moved_stay_named(tmp_path):
+    ours = tmp_path / LOGROTATE_PATH
+    assert install(tmp_path).returncode == 0
+    sample = ours.read_text()
+    for end in (".bak", "~", ".dpkg-old", ".disabled"):         # which logrotate passes over
+        ours.with_name(ours.name + end).write_text(sample)
+    for changed in (sample.replace("rotate 8", "rotate 52"),
+                    sample.replace(sample.split()[0], "/srv/logs/api.log", 1)):
+        ours.write_text(changed)
+        done = install(tmp_path)
+        assert f"kept {ours}, which was changed\n" in done.stdout and "left" not in done.stdout
+        assert ours.read_text() == changed
+
+
 def test_what_is_wrong_with_the_flask_service_s_configuration_is_told_in_one_run(tmp_path):
     code, said = check_config(tmp_path, FLASK_CONFIG)
     assert code == 78
@@ -11147,6 +11262,7 @@ FLASK_LOGROTATE = """\
     ("logrotate.d/zz", "/var/log/x.log\n/var/log/autoscaleapi_*.log\n{\n  daily\n}\n",
      ["_access", "_error"]),
     ("logrotate.conf", "weekly\n/var/log/autoscaleapi_error.log{\n}\n", ["_error"]),
+    ("logrotate.d/mine", "'/var/log/autoscaleapi.log' '/var/log/x.log' {\n}\n", [""]),
     ("logrotate.d/other", "# /var/log/autoscaleapi.log {\n/var/log/lxc_autoscale_api.log {\n"
                           "  postrotate\n    rm /var/log/autoscaleapi.log\n  endscript\n}\n", []),
 ])
@@ -11220,15 +11336,19 @@ def test_an_installation_without_what_it_needs_changes_nothing(tmp_path):
     tools.mkdir()
     for name in ("sh", "dirname", "id", "cat", "sed"):
         (tools / name).symlink_to(shutil.which(name))
-    source = newer_version(tmp_path)
-    unit = source / "lxc_autoscale_api.service"
+    source, more = newer_version(tmp_path), tmp_path / "sbin"
+    unit, script = source / "lxc_autoscale_api.service", source / "install.sh"
     unit.write_text(unit.read_text().replace("/usr/bin/python3 ", "/nowhere/python3 "))
-    done = subprocess.run([source / "install.sh"], capture_output=True, text=True,
-                          env={"PATH": str(tools)})
-    assert (done.returncode, done.stderr) == (
-        1, "install.sh: nothing was changed; missing: Python-3.9-or-later-as-/nowhere/python3"
-           f"{'' if os.getuid() == 0 else ' root-rights'} pct-(this-must-be-a-Proxmox-VE-host) "
-           "systemctl\n")
+    assert "PATH=$PATH:/usr/sbin:/sbin " in script.read_text()
+    script.write_text(script.read_text().replace(":/usr/sbin:/sbin ", f":{more} "))
+    for pct in (" pct-(this-must-be-a-Proxmox-VE-host)", ""):
+        done = subprocess.run([script], capture_output=True, text=True, env={"PATH": str(tools)})
+        assert (done.returncode, done.stderr) == (
+            1, "install.sh: nothing was changed; missing: Python-3.9-or-later-as-/nowhere/python3"
+               f"{'' if os.getuid() == 0 else ' root-rights'}{pct} systemctl\n")
+        more.mkdir(exist_ok=True)
+        (more / "pct").write_text("")
+        (more / "pct").chmod(0o755)
     assert (install(tmp_path, "--what").stderr
             == "install.sh: unknown option '--what'; known: --tls, --uninstall, --purge\n")
     assert not (tmp_path / "usr").exists()
@@ -11241,8 +11361,9 @@ def test_the_shipped_logrotate_file_names_the_shipped_logs(tmp_path):
     assert (tmp_path / LOGROTATE_PATH).read_text().splitlines()[0].split() == [*defaults, "{"]
 
 
-EXEC_START = ("/usr/bin/python3 -c \"import sys; del sys.argv[0]; sys.path[0] = '/usr/local/bin'; "
-              "from lxc_autoscale_api import main; sys.exit(main())\" "
+EXEC_START = ("/usr/bin/python3 -Ic \"import sys; del sys.argv[0]; "
+              "sys.path.append('/usr/local/bin'); from lxc_autoscale_api import main; "
+              "sys.exit(main())\" "
               "/usr/local/bin/lxc_autoscale_api.py")
 # Every directive of the unit, with what makes sure that it cannot stand in a command's way. What
 # is not here must not be there: most of what systemd offers reaches pct, and through it storage
