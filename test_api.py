@@ -10659,10 +10659,26 @@ def test_a_key_may_come_as_a_credential(host, launch, tmp_path):
 
 # What is installed
 
-def install(folder, *arguments, **env):
+def install(folder, *arguments, source=HERE, **env):
     """Run install.sh below a folder of its own."""
-    return subprocess.run([str(HERE / "install.sh"), *arguments], capture_output=True, text=True,
+    return subprocess.run([f"{source}/install.sh", *arguments], capture_output=True, text=True,
                           env={**os.environ, "DESTDIR": str(folder), **env})
+
+
+@functools.lru_cache(maxsize=None)
+def empty_module():
+    """A folder with the project but for its module, which is an empty file and so checked and
+    compiled at once: for what install.sh does with all the other files. It goes with this process.
+    """
+    folder = tempfile.TemporaryDirectory()
+    for name in ("install.sh", "lxc_autoscale_api.yaml", "lxc_autoscale_api.service"):
+        shutil.copy(HERE / name, folder.name)
+    (Path(folder.name) / MODULE.name).touch()
+    return folder
+
+
+def install_files(folder, *arguments, **env):
+    return install(folder, *arguments, source=empty_module().name, **env)
 
 
 MODULE_PATH, CONFIG_PATH, UNIT_PATH, LOGROTATE_PATH = (
@@ -10851,7 +10867,7 @@ def test_with_tls_the_health_is_asked_for_and_the_printed_line_works(
 
 def test_a_new_configuration_has_the_node_s_own_certificate_if_asked_for(tmp_path):
     (tmp_path / "pve/local").mkdir(parents=True)
-    first = install(tmp_path, "--tls")
+    first = install_files(tmp_path, "--tls")
     tree, _ = module.load_yaml((tmp_path / CONFIG_PATH).read_text())
     files = {"tls_certificate": "/etc/pve/local/pve-ssl.pem",
              "tls_key": "/etc/pve/local/pve-ssl.key"}
@@ -10862,19 +10878,19 @@ def test_a_new_configuration_has_the_node_s_own_certificate_if_asked_for(tmp_pat
         Path(path).rename(tmp_path / "pve/local" / Path(path).name.replace("tls.", "pve-ssl."))
     config = tmp_path / CONFIG_PATH
     config.write_text(config.read_text().replace(': "/etc/pve/local', f': "{tmp_path}/pve/local'))
-    again = install(tmp_path, "--tls")
+    again = install_files(tmp_path, "--tls")
     assert (again.returncode == 0 and "for TLS" not in again.stdout
             and not (tmp_path / (CONFIG_PATH + ".new")).exists())
 
 
 def test_to_a_configuration_that_is_kept_tls_is_not_added_but_said(tmp_path):
-    install(tmp_path)
+    install_files(tmp_path)
     before = (tmp_path / CONFIG_PATH).read_text()
     (tmp_path / CONFIG_PATH).write_text(
         before.replace('tls_certificate: ""', "tls_certificate: ''"))
-    assert "for TLS, set" in install(tmp_path, "--tls").stdout
+    assert "for TLS, set" in install_files(tmp_path, "--tls").stdout
     (tmp_path / CONFIG_PATH).write_text(before)
-    done = install(tmp_path, "--tls")
+    done = install_files(tmp_path, "--tls")
     assert done.returncode == 0 and (tmp_path / CONFIG_PATH).read_text() == before
     assert """for TLS, set these in it under server:, and run: systemctl reload lxc_autoscale_api
   tls_certificate: "/etc/pve/local/pve-ssl.pem"
@@ -11006,11 +11022,11 @@ def test_wherever_an_upgrade_is_cut_off_the_next_one_can_put_the_old_version_bac
         for name, text in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text)
-        cut = install(
+        cut = install_files(
             folder, PATH=f"{tools}:{os.environ['PATH']}", COUNT=str(count), LAST=str(last),
             SYSTEMCTL=str(tools / "systemctl"), TMPDIR=str(tmp_path))
         assert cut.returncode == -signal.SIGKILL, cut.stdout + cut.stderr
-        again = install(folder, SYSTEMCTL="false")
+        again = install_files(folder, SYSTEMCTL="false")
         assert (again.returncode, again.stderr) == (
             1, "install.sh: the new version did not become healthy, and the old one was put back; "
                "see: journalctl -u lxc_autoscale_api\n")
@@ -11078,7 +11094,7 @@ def test_whatever_the_umask_nothing_that_is_made_is_writable_by_others(tmp_path,
         path.chmod(0o755 if path.is_dir() else 0o644)
     for changed in (False, True):
         done = subprocess.run(
-            ["sh", "-c", f'umask {umask}; exec "$0"', HERE / "install.sh"],
+            ["sh", "-c", f'umask {umask}; exec "$0"', f"{empty_module().name}/install.sh"],
             capture_output=True, text=True, env={**os.environ, "DESTDIR": str(tmp_path)})
         assert done.returncode == 0, done.stderr
         (tmp_path / CONFIG_PATH).write_text(
@@ -11196,24 +11212,24 @@ def test_a_configuration_that_is_a_link_to_what_is_not_there_now_stays(tmp_path)
 
 def test_an_upgrade_keeps_how_the_administrator_has_the_logs_rotated(tmp_path):
     ours = tmp_path / LOGROTATE_PATH
-    assert f"installed {ours}\n" in install(tmp_path).stdout
-    assert f"installed {ours}\n" in install(tmp_path).stdout
+    assert f"installed {ours}\n" in install_files(tmp_path).stdout
+    assert f"installed {ours}\n" in install_files(tmp_path).stdout
     ours.write_text(ours.read_text().replace("rotate 8", "rotate 520"))
     changed = ours.read_text()
-    assert f"kept {ours}, which was changed\n" in install(tmp_path).stdout
+    assert f"kept {ours}, which was changed\n" in install_files(tmp_path).stdout
     assert ours.read_text() == changed
 
 
 def test_a_copy_of_the_logrotate_file_names_no_log_and_logs_that_have_moved_stay_named(tmp_path):
     ours = tmp_path / LOGROTATE_PATH
-    assert install(tmp_path).returncode == 0
+    assert install_files(tmp_path).returncode == 0
     sample = ours.read_text()
     for end in (".bak", "~", ".dpkg-old", ".disabled"):         # which logrotate passes over
         ours.with_name(ours.name + end).write_text(sample)
     for changed in (sample.replace("rotate 8", "rotate 52"),
                     sample.replace(sample.split()[0], "/srv/logs/api.log", 1)):
         ours.write_text(changed)
-        done = install(tmp_path)
+        done = install_files(tmp_path)
         assert f"kept {ours}, which was changed\n" in done.stdout and "left" not in done.stdout
         assert ours.read_text() == changed
 
@@ -11268,9 +11284,9 @@ FLASK_LOGROTATE = """\
 ])
 def test_no_log_is_named_by_two_logrotate_files(tmp_path, path, text, left):
     other, ours = tmp_path / "etc" / path, tmp_path / LOGROTATE_PATH
-    assert install(tmp_path).returncode == 0
+    assert install_files(tmp_path).returncode == 0
     other.write_text(text)
-    done = install(tmp_path)
+    done = install_files(tmp_path)
     said = [
         f"left the rotation of /var/log/autoscaleapi{name}.log to {other}, which names it already"
         for name in left]
@@ -11283,19 +11299,19 @@ def test_no_log_is_named_by_two_logrotate_files(tmp_path, path, text, left):
 
 
 def test_an_uninstallation_keeps_what_is_the_administrators_and_a_purge_does_not(tmp_path):
-    install(tmp_path)
+    install_files(tmp_path)
     log = tmp_path / "var/log/autoscaleapi.log"
     log.parent.mkdir(parents=True)
     log.write_text("x")
     (tmp_path / (MODULE_PATH + ".old")).write_text("left by an installation that was cut short")
     sockets = tmp_path / "run/lxc_autoscale_api"
     sockets.mkdir(parents=True)
-    assert install(tmp_path, "--uninstall").returncode == 0
+    assert install_files(tmp_path, "--uninstall").returncode == 0
     assert not list(tmp_path.rglob("*.old")) and not sockets.exists()
     assert [path for path in (MODULE_PATH, UNIT_PATH, LOGROTATE_PATH, CONFIG_PATH)
             if (tmp_path / path).exists()] == [CONFIG_PATH]
     assert log.exists()
-    assert install(tmp_path, "--purge").returncode == 0
+    assert install_files(tmp_path, "--purge").returncode == 0
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -11355,7 +11371,7 @@ def test_an_installation_without_what_it_needs_changes_nothing(tmp_path):
 
 
 def test_the_shipped_logrotate_file_names_the_shipped_logs(tmp_path):
-    install(tmp_path)
+    install_files(tmp_path)
     defaults = [default for key, (default, _) in module.SETTINGS["logging"].items()
                 if key != "log_level"]
     assert (tmp_path / LOGROTATE_PATH).read_text().splitlines()[0].split() == [*defaults, "{"]
