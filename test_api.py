@@ -1466,7 +1466,7 @@ def sharing(base, request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharing")
     sys.stdout.flush()
     gc.freeze()             # what is loaded is neither looked through again nor copied by helpers
-    for fixture in ("lab", "stage_here", "steady_tls", "installed"):
+    for fixture in ("lab", "stage_here", "steady_tls", "installed", "launch"):
         helpers.append(os.fork())
         if not helpers[-1]:
             become_helper(config, items, folder, fixture)
