@@ -3452,12 +3452,11 @@ class Change:
             raise
         self.lost.pop()
         self.killed |= result.exit < 0
-        if command == "rollback" and REPLICATION_BROKEN.search(result.stdout):
-            self.leave(f"VM {self.vm_id} has lost replication snapshots, and will be replicated as "
-                       f"a whole unless snapshot '{argv[3]}' stays until it was replicated once")
         if result.exit:
             raise self.failed(argv, result)
         self.done.append(argv)
+        for text in self.left_by(argv, result) if command == "rollback" else ():
+            self.leave(text)
         if command == "clone" and SOURCE_STAYED_LOCKED.search(result.stdout):
             self.keep_lock(argv)
         # stderr says nothing of the work that was done: storages, plugins and old lines of a
@@ -3473,38 +3472,55 @@ class Change:
     def failed(self, argv, result):
         """Return the Problem for a command that failed; it stays a step unless it changed nothing.
 
-        It changed nothing if Proxmox refused it before it began, or if it was the first step and
-        all is as before.
+        What it says to have left is told.
         """
         problem = failed(argv, result)
         self.snapshot_gone = problem.error == SNAPSHOT_GONE
         if argv[1] == "rollback":
             self.removed_volumes = VOLUME_REMOVED.findall(result.stdout)
+        left = self.left_by(argv, result)
+        for text in left:
+            self.leave(text)
+        if not left and self.changed_nothing(argv, result, problem):
+            self.steps.pop()
+        return problem
+
+    def left_by(self, argv, result):
+        """Return what a command says to have changed or left that its end does not tell.
+
+        Of a rollback this is so however it ends, of others if they failed.
+        """
+        if argv[1] == "resize" and (CONFIG_UNWRITTEN.search(result.stderr)
+                                    or GROWS_ON.search(result.stderr)):
+            return [f"The volume of VM {self.vm_id} may have grown, though its configuration does "
+                    f"not have the new size; to enter what it has{on(self.node)}: "
+                    f"pct rescan --vmid {self.vm_id}"]
+        if argv[1] == "set" and CONFIG_UNWRITTEN.search(result.stderr):
+            return [f"If VM {argv[2]} runs, it may have the new value until its next start"]
+        if argv[1] == "rollback" and REPLICATION_BROKEN.search(result.stdout):
+            return [f"VM {self.vm_id} has lost replication snapshots, and will be replicated as a "
+                    f"whole unless snapshot '{argv[3]}' stays until it was replicated once"]
+        if argv[1] in ("clone", "snapshot") and may_have_left_volumes(result):
+            vm_id = argv[3] if argv[1] == "clone" else argv[2]
+            return [f"A volume of VM {vm_id}, or a snapshot of one, may be left on its storage; "
+                    f"look for it{on(self.node)} with: pvesm list STORAGE --vmid {vm_id}"]
+        return []
+
+    def changed_nothing(self, argv, result, problem):
+        """Tell whether the last command, which failed, is known to have changed nothing.
+
+        Either Proxmox refused it before it began, or it was the first step and all is as before.
+        """
         at_once = not LOCK_STAYED.search(result.stderr) and (
             problem.status in (400, 404) or AT_ONCE.match(f"{argv[1]}: {problem.error}"))
-        if at_once and argv[1] == "clone" and "locked" in problem.error:
-            at_once = self.is_untouched(int(argv[3]))
+        if at_once and not (argv[1] == "clone" and "locked" in problem.error
+                            and not self.is_untouched(int(argv[3]))):
+            return True
         # A destroy frees volume after volume, and changes the configuration only when all have
         # gone (PVE::LXC, destroy_lxc_container): so that does not tell that nothing was done.
         passing = argv[1] != "destroy" and (
             problem.status == 503 or (problem.status != 500 and argv[1] not in POWER))
-        if argv[1] == "resize" and (CONFIG_UNWRITTEN.search(result.stderr)
-                                    or GROWS_ON.search(result.stderr)):
-            self.leave(
-                f"The volume of VM {self.vm_id} may have grown, though its configuration does not "
-                f"have the new size; to enter what it has{on(self.node)}: "
-                f"pct rescan --vmid {self.vm_id}")
-        elif argv[1] == "set" and CONFIG_UNWRITTEN.search(result.stderr):
-            self.leave(f"If VM {argv[2]} runs, it may have the new value until its next start")
-        elif argv[1] in ("clone", "snapshot") and may_have_left_volumes(result):
-            vm_id = argv[3] if argv[1] == "clone" else argv[2]
-            self.leave(f"A volume of VM {vm_id}, or a snapshot of one, may be left on its storage; "
-                       f"look for it{on(self.node)} with: pvesm list STORAGE --vmid {vm_id}")
-        elif argv[1] == "rollback" and REPLICATION_BROKEN.search(result.stdout):
-            pass                            # which has been told
-        elif at_once or (passing and len(self.steps) == 1 and self.is_as_before()):
-            self.steps.pop()
-        return problem
+        return passing and len(self.steps) == 1 and self.is_as_before()
 
     def is_untouched(self, vm_id):
         """Tell whether a container's file is known to be as before: the same, or not there.
