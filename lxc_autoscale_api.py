@@ -719,7 +719,7 @@ def listed(value):
 def network(text):
     """Read a network; an IPv4-mapped one as IPv4, as connections' addresses are."""
     found = ipaddress.ip_network(string(text), strict=False)
-    mapped = found.prefixlen >= 96 and getattr(found.network_address, "ipv4_mapped", None)
+    mapped = getattr(found.network_address, "ipv4_mapped", None)        # of /96 or longer only
     return ipaddress.ip_network((mapped, found.prefixlen - 96)) if mapped else found
 
 

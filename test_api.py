@@ -1649,6 +1649,18 @@ def test_a_log_s_disk_that_is_slow_is_waited_for_once(tmp_path, monkeypatch):
     assert (tmp_path / "log").read_text().count("line ") == 30
 
 
+def test_a_log_s_disk_that_hangs_is_waited_for_once(tmp_path):
+    os.mkfifo(tmp_path / "log")             # nobody reads it: opening it waits for ever
+    log, started = module.LogFile(), time.monotonic()
+    log.point(str(tmp_path / "log"), [])
+    for number in range(9):
+        log.add(f"line {number}", 0.3)
+    assert 0.3 <= time.monotonic() - started < 1 and log.hangs
+    with open(tmp_path / "log") as reader:
+        assert [reader.readline()[-7:] for _ in range(9)] == [f"line {n}\n" for n in range(9)]
+        end_thread_of(log)
+
+
 def test_changes_that_a_stop_refuses_are_logged_without_waiting_for_each(launch, host):
     """A hundred lines on a disk that takes almost too long for each would hold the stop up."""
     host.faults(set={"delay": True})
@@ -10281,7 +10293,7 @@ def test_nothing_of_python_is_taken_apart_while_threads_may_use_it(launch, host)
 
 def test_a_stop_lets_requests_in_work_finish(api, host):
     host.faults(set={"delay": True})
-    idle = api.connect()
+    idle = api.connect(timeout=5)           # less than it may take for its first request
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         answer = pool.submit(api.post, "/scale/cores", {"vm_id": 104, "cores": 5})
         wait_until(host.calls)
@@ -10449,6 +10461,20 @@ def test_an_abstract_socket_is_spoken_to_and_a_missing_one_is_no_matter(launch):
         launch(env={"NOTIFY_SOCKET": "@" + name})
         assert sock.recv(1000) == b"READY=1"
     assert launch(env={"NOTIFY_SOCKET": "/nowhere/notify"}).get("/routes").status == 200
+
+
+def test_a_systemd_that_takes_no_word_is_waited_for_a_second_and_that_is_logged(
+        manager, monkeypatch):
+    said = []
+    monkeypatch.setattr(module.log, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sock.sendto(b"x", manager.getsockname())
+    module.notify("READY=1\nX=2")
+    assert said == ["systemd cannot be told READY=1: timed out"]
 
 
 @OVER_BOTH
