@@ -197,7 +197,7 @@ rotated_by() {
     for file in "$DESTDIR/etc/logrotate.conf" "$DESTDIR${LOGROTATE%/*}"/*; do
         case $file in "$DESTDIR$LOGROTATE" | "$DESTDIR$LOGROTATE.tmp") continue ;; esac
         # Such copies logrotate passes over, too (its tabooext).
-        case $file in
+        case ${file##*/} in
         *,v | *~ | *.bak | *.cfsaved | *.disabled | *.swp | *.dpkg-* | *.rpm* | *.ucf-*) continue ;;
         esac
         [ -f "$file" ] || continue
@@ -387,7 +387,7 @@ start_service() {
     put_back
     restart_service || true
     if ! ours && [ -e "$DESTDIR$CONFIG.flask" ]; then
-        say "the old service needs its configuration:" \
+        say "the old service needs its configuration: mv $DESTDIR$CONFIG $DESTDIR$CONFIG.new &&" \
             "mv $DESTDIR$CONFIG.flask $DESTDIR$CONFIG && systemctl restart $NAME" >&2
     fi
     fail "the new version did not become healthy, and the old one was put back;\

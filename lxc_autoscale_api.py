@@ -1644,6 +1644,7 @@ REASONS = {
         r"could not find any snapshots to destroy",
         r"cannot open '[^'@]*@[^']*': dataset does not exist",
         r'Failed to find logical volume "[^"/]*/snap_',
+        r"Snapshot origin LV snap_\S+ not found in ",
         r"rbd: failed to remove snapshot: \(2\) "],
     (409, "The container's volume is missing on its storage"): [
         r"rbd: error opening image [^()]*: \(2\) ",
@@ -3366,9 +3367,11 @@ SOURCE_STAYED_LOCKED = re.compile(
 
 # What a rollback says before it looks for locks (PVE::AbstractConfig, snapshot_rollback, and
 # PVE::Replication, prepare), and of a volume that it removes before it makes it anew from its
-# snapshot (LvmThinPlugin, volume_snapshot_rollback).
+# snapshot, or that an earlier one has removed (LvmThinPlugin, volume_snapshot_rollback).
 REPLICATION_BROKEN = re.compile(r"(?:removing|delete stale) replication snapshot '")
-VOLUME_REMOVED = re.compile(r'Logical volume "(vm-[^"]*)" successfully removed')
+VOLUME_REMOVED = re.compile(
+    r'(?:Logical volume "(?=[^"]*" successfully removed)|Failed to find logical volume "[^/"]*/)'
+    r'(vm-[^"]*)"')
 
 
 def may_have_left_volumes(result):
@@ -3477,7 +3480,7 @@ class Change:
         problem = failed(argv, result)
         self.snapshot_gone = problem.error == SNAPSHOT_GONE
         if argv[1] == "rollback":
-            self.removed_volumes = VOLUME_REMOVED.findall(result.stdout)
+            self.removed_volumes = VOLUME_REMOVED.findall(result.stdout + result.stderr)
         left = self.left_by(argv, result)
         for text in left:
             self.leave(text)
@@ -3499,7 +3502,8 @@ class Change:
             return [f"If VM {argv[2]} runs, it may have the new value until its next start"]
         if argv[1] == "rollback" and REPLICATION_BROKEN.search(result.stdout):
             return [f"VM {self.vm_id} has lost replication snapshots, and will be replicated as a "
-                    f"whole unless snapshot '{argv[3]}' stays until it was replicated once"]
+                    f"whole unless you keep snapshot '{argv[3]}' until the next replication is "
+                    "done"]
         if argv[1] in ("clone", "snapshot") and may_have_left_volumes(result):
             vm_id = argv[3] if argv[1] == "clone" else argv[2]
             return [f"A volume of VM {vm_id}, or a snapshot of one, may be left on its storage; "
@@ -3538,11 +3542,16 @@ class Change:
         Of one from a temporary snapshot this is told where that is to be removed.
         """
         self.kept_locks.append(argv)
-        if not self.temporary:
-            with suppress(Problem):
-                for text in self.lock_left(self.vm_id, self.texts()):
-                    self.leave(text)
-            self.told_locks.add(self.vm_id)
+        if self.temporary:
+            return
+        try:
+            told = self.lock_left(self.vm_id, self.texts())
+        except Problem:
+            told = [f"VM {self.vm_id} may be left with the lock 'disk'; if no task of it runs, "
+                    f"mend it{on(self.node)} with: pct unlock {self.vm_id}"]
+        for text in told:
+            self.leave(text)
+        self.told_locks.add(self.vm_id)
 
     def take_snapshot(self, name, *options):
         """Take a snapshot; if it leaves the container frozen, pct calls that a success, too."""
@@ -3615,6 +3624,7 @@ class Change:
                     return
             except Problem as problem:
                 why = f" ({problem.error})"
+                command += " --force 1" * self.snapshot_gone
                 if not self.lost:
                     with suppress(Problem):
                         conf = self.conf()
@@ -3777,7 +3787,7 @@ class Change:
         found += [each for vm_id in self.containers for each in self.lock_left(vm_id, texts)]
         found += self.made_or_gone(texts)
         # Then what is said of the lock says how to go on.
-        mended = (last in ("rollback", "destroy")
+        mended = (last in ("rollback", "destroy") and not self.snapshot_gone
                   and lock_in(texts[self.vm_id]) == OWN_LOCKS[last][0])
         for vm_id, state in states.items():
             if (vm_id == self.clone and state != "running"
@@ -3836,7 +3846,8 @@ class Change:
                 found.append(f"VM {self.vm_id} {was} rolled back to snapshot '{name}'")
             elif command == "destroy" and texts[self.vm_id] is None:
                 found.append(f"VM {self.vm_id} is gone now")
-            elif command == "set" and coming.get(name[2:]) != expected.get(name[2:]):
+            elif command == "set" and not self.clone and coming.get(name[2:]) not in (
+                    None, expected.get(name[2:])):
                 key = name[2:]              # of "--cores" or "--memory"
                 pends = now.get(key) != coming[key]
                 found.append(f"VM {self.vm_id} has {key} {coming[key]} "
@@ -3876,18 +3887,28 @@ class Change:
         for step in self.failed_steps() + self.kept_locks:
             own, mend = OWN_LOCKS.get(step[1], (None, ""))
             if lock == own and vm_id == self.vm_id:
-                if self.snapshot_gone:      # so the same again would fail again
-                    mend = mend + " --force 1" if step[1] == "delsnapshot" else ""
                 name = "".join(step[3:4])
+                if self.snapshot_gone and step[1] == "rollback":        # it would fail again
+                    mend = ""
                 command = f"pct unlock {vm_id}" + mend.format(
                     vm_id=vm_id, name=name, start=" --start 1" if self.ran else "")
-                return [*(f"If the volume {volume} is missing{on(self.node)}, first make it anew, "
-                          "in its volume GROUP, from its snapshot: "
-                          f"lvcreate -kn -n {volume} -s GROUP/snap_{volume}_{name}"
-                          for volume in self.removed_volumes[-1:]),
+                command += " --force 1" * (self.snapshot_gone and step[1] == "delsnapshot")
+                return [*self.how_to_make_anew(name),
                         f"VM {vm_id} is left with the lock '{lock}'; if no task of it runs, "
                         f"mend it{on(self.node)} with: {command}"]
         return [f"VM {vm_id} is locked by Proxmox ({lock}), by another task"]
+
+    def how_to_make_anew(self, snapshot):
+        """Return what to say of a volume that a rollback may have removed, if there is one."""
+        for volume in self.removed_volumes[-1:]:
+            missing = f"If the volume {volume} is missing{on(self.node)}, "
+            if self.snapshot_gone:
+                return [missing + f"it cannot be made anew from snapshot '{snapshot}': "
+                                  "restore it from another snapshot or a backup"]
+            return [missing + "first make it anew from its snapshot, with the name of its volume "
+                              "group in place of GROUP: "
+                              f"lvcreate -kn -n {volume} -s GROUP/snap_{volume}_{snapshot}"]
+        return []
 
     def ran_any(self, command):
         return any(step[1] == command for step in self.steps)
@@ -4151,8 +4172,9 @@ class Changes:
         for change in list(self.pending):
             if change.future.running():
                 change.break_off()
-                log.warning("left running: %s by %s: %s", change.title, change.client,
-                            "; ".join([change.goes_on(), *change.unfinished()]))
+                if change.steps:            # else it has only looked, and begins nothing now
+                    log.warning("left running: %s by %s: %s", change.title, change.client,
+                                "; ".join([change.goes_on(), *change.unfinished()]))
         self.ending.set_result(None)
 
     def rows(self, id=None, vm_id=None):
@@ -5139,8 +5161,8 @@ def read_tls(config, files, old=None):
 
     Of the files that are named, one that cannot be used is a ConfigError. They may lie under
     /etc/pve, and nobody waits for that without end; if it hangs or is not mounted, as it may
-    be while a host starts, that passes, and systemd tries the start again. If it hangs and the
-    old settings name the same files, what these held stays: a key must be revocable even then.
+    be while a host starts, that passes, and systemd tries the start again. If the old settings
+    name the same files then, what these held stays: a key must be revocable even so.
     """
     certificate, key = config.server.tls_certificate, config.server.tls_key
     if not certificate:
@@ -5148,13 +5170,15 @@ def read_tls(config, files, old=None):
     try:
         return files.read(load_tls, certificate, key)
     except BadFile as fault:
-        raise bad_file(config, *fault.args) from None
+        error = bad_file(config, *fault.args)
     except Problem as problem:
-        if old and (certificate, key) == (old.server.tls_certificate, old.server.tls_key):
-            log.warning("server.tls_certificate is not read anew: %s", problem.error)
-            return old.tls, old.tls_ends
         line = config.where["server", "tls_certificate"]
-        raise ConfigError(line, f"server.tls_certificate: {problem.error}", code=1) from None
+        error = ConfigError(line, f"server.tls_certificate: {problem.error}", code=1)
+    if (error.code == EX_CONFIG or not old
+            or (certificate, key) != (old.server.tls_certificate, old.server.tls_key)):
+        raise error
+    log.warning("not read anew: %s", error.text)
+    return old.tls, old.tls_ends
 
 
 class Tls:

@@ -2962,6 +2962,8 @@ RELATIVES = {
                            'Failed to find logical volume "pve/snap_vm-104-disk-0_a1"'),
         ("rbd Snap.cc", "delsnapshot: rbd snapshot 'vm-104-disk-0' error: rbd: failed to remove "
                         "snapshot: (2) No such file or directory"),
+        ("lvm2 lvcreate.c", "rollback: lvm rollback 'pve/snap_vm-104-disk-0_a1' error:   Snapshot "
+                            "origin LV snap_vm-104-disk-0_a1 not found in Volume group pve."),
         ("libzfs_dataset.c", "clone: clone failed: zfs error: cannot open 'rpool/x@a1': dataset "
                              "does not exist")],
     (409, "The container's volume is missing on its storage"): [
@@ -4671,6 +4673,7 @@ def test_long_changes_leave_places_to_others_and_health_needs_none(launch, host)
         wait_until(lambda: "lxc_autoscale_api_commands_waiting 2\n" in api.get("/metrics").body)
         started = time.monotonic()
         assert api.post("/scale/cores", {"vm_id": 106, "cores": 4}).status == 200
+        assert api.get("/resource/cluster/status").status == 200        # a read that asks pvesh
         assert api.get("/health/check").status == 200
         assert time.monotonic() - started < 2
         host.go()
@@ -6187,8 +6190,9 @@ def test_a_change_that_takes_too_long_goes_on_reserved_and_logged(launch, host):
     wait_until(lambda: host.conf(104)["cores"] == "5")
     wait_until(lambda: api.log().count(
         f"vm_id=104 cores=5 by 127.0.0.1 with key {FINGERPRINT}: done, after") == 1)
-    assert ('scaling_actions_total{container_id="104",resource="cpu",action="set"} 1'
-            in api.get("/metrics").body)
+    # it is counted when its line is written
+    wait_until(lambda: 'scaling_actions_total{container_id="104",resource="cpu",action="set"} 1'
+               in api.get("/metrics").body)
     host.faults()
     assert api.post("/scale/ram", {"vm_id": 104, "memory": 512}).status == 200
 
@@ -6602,6 +6606,7 @@ def test_a_stop_tells_of_a_change_that_has_only_looked_that_nothing_was_done(lau
     assert (reply.status, reply.body, reply.headers["Retry-After"]) == (
         503, refused("Nothing was done: The daemon is stopping"), "30")
     assert api.process.wait(10) == 0 and host.calls() == ["pct status 104"]
+    assert "left running" not in api.log()
     wait_until(lambda: host.ended("status"))
 
 
@@ -6835,6 +6840,38 @@ def test_a_clone_that_ended_well_and_left_its_source_locked_tells_how_to_unlock_
     assert host.snapshots(104) == [] and not {"lock"} & {*host.conf(104), *host.conf(106)}
 
 
+def test_a_source_that_may_be_locked_is_told_though_its_file_cannot_be_read(api, host):
+    host.faults(clone={"keeps_lock": True, "delay": True})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(api.post, "/clone/create", {
+            "vm_id": 106, "new_vm_id": 105, "new_vm_name": "x", "start": False})
+        wait_until(lambda: "lock" in host.conf(106))
+        text = host.path(106).read_text()
+        host.path(106).unlink()
+        host.path(106).mkdir()
+        host.go()
+        reply = asked.result()
+    host.path(106).rmdir()
+    host.path(106).write_text(text)
+    assert (reply.status, reply.body["data"]["warnings"]) == (200, [
+        "VM 106 may be left with the lock 'disk'; if no task of it runs, mend it with: "
+        "pct unlock 106"])
+
+
+def test_a_temporary_snapshot_that_the_storage_has_lost_is_removed_by_force(api, host):
+    host.faults(delsnapshot={"work_fails": "lvremove 'pve/snap_vm-104-disk-0_x' error:   Failed to "
+                                           'find logical volume "pve/snap_vm-104-disk-0_x"'})
+    reply = api.post("/clone/create", {
+        "vm_id": 104, "new_vm_id": 105, "new_vm_name": "x", "start": False})
+    told, = reply.body["data"]["warnings"]
+    name, = host.snapshots(104)
+    assert (reply.status, told) == (200, (
+        f"The temporary snapshot '{name}' of VM 104 could not be removed ({module.SNAPSHOT_GONE}); "
+        f"if no task of VM 104 runs, remove it with: "
+        f"pct unlock 104 && pct delsnapshot 104 {name} --force 1"))
+    assert obey(host, told) == [0, 0] and host.snapshots(104) == []
+
+
 def test_after_a_clone_that_left_its_source_locked_a_start_that_fails_tells_of_both(api, host):
     host.faults(clone={"keeps_lock": True}, start={"exit": 255, "stderr": "odd\n"})
     reply = api.post("/clone/create", {"vm_id": 106, "new_vm_id": 105, "new_vm_name": "x"})
@@ -6886,15 +6923,15 @@ def test_a_rollback_that_removed_replication_snapshots_has_done_something(api, h
     reply = api.post("/snapshot/rollback", {"vm_id": 106, "snapshot_name": "s1"})
     assert (reply.status, reply.body["outcome"]) == (409, "incomplete")
     assert reply.body["details"].splitlines()[-1] == (
-        "VM 106 has lost replication snapshots, and will be replicated as a whole unless snapshot "
-        "'s1' stays until it was replicated once")
+        "VM 106 has lost replication snapshots, and will be replicated as a whole unless you keep "
+        "snapshot 's1' until the next replication is done")
 
 
 def test_that_a_rollback_has_lost_replication_snapshots_is_told_whatever_comes_of_it(api, host):
     """PVE::Replication, prepare, deletes them before volume_rollback_is_possible refuses; and a
     rollback that goes well warns on stdout only (PVE::AbstractConfig, snapshot_rollback)."""
     lost = ("VM 106 has lost replication snapshots, and will be replicated as a whole unless "
-            "snapshot 's1' stays until it was replicated once")
+            "you keep snapshot 's1' until the next replication is done")
     body = {"vm_id": 106, "snapshot_name": "s1"}
     host.faults(rollback={
         "exit": 255, "stderr": "can't rollback, snapshot 's1' does not exist on 'z:x'\n",
@@ -7915,17 +7952,27 @@ def test_the_lock_of_a_snapshot_that_the_storage_has_lost_is_mended_by_force(api
 def test_a_rollback_that_could_not_make_the_volume_anew_tells_how_that_is_done(api, host):
     """LvmThinPlugin, volume_snapshot_rollback, removes it first; a second rollback would fail."""
     subprocess.run([host.root / "bin/pct", "snapshot", "106", "a1"], check=True)
-    says = ("lvm rollback 'pve/snap_vm-106-disk-0_a1' error:   Cannot create new thin volume, free "
-            "space in thin pool pve/data reached threshold.")
-    host.faults(rollback={
-        "stdout": '  Logical volume "vm-106-disk-0" successfully removed.\n', "work_fails": says})
-    reply = api.post("/snapshot/rollback", {"vm_id": 106, "snapshot_name": "a1"})
-    assert (reply.status, reply.body["outcome"], reply.body["details"].splitlines()[-2:]) == (
-        409, "incomplete", [
-            "If the volume vm-106-disk-0 is missing, first make it anew, in its volume GROUP, from "
-            "its snapshot: lvcreate -kn -n vm-106-disk-0 -s GROUP/snap_vm-106-disk-0_a1",
-            "VM 106 is left with the lock 'rollback'; if no task of it runs, mend it with: "
-            "pct unlock 106 && pct rollback 106 a1"])
+    again = ("If the volume vm-106-disk-0 is missing, first make it anew from its snapshot, with "
+             "the name of its volume group in place of GROUP: lvcreate -kn -n vm-106-disk-0 "
+             "-s GROUP/snap_vm-106-disk-0_a1",
+             "mend it with: pct unlock 106 && pct rollback 106 a1")
+    never = ("If the volume vm-106-disk-0 is missing, it cannot be made anew from snapshot 'a1': "
+             "restore it from another snapshot or a backup", "mend it with: pct unlock 106")
+    removed = '  Logical volume "vm-106-disk-0" successfully removed.\n'
+    for stdout, says, (volume, mend) in (
+            (removed, "lvm rollback 'pve/snap_vm-106-disk-0_a1' error:   Cannot create new thin "
+                      "volume, free space in thin pool pve/data reached threshold.", again),
+            # an earlier one has removed it
+            ("", "lvremove 'pve/vm-106-disk-0' error:   Failed to find logical volume "
+                 '"pve/vm-106-disk-0"', again),
+            (removed, "lvm rollback 'pve/snap_vm-106-disk-0_a1' error:   Snapshot origin LV "
+                      "snap_vm-106-disk-0_a1 not found in Volume group pve.", never)):
+        host.faults(rollback={"stdout": stdout, "work_fails": says})
+        reply = api.post("/snapshot/rollback", {"vm_id": 106, "snapshot_name": "a1"})
+        assert (reply.status, reply.body["outcome"], reply.body["details"].splitlines()[-2:]) == (
+            409, "incomplete", [
+                volume, "VM 106 is left with the lock 'rollback'; if no task of it runs, " + mend])
+        subprocess.run([host.root / "bin/pct", "unlock", "106"], check=True)
 
 
 def test_a_pct_that_is_too_old_for_an_option_has_done_nothing(api, host):
@@ -8137,6 +8184,31 @@ def test_a_set_that_failed_after_it_had_set_something_tells_so(api, host, pendin
         reply = asked.result()
     assert (reply.status, reply.body) == (500, error(
         "pct set 104 failed: odd", outcome="incomplete", details="odd\n" + told))
+
+
+def test_what_others_changed_while_a_set_failed_is_not_told_as_its_work(api, host):
+    host.add(108, net0="name=eth0,bridge=vmbr0,ip=192.0.2.8/24,type=veth")
+    clone = {"new_vm_name": "x", "ip": "192.0.2.5/24"}
+    for path, body, before, after in (
+            ("/scale/cores", {"cores": 4}, "cores: 2\n", ""),
+            ("/clone/create", {**clone, "new_vm_id": 205}, "bridge=vmbr0", "bridge=vmbr1"),
+            ("/clone/create", {**clone, "new_vm_id": 206}, "net0: name=eth0", "hookscript: x")):
+        host.faults(set={"pause": True, "exit": 255, "stderr": "odd\n"})
+        begun = len(host.calls())
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(api.post, path, {"vm_id": 108, **body})
+            wait_until(lambda: [call for call in host.calls()[begun:] if "pct set" in call])
+            text = host.path(108).read_text()
+            assert before in text
+            host.path(108).write_text(text.replace(before, after))
+            host.go()
+            reply = asked.result()
+        host.path(108).write_text(text)
+        new = body.get("new_vm_id")
+        assert reply.body["details"].splitlines() == ["odd"] + [
+            f"VM {new} was cloned", f"VM {new} is stopped, without its address; remove it with: "
+            f"pct destroy {new}"] * bool(new)
+    assert "internal error" not in api.log("error")
 
 
 def test_a_resize_whose_task_was_killed_is_no_success_whatever_it_has_done(api, host):
@@ -8584,6 +8656,17 @@ def test_a_snapshot_is_deleted(api, host):
     assert api.delete("/snapshot/delete", body).body == ok(
         "Snapshot 'backup_20241224' of VM 104 deleted")
     assert host.snapshots(104) == []
+
+
+def test_a_change_takes_nothing_but_the_key_from_its_query(api, host):
+    body = {"vm_id": 104, "cores": 4}
+    for query in ("cores=8", "vm_id=106", "x", f"api_key={KEY}&cores=8"):
+        reply = api.post(f"/scale/cores?{query}", body)
+        assert (reply.status, reply.body) == (400, refused(
+            "Unknown query parameter; POST /scale/cores takes its parameters from a JSON body"))
+    assert host.calls() == []
+    assert api.post(f"/scale/cores?api_key={KEY}", body, key=None).status == 200
+    assert host.calls() == ["pct set 104 --cores 4"]
 
 
 # The description
@@ -9280,7 +9363,7 @@ def test_a_certificate_that_hangs_at_a_reload_delays_nobody_and_no_key(launch, h
     started = time.monotonic()
     assert api.get("/routes").status == 200 and time.monotonic() - started < 0.25
     wait_until(lambda: " INFO reloaded " in api.log())
-    assert f"WARNING server.tls_certificate is not read anew: {HANGING}\n" in api.log("error")
+    assert f"WARNING not read anew: server.tls_certificate: {HANGING}\n" in api.log("error")
     assert (api.get("/routes").status, api.get("/routes", key=new).status) == (401, 200)
     config.write_text(config.read_text().replace("tls.pem", "./tls.pem"))       # now another one
     api.process.send_signal(signal.SIGHUP)
@@ -9288,6 +9371,21 @@ def test_a_certificate_that_hangs_at_a_reload_delays_nobody_and_no_key(launch, h
                         f"server.tls_certificate: {HANGING}") in api.log("error"))
     assert api.get("/routes", key=new).status == 200
     assert api.stop() == 0
+
+
+def test_while_etc_pve_is_gone_a_reload_takes_over_keys_and_leaves_its_certificate(launch, host):
+    (host.pve / "local").mkdir()
+    api, new = launch(server=tls_files(host.pve / "local")), "another-key-0123456789"
+    api.tls = ssl.create_default_context(cafile=host.pve / "local/tls.pem")
+    host.pve.rename(host.root / "elsewhere")
+    host.pve.mkdir()
+    config = host.root / "api.yaml"
+    config.write_text(config.read_text().replace(KEY, new))
+    api.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: " INFO reloaded " in api.log())
+    assert (f"WARNING not read anew: server.tls_certificate {host.pve}/local/tls.pem cannot be "
+            "read: No such file or directory\n") in api.log("error")
+    assert (api.get("/routes").status, api.get("/routes", key=new).status) == (401, 200)
 
 
 def test_while_etc_pve_hangs_a_reload_takes_over_keys(launch, host):
@@ -10347,6 +10445,11 @@ def test_a_stop_in_the_middle_of_a_clone_leaves_it_to_proxmox(launch, host):
     assert host.conf(104)["cores"] == "2"
 
 
+def test_a_daemon_that_was_started_without_stdout_stops_well(launch, host):
+    api = launch(inside=["sh", "-c", 'exec "$@" >&-', "sh"])
+    assert api.stop() == 0 and (host.root / "stderr.txt").read_text() == ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_an_idle_daemon_at_once(api, number):
     started = time.monotonic()
@@ -11096,7 +11199,7 @@ def test_a_flask_service_that_is_put_back_needs_its_configuration_and_that_is_to
         path.write_text("[Service]\nExecStart=/usr/bin/gunicorn\n")
     done = install(tmp_path, SYSTEMCTL="false")
     assert (done.returncode, done.stderr) == (
-        1, "the old service needs its configuration: "
+        1, f"the old service needs its configuration: mv {config} {config}.new && "
            f"mv {config}.flask {config} && systemctl restart lxc_autoscale_api\n"
            "install.sh: the new version did not become healthy, and the old one was put back; "
            "see: journalctl -u lxc_autoscale_api\n")
@@ -11309,6 +11412,7 @@ FLASK_LOGROTATE = """\
                           "  postrotate\n    rm /var/log/autoscaleapi.log\n  endscript\n}\n", []),
 ])
 def test_no_log_is_named_by_two_logrotate_files(tmp_path, path, text, left):
+    tmp_path = tmp_path / "host.rpmbuild"           # above a copy this would be one's name
     other, ours = tmp_path / "etc" / path, tmp_path / LOGROTATE_PATH
     assert install_files(tmp_path).returncode == 0
     other.write_text(text)
