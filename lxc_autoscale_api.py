@@ -3458,8 +3458,8 @@ class Change:
         if result.exit:
             raise self.failed(argv, result)
         self.done.append(argv)
-        for text in self.left_by(argv, result) if command == "rollback" else ():
-            self.leave(text)
+        if command == "rollback":
+            self.leave(*self.left_by(argv, result))
         if command == "clone" and SOURCE_STAYED_LOCKED.search(result.stdout):
             self.keep_lock(argv)
         # stderr says nothing of the work that was done: storages, plugins and old lines of a
@@ -3482,8 +3482,7 @@ class Change:
         if argv[1] == "rollback":
             self.removed_volumes = VOLUME_REMOVED.findall(result.stdout + result.stderr)
         left = self.left_by(argv, result)
-        for text in left:
-            self.leave(text)
+        self.leave(*left)
         if not left and self.changed_nothing(argv, result, problem):
             self.steps.pop()
         return problem
@@ -3549,16 +3548,14 @@ class Change:
         except Problem:
             told = [f"VM {self.vm_id} may be left with the lock 'disk'; if no task of it runs, "
                     f"mend it{on(self.node)} with: pct unlock {self.vm_id}"]
-        for text in told:
-            self.leave(text)
+        self.leave(*told)
         self.told_locks.add(self.vm_id)
 
     def take_snapshot(self, name, *options):
         """Take a snapshot; if it leaves the container frozen, pct calls that a success, too."""
         self.pct("snapshot", name, *options)
         with suppress(Problem):             # it was taken, whatever can be read now
-            for text in self.frozen():
-                self.leave(text)
+            self.leave(*self.frozen())
 
     def verify(self, read):
         """Return read(), which tells what a step has done; if that fails, nobody knows."""
@@ -3647,9 +3644,10 @@ class Change:
                 f"once no task of VM {self.vm_id} runs, remove it{on(self.node)} with: "
                 f"pct delsnapshot {self.vm_id} {self.temporary}")
 
-    def leave(self, text):
-        self.left.append(text)
-        log.warning("%s", text)
+    def leave(self, *texts):
+        for text in texts:
+            self.left.append(text)
+            log.warning("%s", text)
 
     # Looking
 
@@ -3900,15 +3898,16 @@ class Change:
 
     def how_to_make_anew(self, snapshot):
         """Return what to say of a volume that a rollback may have removed, if there is one."""
-        for volume in self.removed_volumes[-1:]:
-            missing = f"If the volume {volume} is missing{on(self.node)}, "
-            if self.snapshot_gone:
-                return [missing + f"it cannot be made anew from snapshot '{snapshot}': "
-                                  "restore it from another snapshot or a backup"]
-            return [missing + "first make it anew from its snapshot, with the name of its volume "
-                              "group in place of GROUP: "
-                              f"lvcreate -kn -n {volume} -s GROUP/snap_{volume}_{snapshot}"]
-        return []
+        if not self.removed_volumes:
+            return []
+        volume = self.removed_volumes[-1]
+        missing = f"If the volume {volume} is missing{on(self.node)}, "
+        if self.snapshot_gone:
+            return [missing + f"it cannot be made anew from snapshot '{snapshot}': "
+                              "restore it from another snapshot or a backup"]
+        return [missing + "first make it anew from its snapshot, with the name of its volume "
+                          "group in place of GROUP: "
+                          f"lvcreate -kn -n {volume} -s GROUP/snap_{volume}_{snapshot}"]
 
     def ran_any(self, command):
         return any(step[1] == command for step in self.steps)
