@@ -1249,9 +1249,12 @@ def parse_vmlist(document):
     if document is None:
         return {}
     try:
-        return dict(read_json(document)["ids"])
+        ids = dict(read_json(document)["ids"])
+        if all(isinstance(row, dict) for row in ids.values()):
+            return ids
     except (TypeError, ValueError, KeyError):
-        raise incomprehensible(".vmlist") from None
+        pass
+    raise incomprehensible(".vmlist")
 
 
 def parse_broadcast(document):
@@ -2045,11 +2048,12 @@ class ClusterFiles:
         """Return what each node last told the others of itself and its containers."""
         return parse_broadcast(read_text(f"{self.folder}/.rrd"))
 
-    def forgotten_snapshots(self):
-        """Return commands that remove what an earlier daemon left, stopped during a clone."""
-        return [f"pct delsnapshot {vm_id} {name}" + (f" ({on(node).strip()})" if node else "")
+    def temporary_snapshots(self):
+        """Return {name of a temporary snapshot: the command that removes it}."""
+        self.check_mounted()
+        return {name: f"pct delsnapshot {vm_id} {name}" + (f" ({on(node).strip()})" if node else "")
                 for node, vm_id, conf in self.all_confs()
-                for name in conf.snapshots if name.startswith(TEMPORARY_SNAPSHOT)]
+                for name in conf.snapshots if name.startswith(TEMPORARY_SNAPSHOT)}
 
 
 class Usage(namedtuple("Usage", [
@@ -2664,10 +2668,11 @@ REMOTE = (
     "{ echo $pct is empty >&2; exit 1; }; "                 # or the shell calls that a success
     "[ $(stat -fc %a /run/) -gt 256 ] || { echo /run is full >&2; exit 1; }; "
     "exec 3>$file.out 4>$file.err && rm $file.out $file.err || exit 1; "
+    "trap 'exit 3' EXIT; "                  # or 2, if it cannot fork, which is for: not begun
     '"$@" </dev/null >&3 2>&4 3>&- 4>&-; code=$?; '
     # What hangs in the kernel is not gone, though `timeout` is: it is waited for.
     "[ $code != 137 ] || while pgrep -s 0 -r D >/dev/null 2>&1; do sleep 0.2; done; "
-    "cat /dev/fd/3 /dev/fd/4; echo; echo $code $(stat -Lc %s /dev/fd/3 /dev/fd/4)"
+    "cat /dev/fd/3 /dev/fd/4 && echo && echo $code $(stat -Lc %s /dev/fd/3 /dev/fd/4)"
 )
 
 
@@ -2690,13 +2695,15 @@ def over_ssh(node, argv, seconds):
 
 
 def parse_reply(printed):
-    """Split what REMOTE printed into (exit, stdout, stderr); None if its end is missing."""
+    """Split what REMOTE printed into (exit, stdout, stderr); None if some of it is missing."""
     end = re.search(rb"\n(\d{1,15}) (\d{1,15}) (\d{1,15})\n\Z", printed)
     if not end:
         return None
     code, out, err = map(int, end.groups())
-    middle = max(0, end.start() - err)
-    return code, printed[max(0, middle - out):middle], printed[middle:end.start()]
+    if end.start() < out + err:
+        return None
+    middle = end.start() - err
+    return code, printed[middle - out:middle], printed[middle:end.start()]
 
 
 def ended(process, seconds):
@@ -3390,6 +3397,17 @@ def destroying(vm_id, document):
     return f"pct set {vm_id} --protection 0 && " * protected + f"pct destroy {vm_id}"
 
 
+def starts_with_node(node, vm_id, values):
+    """Return what to say of a container that is not to be started, if Proxmox will do so.
+
+    A clone is started with its node if its source is (PVE::API2::LXC, clone_vm).
+    """
+    if not is_true(values.get("onboot")):
+        return []
+    return [f"VM {vm_id} will be started with its node (onboot: 1); against that{on(node)}: "
+            f"pct set {vm_id} --onboot 0"]
+
+
 def lock_in(document):
     """Return the lock in the text of a configuration, if there are both."""
     return parse_config(document or "").current.get("lock")
@@ -3622,6 +3640,10 @@ class Change:
             except Problem as problem:
                 why = f" ({problem.error})"
                 command += " --force 1" * self.snapshot_gone
+                if problem.status == 404:   # it may have moved
+                    with suppress(Problem):
+                        node = self.host.files.read(self.host.pve.find, self.vm_id)
+                        how = f"remove it{on(node)} with: "
                 if not self.lost:
                     with suppress(Problem):
                         conf = self.conf()
@@ -3792,6 +3814,8 @@ class Change:
                     and self.values["ip"] and not self.addressed):
                 found.append(f"VM {vm_id} is {state}, without its address"     # perhaps another's
                              + self.how("remove", destroying(vm_id, texts[vm_id])))
+                found += starts_with_node(
+                    self.node, vm_id, parse_config(texts[vm_id] or "").current)
             elif vm_id == self.clone and state != "running":
                 found.append(f"VM {vm_id} is {state}" + self.how("start", f"pct start {vm_id}")
                              + f", or remove it with: {destroying(vm_id, texts[vm_id])}")
@@ -3833,6 +3857,7 @@ class Change:
                     without = ", without its address" if self.values["ip"] else ""
                     found.append(f"VM {name} is there now{without}"
                                  + self.how("remove", destroying(name, texts[int(name)])))
+                    found += starts_with_node(self.node, name, clone) if without else ()
             elif (command == "snapshot" and name in has and "snapstate" not in has[name]
                     and name not in had
                     and not name.startswith(TEMPORARY_SNAPSHOT)):       # of that one all is said
@@ -3943,10 +3968,11 @@ class Changes:
         self.queues = {}                    # {container: the changes that run or wait, in order}
         self.rules, _ = read_section("containers", None, {})
 
-    def take(self, change):
+    def take(self, change, asynchronous=False):
         """Let a change begin as soon as it is the first in the queues of all its containers.
 
-        No thread waits for that. At its end, self.count(change) is called.
+        No thread waits for that. At its end, self.count(change) is called. Unless its client does
+        not wait for it (asynchronous), a node that does not answer is told at once.
         """
         self.guard(change)
         with self.lock:                     # either refuse_waiting sees it, or it has been called
@@ -3965,6 +3991,7 @@ class Changes:
                 self.queues.setdefault(vm_id, deque()).append(change)
         if first:
             self.start([change])
+        if first or asynchronous:
             return
         # Else it would wait for its turn, though its node does not answer.
         try:
@@ -4145,7 +4172,7 @@ class Changes:
         outcome = (f"{problem.status} {problem.error} ({problem.fields['outcome']})" if problem
                    else "done")
         log.info("change %s by %s: %s, after %.1f s", change.title, change.client, outcome,
-                 ended - change.requested, extra=None if change.began else UNWAITED)
+                 time.monotonic() - change.since, extra=None if change.began else UNWAITED)
         if problem and change.steps:
             told = "; ".join(filter(None, (problem.error, problem.fields.get("details"))))
             log.warning("%s: %s by %s: %s",
@@ -4337,7 +4364,9 @@ def start_clone(change, new_vm_id, start):
         if twice and start is None:
             change.leave(f"VM {new_vm_id} was not started, for its address would be on the network "
                          "twice; give it another (ip), "
-                         f"and start it{on(change.node)} with: pct start {new_vm_id}")
+                         f"and start it{on(change.node)} with: pct start {new_vm_id}",
+                         *starts_with_node(
+                             change.node, new_vm_id, change.conf(new_vm_id).current))
             return
         change.pct("start", vm_id=new_vm_id)
     except Problem as problem:
@@ -5064,8 +5093,9 @@ class Api:
         client, key = request.client, request.client.key
         who = f"{client.address} with key {key}" if key else client.address
         change = Change(route, values, who, self.host)
-        self.changes.take(change)
-        if "respond-async" in request.words("prefer"):      # RFC 7240
+        asynchronous = "respond-async" in request.words("prefer")       # RFC 7240
+        self.changes.take(change, asynchronous)
+        if asynchronous:
             return Answer(202, {"status": "accepted",
                                 "message": f"{change.title} was accepted",
                                 "operation": change.id},
@@ -5939,9 +5969,18 @@ class Signals:
         if number != signal.SIGHUP:
             self.stop = number
 
-    def next(self):
-        """Wait for a signal, and return its number; many that came at once are one."""
-        came = () if self.stop else self.reader.recv(4096)
+    def next(self, until=None):
+        """Wait for a signal, and return its number; many that came at once are one.
+
+        With `until`, a moment of time.monotonic(), it is None if none has come by then.
+        """
+        if self.stop:
+            return self.stop
+        self.reader.settimeout(until and max(0.001, until - time.monotonic()))
+        try:
+            came = self.reader.recv(4096)
+        except socket.timeout:
+            return self.stop
         return self.stop or next((each for each in came if each != signal.SIGHUP), signal.SIGHUP)
 
 
@@ -6023,13 +6062,27 @@ def reload(server, path, files):
     notify("READY=1")
 
 
-def warn_of_forgotten_snapshots(host):
+def warn_of_forgotten_snapshots(api, told):
+    """Log which temporary snapshots an earlier daemon has left that was stopped during a clone.
+
+    Those that were `told` before are left out, and what is told is added.
+    """
     try:
-        for command in host.files.read(host.pve.forgotten_snapshots):
-            log.warning("a temporary snapshot was left by an earlier stop; "
-                        "once no clone runs, remove it with: %s", command)
+        found = api.host.files.read(api.host.pve.temporary_snapshots)
     except Problem as problem:
         log.warning("not looked for snapshots that an earlier stop left: %s", problem.error)
+        return
+    # Of this daemon's own, the changes tell.
+    told.update(word for change in list(api.changes.recent)
+                for step in list(change.steps) for word in step)
+    for name in sorted(found.keys() - told):
+        log.warning("a temporary snapshot was left by an earlier stop; "
+                    "once no clone runs, remove it with: %s", found[name])
+    told.update(found)
+
+
+def in_background(function, *arguments):
+    threading.Thread(target=function, args=arguments, daemon=True).start()
 
 
 def feed_watchdog(server, seconds, stopping):
@@ -6045,19 +6098,23 @@ def feed_watchdog(server, seconds, stopping):
 
 def serve(server, signals, config_path):
     """Answer until a signal; then let requests in work finish, and leave what still runs alone."""
-    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+    in_background(server.serve_forever)
     log.info("lxc_autoscale_api %s listens on %s port %d", VERSION, *server.server_address[:2])
     notify("READY=1")
-    threading.Thread(
-        target=warn_of_forgotten_snapshots, args=(server.api.host,), daemon=True).start()
     stopping = threading.Event()
+    in_background(feed_watchdog, server, watchdog_seconds(), stopping)
     files = Files(server.api.workers)       # apart: a hung /etc/pve must not keep a key in force
-    threading.Thread(
-        target=feed_watchdog, args=(server, watchdog_seconds(), stopping), daemon=True).start()
-    number = signals.next()
-    while number == signal.SIGHUP:
-        reload(server, config_path, files)
-        number = signals.next()
+    # A pct that an earlier daemon had begun may take its snapshot only now, so it is looked twice.
+    told, again = set(), time.monotonic() + LOCK_SECONDS
+    in_background(warn_of_forgotten_snapshots, server.api, told)
+    number = signals.next(again)
+    while number in (None, signal.SIGHUP):
+        if number:
+            reload(server, config_path, files)
+        else:
+            again = None
+            in_background(warn_of_forgotten_snapshots, server.api, told)
+        number = signals.next(again)
     stopping.set()
     notify("STOPPING=1")
     log.info("stopping on %s", signal_name(number))

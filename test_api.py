@@ -2531,7 +2531,8 @@ def test_members_are_read():
 
 
 @pytest.mark.parametrize("document", [
-    "", "{", "[]", "null", '{"ids": []}x', '{"ids": 7}', '{"version": 1}'])
+    "", "{", "[]", "null", '{"ids": []}x', '{"ids": 7}', '{"version": 1}',
+    '{"ids": {"104": {"node": "pve1", "type": "lxc"}, "105": null}}'])
 def test_a_list_of_guests_that_is_garbled_is_503_and_one_that_is_not_there_is_empty(document):
     with pytest.raises(module.Problem) as refusal:
         module.parse_vmlist(document)
@@ -4506,11 +4507,28 @@ def test_what_ran_on_another_node_comes_back_as_it_was(script, tmp_path):
     there = subprocess.run(["sh", "-c", remote, "sh", "sh", "-c", script], capture_output=True)
     here = subprocess.run(["sh", "-c", script], capture_output=True)
     code = here.returncode if here.returncode >= 0 else 128 - here.returncode
+    # what has begun never ends with 1 or 2, whatever becomes of the shell
+    assert there.returncode == 3
     said = here.stderr if here.returncode >= 0 else b"Killed\n"        # the shell there says so
     assert module.parse_reply(b"a greeting from .bashrc\n" + there.stdout) == (
         code, here.stdout, said)
     assert module.parse_reply(there.stdout[:-1]) is None, "an answer that was cut short is none"
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("tool", ["cat", "stat"])
+def test_what_another_node_could_not_bring_back_is_no_answer(tool, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    real = shutil.which(tool)
+    (tools / tool).write_text(     # as with too many open files; before the command, it works
+        f'#!/bin/sh\ncase "$*" in *-fc*) exec {real} "$@" ;; esac\nprintf o\nexit 1\n')
+    (tools / tool).chmod(0o755)
+    there = subprocess.run(
+        ["sh", "-c", module.REMOTE.replace("/run/", f"{tmp_path}/"), "sh", "sh", "-c", "echo out"],
+        capture_output=True, env={"PATH": f"{tools}:{os.environ['PATH']}"})
+    assert (module.parse_reply(there.stdout), there.returncode) == (None, 3)
+    assert module.parse_reply(b"ou\n0 4 0\n") is None, "some of it is missing"
 
 
 def test_a_command_on_another_node_has_the_umask_of_root_s_shell(tmp_path):
@@ -5579,6 +5597,40 @@ def test_a_virtual_machine_is_called_one(lab):
             assert (reply.status, reply.body) == (404, body)
     reply = lab.api.post("/clone/create", {"vm_id": 204, "new_vm_id": 170, "new_vm_name": "x"})
     assert (reply.status, reply.body["error"]) == (409, "The id 170 is taken")
+
+
+def test_a_source_that_moves_during_a_clone_is_mended_where_it_is(lab):
+    host = lab.hosts["pve2"]
+    host.faults(clone={"pause": True})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(lab.api.post, "/clone/create", {
+            "vm_id": 204, "new_vm_id": 250, "new_vm_name": "x"})
+        wait_until(lambda: "pct clone" in " ".join(host.calls()))
+        name, = host.snapshots(204)
+        lab.move(204, "pve2", "pve3")
+        host.go()
+        reply = asked.result()
+    try:
+        assert (reply.status, reply.body["outcome"]) == (500, "incomplete")
+        assert (f"; remove it on node 'pve3' with: pct delsnapshot 204 {name}"
+                in reply.body["details"]), reply.body["details"]
+        assert lab.hosts["pve3"].snapshots(204) == [name]
+    finally:
+        lab.move(204, "pve3", "pve2")
+        subprocess.run([host.root / "bin/pct", "delsnapshot", "204", name], check=True)
+
+
+def test_a_202_waits_for_no_node_that_does_not_answer(launch, host):
+    """What becomes of the change is told in /operations."""
+    Host(host.root / "other", "pve2", host.shared).add(204, "far")
+    host.write("pve/.members", MEMBERS)
+    api = launch(constants={"Commands.reachable": Code(
+        "lambda *_: (daemon.time.sleep(5), (_ for _ in ()).throw(daemon.stopping()))")}, **ASKING)
+    started, body = time.monotonic(), {"vm_id": 204, "cores": 4}
+    for _ in range(2):
+        reply = api.post("/scale/cores", body, headers={"Prefer": "respond-async"})
+        assert reply.status == 202
+    assert time.monotonic() - started < 2
 
 
 def begin_clone(pool, api, host, vm_id, new_vm_id):
@@ -6837,6 +6889,28 @@ def test_a_clone_that_ended_well_and_left_its_source_locked_tells_how_to_unlock_
     host.faults()
     assert obey(host, rests) == [0] and obey(host, runs) == [0, 0]
     assert host.snapshots(104) == [] and not {"lock"} & {*host.conf(104), *host.conf(106)}
+
+
+def test_a_clone_that_is_not_to_be_started_is_told_if_its_node_will_start_it(api, host):
+    """clone_vm copies onboot, too."""
+    host.add(107, onboot=1, net0="name=eth0,bridge=vmbr0,ip=192.0.2.4/24,type=veth")
+    body = {"vm_id": 107, "new_vm_name": "x"}
+    boots = ("VM {} will be started with its node (onboot: 1); against that: "
+             "pct set {} --onboot 0")
+    reply = api.post("/clone/create", {**body, "new_vm_id": 205})
+    assert (reply.status, reply.body["data"]["started"], reply.body["data"]["warnings"][1:]) == (
+        200, False, ["VM 205 was not started, for its address would be on the network twice; give "
+                     "it another (ip), and start it with: pct start 205", boots.format(205, 205)])
+    host.faults(set={"exit": 255, "stderr": "odd\n"})
+    reply = api.post("/clone/create", {**body, "new_vm_id": 206, "ip": "192.0.2.5/24"})
+    assert reply.body["details"].splitlines()[-2:] == [
+        "VM 206 is stopped, without its address; remove it with: pct destroy 206",
+        boots.format(206, 206)]
+    host.faults(clone={"dies_after": True})
+    reply = api.post("/clone/create", {**body, "new_vm_id": 207, "ip": "192.0.2.5/24"})
+    assert reply.body["details"].splitlines()[-2:] == [
+        "VM 207 is there now, without its address; remove it with: pct destroy 207",
+        boots.format(207, 207)]
 
 
 def test_a_source_that_may_be_locked_is_told_though_its_file_cannot_be_read(api, host):
@@ -8262,6 +8336,14 @@ def test_the_end_of_a_change_is_logged_and_counted_before_operations_tell_of_it(
     changes = module.Changes(None, None, lambda change: told.append(change.row()["ended"]))
     changes.record_end(change)
     assert told == [None] and change.row()["ended"] is not None
+
+
+def test_a_clock_that_is_set_does_not_count_into_the_time_of_a_change(monkeypatch):
+    said, change = [], change_of("/scale/cores", vm_id=104, cores=4)
+    monkeypatch.setattr(module.log, "info", lambda text, *values, **_: said.append(text % values))
+    change.requested += 3600
+    module.Changes(None, None, lambda _: None).record_end(change)
+    assert said == ["change POST /scale/cores vm_id=104 cores=4 by 127.0.0.1: done, after 0.0 s"]
 
 
 def test_a_change_is_not_called_done_before_its_end_is_known():
@@ -10449,6 +10531,42 @@ def test_a_daemon_that_was_started_without_stdout_stops_well(launch, host):
     assert api.stop() == 0 and (host.root / "stderr.txt").read_text() == ""
 
 
+def test_a_start_looks_for_temporary_snapshots_twice_for_one_may_come_late(launch, host):
+    """So it is if the daemon is killed just after it has begun pct."""
+    api = launch(constants={"LOCK_SECONDS": 1})
+    api.process.send_signal(signal.SIGHUP)              # which does not come in between
+    wait_until(lambda: " INFO reloaded " in api.log())
+    add_snapshots(host, 106, autoscale_clone_00000000="")
+    wait_until(lambda: api.log("error").endswith(
+        " WARNING a temporary snapshot was left by an earlier stop; once no clone runs, "
+        "remove it with: pct delsnapshot 106 autoscale_clone_00000000\n"))
+
+
+def test_a_temporary_snapshot_is_told_once_and_none_of_the_daemon_s_own(host, monkeypatch):
+    said, names = [], [f"autoscale_clone_0000000{number}" for number in range(3)]
+    change = change_of("/clone/create", vm_id=104, new_vm_id=105, new_vm_name="x")
+    change.steps.append(["pct", "snapshot", "104", names[0]])       # of our own: it tells itself
+    add_snapshots(host, 104, **{names[0]: ""})
+    add_snapshots(host, 106, **{names[1]: ""})
+
+    api = module.SimpleNamespace(
+        host=proxmox_of(host), changes=module.SimpleNamespace(recent=[change]))
+    monkeypatch.setattr(module.log, "warning", lambda text, *values: said.append(text % values))
+    told = set()
+    module.warn_of_forgotten_snapshots(api, told)
+    add_snapshots(host, 106, **{names[2]: ""})
+    module.warn_of_forgotten_snapshots(api, told)
+    assert said == ["a temporary snapshot was left by an earlier stop; once no clone runs, "
+                    f"remove it with: pct delsnapshot 106 {name}" for name in names[1:]]
+    host.pve.rename(host.root / "elsewhere")
+    host.pve.mkdir()                        # as if it were not mounted
+    del said[:]
+    module.warn_of_forgotten_snapshots(api, told)
+    assert said == [
+        "not looked for snapshots that an earlier stop left: Proxmox's cluster file system is not "
+        f"mounted at {host.pve}; see: systemctl status pve-cluster"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_an_idle_daemon_at_once(api, number):
     started = time.monotonic()
@@ -11723,6 +11841,20 @@ def test_the_readme_s_nightly_snapshot_keeps_the_last_seven_of_its_own(api, host
         f"Snapshot '{taken}' created for VM 104", "Snapshot 'auto_0' of VM 104 deleted",
         "Snapshot 'auto_1' of VM 104 deleted"]
     assert host.snapshots(104) == ["auto_broken", "by_hand", *list(own)[2:], "last", taken]
+
+
+def test_the_readme_s_nightly_snapshot_keeps_the_new_one_though_the_clock_was_ahead(
+        api, host, tmp_path):
+    own = {f"auto_{day}": "" for day in range(7)}
+    add_snapshots(host, 104, **own)
+    host.path(104).write_text(
+        re.sub("snaptime: 17", f"snaptime: {int(time.time()) // 10 ** 8 + 1}",
+               host.path(104).read_text()))
+    run_recipe(readme_block("sh", "cat >/usr/local/sbin/lxc_snapshot"), api, tmp_path)
+    done = subprocess.run([tmp_path / "lxc_snapshot", "104"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert host.snapshots(104)[:-1] == list(own)[1:]
+    assert re.fullmatch(r"auto_\d{8}_\d{6}", host.snapshots(104)[-1])
 
 
 def test_the_readme_s_nightly_snapshot_deletes_nothing_if_the_new_one_fails(api, host, tmp_path):
