@@ -97,7 +97,7 @@ MAX_IDLE = 16               # threads that wait for work
 MAX_FLIGHTS = 256           # questions that are being answered at once
 MAX_HUNG = 16               # reads that hang; while there are so many, no further one is begun
 MAX_OPERATIONS = 1000       # changes that wait or run at once, and that are remembered
-MAX_TURNS = 100           # of these for one container
+MAX_TURNS = 100             # of these for one container
 MAX_SENDING = 32            # large answers that are on their way at once
 SPARE_FILES = 128           # open files that connections leave to commands, logs and reading
 MAX_SESSIONS = 8            # commands at once on another node (sshd's MaxSessions: 10 a connection)
@@ -131,6 +131,7 @@ log = logging.getLogger("lxc_autoscale_api")
 # Values
 
 NOTHING_DONE, INCOMPLETE, RUNNING, UNKNOWN = "nothing_done", "incomplete", "running", "unknown"
+CHANGING = ("POST", "DELETE")               # the methods of requests for a change
 
 
 class Answer:
@@ -161,35 +162,31 @@ class Problem(Exception):
 
     def add_details(self, *texts):
         if texts:
-            self.fields["details"] = "\n".join(
-                [*filter(None, [self.fields.get("details")]), *texts])
+            told = filter(None, [self.fields.get("details"), *texts])
+            self.fields["details"] = "\n".join(told)
 
     def again(self):
-        """Return the same, to be kept, or to be raised for one more caller.
+        """Return a copy, to be kept, or to be raised for one more caller.
 
-        What has been raised holds on to all that those who called it had at hand.
+        The traceback of what was raised keeps alive all that its callers had at hand.
         """
-        return Problem(self.status, self.error, dict(self.headers), **self.fields)
+        return Problem(self.status, self.error, self.headers, **self.fields)
 
-    def answer(self, changing=False):
-        """Return the Answer; to a request for a change it says what was done.
+    def answer(self, method=None):
+        """Return the Answer; if the request's method is one of CHANGING, it says what was done.
 
         Nothing was, unless a Change has said so: it alone begins what changes something.
         """
         error, fields = self.error, self.fields
-        if changing and self.status not in (401, 429):      # whose bodies are fixed
+        if method in CHANGING and self.status not in (401, 429):        # whose bodies are fixed
             fields = {"outcome": NOTHING_DONE, **fields}
             if self.status == 503:
                 error = f"Nothing was done: {error}"
-        return Answer(
-            self.status, {"status": "error", "error": error, **fields}, dict(self.headers))
+        return Answer(self.status, {"status": "error", "error": error, **fields}, self.headers)
 
 
 class NotBegun(Problem):
-    """A command that was not begun.
-
-    It is a 503, for its program, its node or a slot for it is missing now.
-    """
+    """A command that was not begun: a 503, for its program, its node or a slot is missing now."""
 
 
 class Lost(Problem):
@@ -199,29 +196,6 @@ class Lost(Problem):
 def unavailable(error, seconds, kind=Problem):
     """Make a Problem 503: the client may try again after so many seconds."""
     return kind(503, error, {"Retry-After": str(seconds)})
-
-
-def too_many(node):
-    where = f"node '{node.name}'" if node else "this host"
-    return unavailable(f"Too many commands run on {where}; try again later", SLOT_SECONDS)
-
-
-def broken_off(node, argv, begun, details):
-    """Make the Problem for an ssh that ended without a word of its command's end.
-
-    A change that had `begun` may run there still.
-    """
-    if begun:
-        problem = Lost(504, f"The connection to node '{node.name}' was lost during "
-                            f"{' '.join(argv[:3])}, which goes on if the node does. "
-                            "Ask for the container's state before trying again")
-    else:
-        problem = unavailable(f"Node '{node.name}' cannot run commands over SSH; "
-                              "to see why, on this host: "
-                              f"pvesh get /nodes/{node.name}/version", RETRY_SECONDS, NotBegun)
-    if details:
-        problem.add_details(details[-MAX_DETAILS:])
-    return problem
 
 
 def stopping():
@@ -259,10 +233,7 @@ class Client:
             time.monotonic(), None, False, Future())
 
     def wait(self, *futures, seconds=None):
-        """Wait until one of some Futures is done, for so many seconds if given.
-
-        It raises ClientLeft if the client leaves before that.
-        """
+        """Wait until one of some Futures is done; ClientLeft if the client leaves before that."""
         wait([*futures, self.left], seconds, FIRST_COMPLETED)
         if self.left.done() and not any(future.done() for future in futures):
             raise ClientLeft
@@ -431,9 +402,10 @@ class LogFile(logging.Handler):
             notice = ([f"{utc(int(time.time()))} WARNING {lost} lines before this one were lost"]
                       if lost else [])
             started = time.monotonic()
-            failed = self.write(file, lines + notice)
+            unwritten = self.write(file, lines + notice)
             with self.changed:
-                self.lost += failed and failed + lost - len(notice)
+                if unwritten:               # the notice, which comes last, is one of them
+                    self.lost += unwritten + lost - len(notice)
                 if self.thread is me:
                     self.written += len(lines)
                     self.hangs = time.monotonic() - started > SLOW_SECONDS
@@ -471,8 +443,9 @@ main_log, error_log, access_log = LogFile(), LogFile(), LogFile(gather=0.05)
 UNWAITED = {"patience": 0}                  # as `extra`: who logs this goes on at once
 
 
-def point_logs(settings, keys):
+def point_logs(config):
     """Let the logs go to the files that the settings name, from now on."""
+    settings, keys = config.logging, config.keys + config.read_only_keys
     main_log.point(settings.log_file, keys, settings.log_level)
     error_log.point(settings.error_log, keys, "WARNING")
     access_log.point(settings.access_log, keys)
@@ -617,7 +590,7 @@ def load_yaml(text):
         what = ("a tab is not taken here; use spaces" if unreadable[0] == "\t"
                 else "a control character is not taken here")
         raise ConfigError(text.count("\n", 0, unreadable.start()) + 1, what)
-    document, where = {}, {}
+    document, where, marked = {}, {}, False
     levels = []                             # (indentation, dict or list, path) of what is open
     hole = (-1, document, None, ())         # the key that still waits for its value
     for number, line in enumerate(text.split("\n"), 1):
@@ -626,9 +599,9 @@ def load_yaml(text):
         if not content or content.startswith("#"):
             continue
         if re.fullmatch(r"---(?: +#.*)?", line.rstrip(" ")) and not where and not levels:
-            if document.get("---"):
+            if marked:
                 raise ConfigError(number, "only one document is taken")
-            document["---"] = True
+            marked = True
             continue
         if line.startswith(("---", "...", "%")) and re.match(r"(?:---|\.\.\.)(?: |$)|%", line):
             raise ConfigError(number, "document marks are taken as a first line only")
@@ -699,7 +672,7 @@ def absolute_path(value):
     return value
 
 
-def path_or_none(value):
+def path_or_empty(value):
     return absolute_path(value) if value != "" else ""
 
 
@@ -770,8 +743,8 @@ SETTINGS = {                                # section -> key -> (default, check)
     "server": {
         "host": ("0.0.0.0", address),
         "port": (5000, integer(1, 65535)),
-        "tls_certificate": ("", path_or_none),
-        "tls_key": ("", path_or_none),
+        "tls_certificate": ("", path_or_empty),
+        "tls_key": ("", path_or_empty),
         "trusted_proxies": (["127.0.0.1", "::1"], networks),
         "max_connections": (256, integer(1, 10000)),
     },
@@ -813,9 +786,8 @@ SETTINGS = {                                # section -> key -> (default, check)
 
 def unknown_keys(given, known, where, path):
     """Return ConfigErrors for the keys of a mapping that are not among the known ones."""
-    listed = ", ".join(known)
-    return [ConfigError(where[path + (key,)],
-                        f"unknown key '{'.'.join(path + (key,))}'; known here: {listed}")
+    return [ConfigError(where[path + (key,)], f"unknown key '{'.'.join(path + (key,))}'; "
+                                              f"known here: {', '.join(known)}")
             for key in given if key not in known]
 
 
@@ -1047,10 +1019,16 @@ def parse_parameters(parameters, pairs):
 
 
 def parse_query(query):
-    """Split a query into (name, value) pairs; ValueError for bad escapes or UTF-8, or too many."""
-    if re.search(r"%(?![0-9A-Fa-f]{2})", query):
-        raise ValueError("a % that is not followed by two hexadecimal digits")
-    return parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=MAX_QUERY)
+    """Split a query into (name, value) pairs; Problem 400 for bad escapes or UTF-8, or too many."""
+    try:
+        if re.search(r"%(?![0-9A-Fa-f]{2})", query):
+            raise ValueError("a % that is not followed by two hexadecimal digits")
+        return parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=MAX_QUERY)
+    except UnicodeDecodeError:
+        why = "not percent-encoded UTF-8"
+    except ValueError as error:
+        why = str(error)
+    raise Problem(400, f"Invalid query: {why}")
 
 
 def read_json(document, **options):
@@ -1260,12 +1238,10 @@ def parse_vmlist(document):
 def parse_broadcast(document):
     """Read /etc/pve/.rrd as {("vm" or "node", id or name): its fields, as texts}.
 
-    The file is what every node's pvestatd broadcasts.
-
-    Of a container the fields are uptime, name, status, template, time; of a node uptime, level,
-    time, load, processors, share, wait, memory in bytes; and more (pve-manager,
-    PVE::Service::pvestatd, PVE::API2Tools). The keys are pve2.3-vm/ID and pve2-node/NAME, since
-    VE 9 pve-vm-9.0/ID and pve-node-9.0/NAME.
+    Every node's pvestatd broadcasts them: of a container uptime, name, status, template, time; of
+    a node uptime, level, time, load, processors, share, wait, memory in bytes; and more
+    (pve-manager, PVE::Service::pvestatd, PVE::API2Tools). The file's keys are pve2.3-vm/ID and
+    pve2-node/NAME, since VE 9 pve-vm-9.0/ID and pve-node-9.0/NAME.
     """
     rows, place = {}, {"vm": 4, "node": 2}              # of the time among the fields
     for kind, name, fields in re.findall(
@@ -1278,10 +1254,7 @@ def parse_broadcast(document):
 
 
 def broadcast_state(fields):
-    """Return (status, uptime in seconds) from what a container's node broadcast of it.
-
-    Both are None if that is missing or old.
-    """
+    """Return (status, uptime in seconds) by a container's broadcast; Nones if missing or old."""
     if not fields or len(fields) < 5:
         return None, None
     if abs(time.time() - (number(fields[4]) or 0)) > BROADCAST_SECONDS:
@@ -1367,19 +1340,13 @@ def parse_pressure(text):
 
 
 def option(value, name):
-    """Return an option's text in a property string, or None.
-
-    Such a string is `local-lvm:vm-104-disk-0,size=8G`.
-    """
+    """Return an option's text in a property string (`local-lvm:vm-104-disk-0,size=8G`), or None."""
     match = re.search(rf"(?:^|,){name}=([^,]*)", value or "")
     return match and match[1]
 
 
 def with_option(value, name, given):
-    """Return a property string with one option set, or left out if `given` is None.
-
-    All others stay as they are.
-    """
+    """Return a property string with one option set, or left out if `given` is None."""
     options = [each for each in value.split(",") if each.partition("=")[0] != name]
     return ",".join(options if given is None else [*options, f"{name}={given}"])
 
@@ -1393,10 +1360,7 @@ def plain_ip(text):
 
 
 def static_addresses(values):
-    """Return [(bridge, VLAN tag, address)] of a container's network interfaces.
-
-    The addresses are without prefix lengths.
-    """
+    """Return [(bridge, VLAN tag, address without its prefix length)] of a container."""
     nets = [value for key, value in values.items() if re.fullmatch(r"net[0-9]{1,2}", key)]
     found = [(option(net, "bridge"), option(net, "tag"), option(net, name))
              for net in nets for name in ("ip", "ip6")]
@@ -2179,7 +2143,6 @@ class Semaphore:
                 self.free += 1
 
 
-
 class Workers:
     """Threads for work that others wait for, or do not wait for; an idle one is used again."""
 
@@ -2311,7 +2274,7 @@ class Files:
 # Limits and metrics
 
 def networks_of(address):
-    """Return what an address may be counted as, the narrowest first: its kind, and first bytes."""
+    """Return an address's networks, the narrowest first, as (the address's length, first bytes)."""
     if ":" in address:
         packed, lengths = socket.inet_pton(socket.AF_INET6, address), (8, 6, 4, 0)
     else:
@@ -2395,11 +2358,9 @@ def hop_address(text):
 def client_of(headers, address, trusted):
     """Return (the client's address, local) from a request's headers and the other end's address.
 
-    `local` says whether it is never limited.
-
-    Only a proxy in `trusted` may speak for others: by the rightmost address in
-    X-Forwarded-For that is not a trusted proxy itself, or else by X-Real-IP. Whoever
-    comes through a proxy is no local program.
+    `local` says whether it is never limited. Only a proxy in `trusted` may speak for others: by
+    the rightmost address in X-Forwarded-For that is not a trusted proxy itself, or else by
+    X-Real-IP. Whoever comes through a proxy is no local program.
     """
     said = [headers[name] for name in ("x-real-ip", "x-forwarded-for") if name in headers]
     if not said:
@@ -2590,10 +2551,7 @@ class Metrics:
             counts[-1] += value
 
     def render(self, gauges):
-        """Write the exposition, with the families that were read just now.
-
-        These are `gauges`, of the same form as `series`.
-        """
+        """Write the exposition; `gauges`, of the same form as `series`, were read just now."""
         with self.lock:
             series = {name: {labels: list(value) if isinstance(value, list) else value
                              for labels, value in each.items()}
@@ -2706,6 +2664,24 @@ def parse_reply(printed):
     return code, printed[middle - out:middle], printed[middle:end.start()]
 
 
+def ssh_failed(node, argv, begun, details):
+    """Make the Problem for an ssh that ended without a word of its command's end.
+
+    A change that had `begun` may run there still.
+    """
+    if begun:
+        problem = Lost(504, f"The connection to node '{node.name}' was lost during "
+                            f"{' '.join(argv[:3])}, which goes on if the node does. "
+                            "Ask for the container's state before trying again")
+    else:
+        problem = unavailable(f"Node '{node.name}' cannot run commands over SSH; "
+                              "to see why, on this host: "
+                              f"pvesh get /nodes/{node.name}/version", RETRY_SECONDS, NotBegun)
+    if details:
+        problem.add_details(details[-MAX_DETAILS:])
+    return problem
+
+
 def ended(process, seconds):
     """Wait for a process's end, and tell whether it came within so many seconds, if given."""
     if not seconds:
@@ -2787,7 +2763,8 @@ class Commands:
         with ExitStack() as slots:
             for semaphore in (known.long, known.semaphore) if long else (known.semaphore,):
                 if not semaphore.acquire(max(0, deadline - time.monotonic())):
-                    raise too_many(node)
+                    raise unavailable(f"Too many commands run{on(node) or ' on this host'}; "
+                                      "try again later", SLOT_SECONDS)
                 slots.callback(semaphore.release)
             if node and known.tried < time.monotonic() - 1:     # it may have gone meanwhile
                 self.reachable(node, time.monotonic())
@@ -2815,7 +2792,7 @@ class Commands:
                 try:
                     self.run(node, ["true"], REACH_SECONDS)
                 except Problem as problem:
-                    silent = broken_off(node, (), False, f"no answer within {REACH_SECONDS} s")
+                    silent = ssh_failed(node, (), False, f"no answer within {REACH_SECONDS} s")
                     known.problem = silent if problem.status == 504 else problem.again()
                 known.tried = time.monotonic()
             if known.problem:
@@ -2825,7 +2802,7 @@ class Commands:
     def read(self, node, *argv):
         """Run a command that changes nothing, in a slot of its own; return its Result."""
         with self.slot(node) as slots:
-            return self.run(node, [*map(str, argv)], self.read_seconds, slots)
+            return self.run(node, argv, self.read_seconds, slots)
 
     def run(self, node, argv, seconds=None, slots=None):
         """Run a command, in the slot that the caller holds; return its Result, or raise Problem.
@@ -2863,7 +2840,7 @@ class Commands:
                 504, f"{' '.join(argv[:3])}{on(node)} did not finish in {seconds} s and was ended")
         if node and not (reply or full):
             begun = not seconds and code not in (1, 2)      # REMOTE ends so if it cannot begin
-            raise broken_off(node, argv, begun, err.decode("utf-8", "replace").strip())
+            raise ssh_failed(node, argv, begun, err.decode("utf-8", "replace").strip())
         if node and code == 127:            # as the shell there says it
             raise unavailable(f"{argv[0]} is not installed on node '{node.name}', "
                               "or not on its PATH", 60, NotBegun)
@@ -2916,11 +2893,11 @@ class Commands:
             raise unavailable(f"{argv[0]} {what}", 60, NotBegun) from None
 
 
-def failed(argv, result):
+def failure(argv, result):
     """Log a command that failed, and return its Problem."""
-    problem = explain_failure([*map(str, argv)], result)
+    problem = explain_failure(argv, result)
     log.warning("failed: %s: exit %d: %s",
-                shlex.join(map(str, argv)), result.exit, problem.fields["details"])
+                shlex.join(argv), result.exit, problem.fields["details"])
     return problem
 
 
@@ -2928,7 +2905,7 @@ def checked(argv, result):
     """Return a command's Result, or raise the Problem that it failed with."""
     if result.exit == 0 and not result.overflow:
         return result
-    raise failed(argv, result)
+    raise failure(argv, result)
 
 
 # The host
@@ -2991,6 +2968,7 @@ class Proxmox:
         self.described = {}                 # by id, what the last scrape read in the configurations
 
     def ask(self, node, *argv):
+        argv = [*map(str, argv)]
         return checked(argv, self.commands.read(node, *argv)).stdout
 
     def ask_json(self, node, path):
@@ -3000,10 +2978,7 @@ class Proxmox:
             raise Problem(500, f"pvesh get {path} printed no JSON") from None
 
     def where(self, vm_id, run):
-        """Return run(node) for the node where a container lives.
-
-        It is run once more if the container has moved meanwhile.
-        """
+        """Return run(node) for a container's node; it is run again if that has moved meanwhile."""
         node = self.files.read(self.pve.find, vm_id)
         try:
             return run(node)
@@ -3024,10 +2999,7 @@ class Proxmox:
         return result.stdout if result.exit == 0 else None
 
     def config(self, vm_id, max_cores, max_memory):
-        """Return what is allotted, and the values that a scaling call may have.
-
-        The latter is the bounds, or what the host has.
-        """
+        """Return what is allotted, and what may be: within the bounds, and what the host has."""
         node, document = self.files.read(self.pve.text, vm_id)
         if document is None:                # pct tells why
             document = self.ask(node, "pct", "config", vm_id)
@@ -3119,20 +3091,14 @@ class Proxmox:
                 "diskread": usage.disk_read, "diskwrite": usage.disk_write}
 
     def disk_space(self, pid):
-        """Return (bytes in use, bytes) of a container's root disk, seen through its init.
-
-        They are None if that disk does not answer.
-        """
+        """Return (bytes in use, bytes) of a root disk, seen through the init there, or Nones."""
         try:
             return self.disks.read(space, f"/proc/{pid}/root")
         except Problem:
             return None, None
 
     def cpu_clock(self, node, vm_id):
-        """Return (processor time used, time) so far, in seconds, or None.
-
-        They are from the container's cgroup (v2).
-        """
+        """Return (processor time used, time) in seconds by a container's cgroup (v2), or None."""
         stat = self.text_at(node, f"{self.cgroups.lxc}/{vm_id}/cpu.stat")
         used = row_number("usage_usec", stat)
         return None if used is None else (used / 1e6, time.monotonic())
@@ -3169,10 +3135,7 @@ class Proxmox:
         return found, complete
 
     def state(self, node, vm_id, broadcast):
-        """Return (status, uptime in seconds) of a container, or Nones.
-
-        Here they are from its cgroup, elsewhere from its node's broadcast.
-        """
+        """Return (status, uptime in seconds) by a container's cgroup or broadcast, or Nones."""
         if node:
             fields = broadcast.get(("vm", str(vm_id))) if node.online else None
             return broadcast_state(fields)
@@ -3253,10 +3216,7 @@ class Proxmox:
         }
 
     def node_cpu_clock(self, node):
-        """Return (busy, total) of all processors of a node since its start, in ticks, or None.
-
-        They are from /proc/stat.
-        """
+        """Return (busy, total) of all processors of a node since its start, in ticks, or None."""
         ticks = re.match(r"cpu +((?:\d{1,20} ){7}\d{1,20})",
                          self.text_at(node, f"{PROC}/stat") or "")
         ticks = ticks and [int(each) for each in ticks[1].split()]
@@ -3299,10 +3259,7 @@ class Proxmox:
         return time.monotonic() - self.probed[0] > PROBE_SECONDS
 
     def probe(self):
-        """Run `pct list`, which needs none of the slots.
-
-        Long changes must not look like a fault.
-        """
+        """Run `pct list`, without a slot: long changes must not look like a fault."""
         argv, started = ["pct", "list"], time.monotonic()
         try:
             checked(argv, self.commands.run(None, argv, self.commands.read_seconds))
@@ -3495,7 +3452,7 @@ class Change:
 
         What it says to have left is told.
         """
-        problem = failed(argv, result)
+        problem = failure(argv, result)
         self.snapshot_gone = problem.error == SNAPSHOT_GONE
         if argv[1] == "rollback":
             self.removed_volumes = VOLUME_REMOVED.findall(result.stdout + result.stderr)
@@ -3586,10 +3543,7 @@ class Change:
             raise
 
     def runs(self):
-        """Ask whether the container runs.
-
-        If it does not any more at the end of a failure, that is told.
-        """
+        """Ask whether the container runs; if it does not any more after a failure, that is told."""
         self.ran = self.state() == "running"
         return self.ran
 
@@ -3716,10 +3670,7 @@ class Change:
         return [step for step in self.steps if step not in self.done]
 
     def is_as_before(self):
-        """Tell whether the containers are as they were before the first step.
-
-        This is known as far as their files and state tell.
-        """
+        """Tell whether the containers are as before the first step, by their files and state."""
         try:
             return (self.texts() == self.before
                     and (self.ran is None or (self.state() == "running") == self.ran)
@@ -3735,8 +3686,9 @@ class Change:
         self.before = self.host.files.read(self.host.pve.texts, self.containers, node)
         message = self.route.handler(self, **self.values)
         warnings = self.all_warnings()
-        data = {**self.data, **({"warnings": warnings} if warnings else {})}
-        return success(message, data or None)
+        if warnings:
+            self.data["warnings"] = warnings
+        return success(message, self.data or None)
 
     def break_off(self):
         """Begin no further step, for the daemon stops."""
@@ -3790,10 +3742,7 @@ class Change:
         return concluded
 
     def remains(self):
-        """Return what the steps have left behind, as texts.
-
-        That is locks, a half-made container, who runs and who does not.
-        """
+        """Return what the steps have left, as texts: locks, half-made containers, who runs."""
         last = self.steps[-1][1]
         asked = ([self.vm_id] * bool(self.ran or last in (*POWER, "destroy") and not self.clone)
                  + [self.clone] * bool(self.clone))
@@ -3806,34 +3755,38 @@ class Change:
             return [f"What is left cannot be read: {problem.error}"]
         found += [each for vm_id in self.containers for each in self.lock_left(vm_id, texts)]
         found += self.made_or_gone(texts)
-        # Then what is said of the lock says how to go on.
-        mended = (last in ("rollback", "destroy") and not self.snapshot_gone
-                  and lock_in(texts[self.vm_id]) == OWN_LOCKS[last][0])
-        for vm_id, state in states.items():
-            if (vm_id == self.clone and state != "running"
-                    and self.values["ip"] and not self.addressed):
-                found.append(f"VM {vm_id} is {state}, without its address"     # perhaps another's
-                             + self.how("remove", destroying(vm_id, texts[vm_id])))
-                found += starts_with_node(
-                    self.node, vm_id, parse_config(texts[vm_id] or "").current)
-            elif vm_id == self.clone and state != "running":
-                found.append(f"VM {vm_id} is {state}" + self.how("start", f"pct start {vm_id}")
-                             + f", or remove it with: {destroying(vm_id, texts[vm_id])}")
-            elif last == "destroy":
-                was = "ran before and is" if self.ran and state != "running" else "is"
-                force = " --force 1" if state == "running" else ""
-                found.append(f"VM {vm_id} {was} {state} now, and its volumes or snapshots may be "
-                             "gone already"
-                             + ("" if mended else self.how(
-                                 "remove", f"pct destroy {vm_id}{force}")))
-            elif self.ran and state != "running" and last not in ("stop", "shutdown"):
-                found.append(f"VM {vm_id} ran before and is {state} now"
-                             + ("" if mended else self.how("start", f"pct start {vm_id}")))
-            elif vm_id == self.clone or (last in POWER and not self.clone):
-                found.append(f"VM {vm_id} is {state} now")
+        found += [each for vm_id, state in states.items()
+                  for each in self.state_left(vm_id, state, texts)]
         if self.killed and "no task of " not in "".join(found + self.left):
             found.append("Its task may still be at work: look again before trying again")
         return found
+
+    def state_left(self, vm_id, state, texts):
+        """Return what to say of a container's state after a failure, as texts."""
+        last, runs = self.steps[-1][1], state == "running"
+        if vm_id == self.clone and not runs:
+            remove = destroying(vm_id, texts[vm_id])
+            if self.values["ip"] and not self.addressed:        # what it has is perhaps another's
+                return [f"VM {vm_id} is {state}, without its address" + self.how("remove", remove),
+                        *starts_with_node(
+                            self.node, vm_id, parse_config(texts[vm_id] or "").current)]
+            return [f"VM {vm_id} is {state}" + self.how("start", f"pct start {vm_id}")
+                    + f", or remove it with: {remove}"]
+        # Then what is said of the lock says how to go on.
+        mended = (last in ("rollback", "destroy") and not self.snapshot_gone
+                  and lock_in(texts[self.vm_id]) == OWN_LOCKS[last][0])
+        if last == "destroy":
+            was = "ran before and is" if self.ran and not runs else "is"
+            remove = f"pct destroy {vm_id}" + " --force 1" * runs
+            return [f"VM {vm_id} {was} {state} now, "
+                    "and its volumes or snapshots may be gone already"
+                    + ("" if mended else self.how("remove", remove))]
+        if self.ran and not runs and last not in ("stop", "shutdown"):
+            return [f"VM {vm_id} ran before and is {state} now"
+                    + ("" if mended else self.how("start", f"pct start {vm_id}"))]
+        if vm_id == self.clone or (last in POWER and not self.clone):
+            return [f"VM {vm_id} is {state} now"]
+        return []
 
     def how(self, verb, command):
         """Return how to mend what is left."""
@@ -3991,9 +3944,11 @@ class Changes:
                 self.queues.setdefault(vm_id, deque()).append(change)
         if first:
             self.start([change])
-        if first or asynchronous:
-            return
-        # Else it would wait for its turn, though its node does not answer.
+        elif not asynchronous:
+            self.refuse_unreachable(change)
+
+    def refuse_unreachable(self, change):
+        """Refuse a change now, and not at its turn, if its node does not answer."""
         try:
             node = self.host.files.read(self.host.pve.changeable, change.vm_id)
             if node:
@@ -4005,10 +3960,7 @@ class Changes:
             log.exception("internal error in %s", change.title)     # its turn will tell
 
     def guard(self, change):
-        """Hold a change to the rules, or Problem 403 or 400.
-
-        A clone cannot be its own source, either.
-        """
+        """Hold a change to the rules, or Problem 403 or 400; no clone can be its own source."""
         values, rules = change.values, self.rules
         if values.get("new_vm_id") == values["vm_id"]:
             raise Problem(400, "Invalid new_vm_id: must differ from vm_id")
@@ -4071,9 +4023,9 @@ class Changes:
                 raise change.problem.again()
             return change.future.result()
         left = ()
-        if self.ending.done() and not change.steps:
-            raise stopping()                # after break_off, none begins
         if self.ending.done():
+            if not change.steps:            # after break_off, none begins
+                raise stopping()
             why = f"has not finished, and the daemon stops: {change.goes_on()}"
             left = change.unfinished()
         else:
@@ -4107,10 +4059,7 @@ class Changes:
         self.start(self.leave_queues(change))
 
     def run_in_turn(self, change):
-        """Run a change that is the first in its queues; return its Answer.
-
-        If it was cancelled before it began, there is None.
-        """
+        """Run a change that is the first in its queues; return its Answer, None if cancelled."""
         files, pve, commands = self.host.files, self.host.pve, self.host.commands
         node = files.read(pve.changeable, change.vm_id)
         with commands.slot(node, change.since, change.long) as slots:
@@ -4204,10 +4153,7 @@ class Changes:
         self.ending.set_result(None)
 
     def rows(self, id=None, vm_id=None):
-        """Return the rows of /operations, newest first.
-
-        They are all, or that of one id, or those of one container.
-        """
+        """Return the rows of /operations, newest first: all, or those of an id or a container."""
         return [change.row() for change in list(self.recent)
                 if id in (None, change.id) and (vm_id is None or vm_id in change.containers)]
 
@@ -4248,13 +4194,11 @@ def set_memory(change, vm_id, memory):
 
 
 def growth(before, gigabytes, relative):
-    """Say to pct how to grow a disk: by so much, or to a size.
+    """Say to pct how to grow a disk: by so much, so that two callers at once both count.
 
-    The first is said so that two callers at once both count.
-
-    A size makes a request that is repeated harmless even while the first one is still at work
-    for a daemon that has gone: pct looks at the volume again under the container's lock, and
-    refuses what has that size (PVE::API2::LXC, resize_vm).
+    Else to a size, which makes a request that is repeated harmless even while the first one is
+    still at work for a daemon that has gone: pct looks at the volume again under the container's
+    lock, and refuses what has that size (PVE::API2::LXC, resize_vm).
     """
     if relative:
         return f"+{gigabytes}G"
@@ -4351,12 +4295,7 @@ def addresses_twice(change, vm_id):
 
 
 def start_clone(change, new_vm_id, start):
-    """Start a clone if `start` is true, not if it is false.
-
-    If it is None, the clone is started if no other container has its static addresses.
-    """
-    if start is False:
-        return
+    """Start a clone; if `start` is None, only if no other container has its static addresses."""
     try:
         twice = addresses_twice(change, new_vm_id)
         for address, holder in twice:
@@ -4377,7 +4316,7 @@ def start_clone(change, new_vm_id, start):
 
 
 def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full):
-    """Clone, give the clone its address, and start it as start_clone says."""
+    """Clone, give the clone its address, and start it, if that is wanted."""
     if change.host.files.read(change.host.pve.is_taken, new_vm_id):
         raise Problem(409, f"The id {new_vm_id} is taken")
     if ip and "net0" not in change.conf().current:
@@ -4396,7 +4335,8 @@ def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full
         change.data.update(vm_id=new_vm_id, started=False)
     if ip:
         set_address(change, new_vm_id, ip)
-    start_clone(change, new_vm_id, start)
+    if start is not False:
+        start_clone(change, new_vm_id, start)
     return f"Cloned VM {vm_id} to new VM {new_vm_id} ({new_vm_name})"
 
 
@@ -4537,7 +4477,7 @@ LIMITS = record(
     "What makes sense on this node.",
     cores=record("Cores.", min=shown("integer", "The fewest."), max=shown("integer", "The most.")),
     memory_mb=record("Memory.", min=shown("integer", "The least, in MB."),
-    max=shown("integer", "The most, in MB.")),
+                     max=shown("integer", "The most, in MB.")),
     disk_gb=record("Root disk.", min=shown("number?", "Its size, in GB: it cannot shrink.")))
 OUTCOMES = {                                # what a failed change has done
     NOTHING_DONE: "no changing command was begun, or Proxmox refused the first one",
@@ -4772,7 +4712,6 @@ ROUTES = (
           shared=always, answer=success_with(called("ClusterStatus"))),
 )
 PATHS = {path: route for route in ROUTES for path in (route.path, route.also) if path}
-CHANGING = ("POST", "DELETE")
 
 
 def allowed_methods(route):
@@ -4792,10 +4731,14 @@ STATUSES = {                                # every answer but success, and what
     411: "The request has no Content-Length.",
     413: "The body is too large.",
     414: "The request line is too long.",
-    415: "The body is not plain JSON in UTF-8.", 417: "An expectation that is not met here.",
+    415: "The body is not plain JSON in UTF-8.",
+    417: "An expectation that is not met here.",
     429: "Too many requests.",
-    431: "The headers are too long.", 500: "A command failed.", 503: "Not now; nothing was done.",
-    504: "A command did not finish in time; `error` says whether it goes on.", 505: "Not HTTP/1.",
+    431: "The headers are too long.",
+    500: "A command failed.",
+    503: "Not now; nothing was done.",
+    504: "A command did not finish in time; `error` says whether it goes on.",
+    505: "Not HTTP/1.",
 }
 
 HEADERS = {                                 # of answers: the type and meaning
@@ -4818,7 +4761,7 @@ STATUS_HEADERS = {
     503: ["Retry-After"]}
 PLAIN_ERRORS = {401: "Error", 429: "RateLimited"}       # what is the same for reads and changes
 # Of whom is turned away before his request was read, nobody knows what he asked for.
-TURNED_AWAY = (called("Error"), called("ChangeError"))
+TURNED_AWAY = [called("Error"), called("ChangeError")]
 
 
 def describe_headers(names):
@@ -4827,8 +4770,7 @@ def describe_headers(names):
 
 def describe_error(status, schema):
     headers = describe_headers([*RATE_HEADERS, *STATUS_HEADERS.get(status, ())])
-    schema = ({"anyOf": list(TURNED_AWAY)} if (status, schema) == (503, "Error")
-              else called(schema))
+    schema = {"anyOf": TURNED_AWAY} if (status, schema) == (503, "Error") else called(schema)
     return {"description": STATUSES[status], "headers": headers,
             "content": {"application/json": {"schema": schema}}}
 
@@ -4842,13 +4784,30 @@ def describe_parameter(parameter):
     return text, {**parameter.schema, **({"default": parameter.default} if has_default else {})}
 
 
+def describe_request(route):
+    """Describe how a route's parameters are sent: in the query, or in a body."""
+    described = [(each, *describe_parameter(each)) for each in route.parameters]
+    if route.method == "GET":
+        return {"parameters": [
+            {"name": each.name, "in": "query", "required": each.default is REQUIRED,
+             "description": text, "schema": schema} for each, text, schema in described]}
+    body = {"type": "object", "additionalProperties": False,
+            "required": [each.name for each in route.parameters if each.default is REQUIRED],
+            "properties": {each.name: {"description": text, **schema}
+                           for each, text, schema in described}}
+    return {
+        "parameters": [
+            {"name": "Prefer", "in": "header", "required": False, "schema": {"type": "string"},
+             "description": "respond-async: do not wait for the change's end (RFC 7240)."}],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}}}
+
+
 def describe_route(path, route):
     kind = "application/json" if route.answer else "text/plain"
     good = {kind: {"schema": route.answer or {"type": "string"}}}
     # Where a setting says whether a key is needed, it says so of the limit, too.
     limited = route.limited or route.key not in (True, False)
     headers = describe_headers(RATE_HEADERS if limited else ())
-    parameters = [(each, describe_parameter(each)) for each in route.parameters]
     error, keys = "ChangeError" if route.changes else "Error", [{"header": []}, {"query": []}]
     described = {
         "operationId": path.strip("/").replace("/", "_").replace(".", "_"),
@@ -4858,29 +4817,18 @@ def describe_route(path, route):
         "responses": {"200": {"description": "Done.", "headers": headers, "content": good},
                       **{str(status): {"$ref": f"#/components/responses/{error}{status}"}
                          for status in STATUSES}},
+        **describe_request(route),
     }
     if route.probe:
         described["responses"]["503"] = {
             "description": "Proxmox's commands do not work, or they cannot be looked at now.",
             "content": {kind: {"schema": {"anyOf": [route.answer, *TURNED_AWAY]}}},
             "headers": describe_headers([*RATE_HEADERS, "Retry-After"])}
-    if route.method == "GET":
-        described["parameters"] = [
-            {"name": each.name, "in": "query", "required": each.default is REQUIRED,
-             "description": text, "schema": schema} for each, (text, schema) in parameters]
-    else:
-        accepted = {"application/json": {"schema": called("Accepted")}}
+    if route.changes:
         described["responses"]["202"] = {
-            "description": "Accepted, for the client does not want to wait.", "content": accepted,
+            "description": "Accepted, for the client does not want to wait.",
+            "content": {"application/json": {"schema": called("Accepted")}},
             "headers": {**headers, **describe_headers(("Location", "Preference-Applied"))}}
-        described["parameters"] = [
-            {"name": "Prefer", "in": "header", "required": False, "schema": {"type": "string"},
-             "description": "respond-async: do not wait for the change's end (RFC 7240)."}]
-        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": {
-            "type": "object", "additionalProperties": False,
-            "required": [each.name for each in route.parameters if each.default is REQUIRED],
-            "properties": {each.name: {"description": text, **schema}
-                           for each, (text, schema) in parameters}}}}}
     return described
 
 
@@ -4915,10 +4863,7 @@ CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")       # what clients call UTF-
 
 
 def read_object(request):
-    """Return the pairs of a request's JSON body, or raise Problem.
-
-    The body is read only when it will be taken.
-    """
+    """Return the pairs of a JSON body, which is read only when it will be taken, or Problem."""
     if request.length is None:
         raise Problem(411, "Missing Content-Length: send the parameters as a JSON object, "
                            "with Content-Type: application/json")
@@ -4989,25 +4934,25 @@ class Api:
                 headers = self.check_rate(request.client)
             answer = self.dispatch(request, route, needs_key)
         except Problem as problem:
-            answer = problem.answer(changing=request.method in CHANGING)
+            answer = problem.answer(request.method)
         except ClientLeft:
             answer = None
         except Exception as error:
             log.exception("internal error in %s %s", request.method, loggable_path(request.path))
-            answer = internal_error(error).answer(changing=request.method in CHANGING)
+            answer = internal_error(error).answer(request.method)
         status = answer.status if answer else CLIENT_LEFT
-        endpoint = request.path if route else "unknown"
-        self.count(request.method, endpoint, status, time.perf_counter() - started)
+        self.count(request.method, request.path, status, time.perf_counter() - started)
         return answer.with_headers(headers) if headers and answer else answer
 
-    def count(self, method, endpoint, status, seconds):
+    def count(self, method, path, status, seconds):
         method = method if method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS") else "other"
+        endpoint = path if path in PATHS else "unknown"
         self.metrics.add("lxc_autoscale_api_requests_total", method, endpoint, str(status))
         self.metrics.observe("lxc_autoscale_api_request_duration_seconds", seconds,
                              method, endpoint)
 
     def dispatch(self, request, route, needs_key):
-        query = self.authenticate(request, needs_key)
+        self.authenticate(request, needs_key)
         if not route:
             raise Problem(404, "Unknown path; GET /routes lists the endpoints")
         if request.method == "OPTIONS":
@@ -5015,17 +4960,14 @@ class Api:
         if request.method != route.method and (request.method, route.method) != ("HEAD", "GET"):
             allowed = allowed_methods(route)
             raise Problem(405, f"Wrong method; {request.path} takes {allowed}", {"Allow": allowed})
-        if route.monitored:
-            query = []
-        if isinstance(query, ValueError):
-            raise Problem(400, f"Invalid query: {query}")
-        if route.method == "GET":
-            values = parse_parameters(route.parameters, query)
-        elif query:
-            raise Problem(400, f"Unknown query parameter; {route.method} {route.path} "
-                               "takes its parameters from a JSON body")
-        else:
-            values = parse_parameters(route.parameters, read_object(request))
+        pairs = parse_query(request.query) if request.query and not route.monitored else ()
+        pairs = [pair for pair in pairs if pair[0] != "api_key"]
+        if route.method != "GET":
+            if pairs:
+                raise Problem(400, f"Unknown query parameter; {route.method} {route.path} "
+                                   "takes its parameters from a JSON body")
+            pairs = read_object(request)
+        values = parse_parameters(route.parameters, pairs)
         if route.changes:
             return self.change(request, route, values)
         if not (route.shared and route.shared(self)):
@@ -5036,10 +4978,7 @@ class Api:
         return answer.result()
 
     def check_rate(self, client):
-        """Count a request; return the headers that tell its client how many more it may send.
-
-        It raises Problem 429 if it was one too many.
-        """
+        """Count a request, or Problem 429; return the headers that tell how many more may come."""
         limiter = self.limiter
         if client.local or not limiter:
             return {}
@@ -5056,25 +4995,15 @@ class Api:
                       limit=limiter.limit, window_seconds=limiter.window)
 
     def authenticate(self, request, needs_key):
-        """Check the key, if one is needed; return the query's pairs without it.
-
-        A wrong key is Problem 401, one that may not do this 403. If the query cannot be read,
-        the ValueError that says so stands in the pairs' place.
-        """
-        try:
-            pairs = parse_query(request.query) if request.query else []
-        except ValueError as error:
-            undecodable = isinstance(error, UnicodeDecodeError)
-            pairs, query = [], ValueError(
-                "not percent-encoded UTF-8" if undecodable else str(error))
-        else:
-            query = [pair for pair in pairs if pair[0] != "api_key"]
+        """Check the key, if one is needed: Problem 401 for a wrong one, 403 if it may only read."""
         request.client.key = None
         if not needs_key:
-            return query
+            return
         given = request.headers.get("x-api-key")
         if given is None:
-            keys = [value for name, value in pairs if name == "api_key"]
+            keys = []
+            with suppress(Problem):         # a query that cannot be read has none
+                keys = [value for name, value in parse_query(request.query) if name == "api_key"]
             given = keys[0] if len(keys) == 1 else ""
         given = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
         found = [(name, may_change) for known, name, may_change in self.known
@@ -5086,7 +5015,6 @@ class Api:
         request.client.key, may_change = found[0]
         if request.method in CHANGING and not may_change:
             raise Problem(403, "This key may only read")
-        return query
 
     def change(self, request, route, values):
         """Run a handler that changes containers, once it is the first in their queues."""
@@ -5345,11 +5273,11 @@ def parse_head(block, minor):
 
 
 # Whether a change was asked for is not known.
-TOO_MANY_BODY = ('{"status": "error", "error": "Too many connections; try again later", '
-                 f'"outcome": "{NOTHING_DONE}"}}\n')
+TOO_MANY_BODY = Problem(
+    503, "Too many connections; try again later", outcome=NOTHING_DONE).answer().body
 TOO_MANY = (f"{STATUS_LINES[503]}Retry-After: 1\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(TOO_MANY_BODY)}\r\nConnection: close\r\n\r\n"
-            f"{TOO_MANY_BODY}").encode()
+            ).encode() + TOO_MANY_BODY
 
 
 class Server(ThreadingHTTPServer):
@@ -5555,17 +5483,17 @@ class Server(ThreadingHTTPServer):
         waiting = {client.sock.fileno(): client for client in list(self.clients.values())
                    if (client.asking or math.inf) < late}
         poll = select.poll()
-        for number in waiting:
-            if number >= 0:                 # else it has just been closed
-                poll.register(number, 0 if waiting[number].changing else select.POLLRDHUP)
+        for fd, client in waiting.items():
+            if fd >= 0:                     # else it has just been closed
+                poll.register(fd, 0 if client.changing else select.POLLRDHUP)
         try:
             gone = poll.poll(0)
         except OSError:                     # more than RLIMIT_NOFILE, which may have been lowered
             gone = ()
-        for number, _ in gone:
+        for fd, _ in gone:
             with self.changed:
-                if waiting[number].waited_for is None:
-                    self.dismiss(waiting[number])
+                if waiting[fd].waited_for is None:
+                    self.dismiss(waiting[fd])
 
     def turn_away(self, sock):
         """Answer 503 to a connection that is one too many, without a thread.
@@ -5585,10 +5513,7 @@ class Server(ThreadingHTTPServer):
                 self.refused.popleft()[1].close()
 
     def begin_request(self, client, address, local):
-        """Note that a whole request has come, and tell whether it may be answered.
-
-        The client speaks for an address.
-        """
+        """Note that a whole request has come and for whom; tell whether it may be answered."""
         with self.changed:
             if self.stopping.is_set() or client.sock not in self.clients:
                 return False
@@ -5671,8 +5596,8 @@ class Handler(BaseHTTPRequestHandler):
                        or Client(self.request, self.client_address[0]))
         self.channel = Tls(self.request, self.server.tls) if self.server.tls else self.request
         self.buffer, self.unread, self.continues, self.linger = bytearray(), 0, False, False
-        self.patience, self.fresh, self.minor, self.method = REQUEST_SECONDS, True, 1, None
-        self.begun, self.deadline = False, time.monotonic() + REQUEST_SECONDS
+        self.patience, self.fresh, self.minor = REQUEST_SECONDS, True, 1
+        self.deadline = time.monotonic() + REQUEST_SECONDS
 
     def handle_one_request(self):
         """Answer one request, and say in `close_connection` whether there may be another."""
@@ -5680,41 +5605,43 @@ class Handler(BaseHTTPRequestHandler):
         try:
             request = self.read_request()
         except Problem as problem:
-            self.linger, self.client.address = True, self.client_address[0]
-            self.server.api.count(self.method or "other", self.path if self.path in PATHS
-                                  else "unknown", problem.status, 0)
-            # Of a request line that cannot be read, the method may be plain.
-            method = self.method or bytes(self.buffer[:7]).partition(b" ")[0].decode("latin-1")
-            shown = self.method or ("HEAD" if method == "HEAD" else "-")    # a HEAD gets no body
-            return self.respond(problem.answer(method in CHANGING), shown, self.path or "-", 0)
+            self.refuse(problem)
+            return
         except (ClientLeft, OSError):
-            return None
+            return
         speaks_for = client_of(request.headers, self.client_address[0],
                                self.server.api.config.server.trusted_proxies)
         if not self.server.begin_request(self.client, *speaks_for):
             lost_place = unavailable(
                 "The daemon is stopping, or this connection has lost its place", 1)
-            return self.respond(lost_place.answer(request.method in CHANGING),
-                                request.method, request.path, 0)
+            self.respond(lost_place.answer(request.method), request.method, request.path, 0)
+            return
         started = time.perf_counter()
         answer = self.server.api.answer(request)
-        # With 408 or 411, where its body ends is not known.
-        self.close_connection = (
-            self.server.stopping.is_set() or not self.may_stay(request)
-            or answer is None or answer.status in (408, 411))
+        self.close_connection = not self.may_stay(request, answer)
         self.client.waited_for = time.monotonic()       # to take the answer
         self.respond(answer, request.method, request.path, started)
         self.server.end_request(self.client)
         if not self.close_connection:
             self.drain()
-        return None
 
-    def may_stay(self, request):
-        """Tell whether the connection may serve further requests, as far as this one says.
+    def refuse(self, problem):
+        """Answer what is no well-framed request."""
+        self.linger, self.client.address = True, self.client_address[0]
+        self.server.api.count(self.method, self.path, problem.status, 0)
+        # Of a request line that cannot be read, the method may be plain.
+        method = self.method or bytes(self.buffer[:7]).partition(b" ")[0].decode("latin-1")
+        shown = self.method or ("HEAD" if method == "HEAD" else "-")    # a HEAD gets no body
+        self.respond(problem.answer(method), shown, self.path or "-", 0)
+
+    def may_stay(self, request, answer):
+        """Tell whether the connection may serve further requests after this one and its answer.
 
         What is unread of its body would have to be read and dropped: not if that is much, or
-        comes only if it is asked for.
+        comes only if it is asked for. With 408 or 411, where it ends is not known.
         """
+        if self.server.stopping.is_set() or answer is None or answer.status in (408, 411):
+            return False
         options = request.words("connection")
         return (self.unread <= MAX_BODY and not (self.unread and self.continues)
                 and "close" not in options and (self.minor or "keep-alive" in options))
@@ -5863,10 +5790,7 @@ class Handler(BaseHTTPRequestHandler):
         return len(body)
 
     def send(self, data):
-        """Send all, or OSError.
-
-        It is raised if the client takes no byte for REQUEST_SECONDS, or not all in twice that.
-        """
+        """Send all; OSError if no byte is taken for REQUEST_SECONDS, or not all in twice that."""
         deadline = time.monotonic() + REQUEST_SECONDS
         sent = self.channel.send(data)
         while sent < len(data):
@@ -5875,10 +5799,7 @@ class Handler(BaseHTTPRequestHandler):
             sent += self.channel.send(memoryview(data)[sent:])
 
     def finish(self):
-        """Let the answer arrive.
-
-        Closing with bytes unread resets the connection and may destroy it.
-        """
+        """Let the answer arrive: to close with bytes unread is a reset, which may destroy it."""
         deadline = time.monotonic() + LINGER_SECONDS
         with suppress(OSError):
             if self.channel is not self.request:
@@ -5985,10 +5906,7 @@ class Signals:
 
 
 def list_keys(config):
-    """Yield a line for each key.
-
-    It has the setting that the key stands in, its fingerprint, and whether it may only read.
-    """
+    """Yield a line for each key: its setting, its fingerprint, and whether it may only read."""
     login = config.authentication
     settings = {login.api_key: "authentication.api_key",
                 **dict.fromkeys(login.api_keys, "authentication.api_keys")}
@@ -6037,10 +5955,7 @@ def warn_of_certificate(config):
 
 
 def reload(server, path, files):
-    """Take over keys, certificate, limits, container rules and logs; a bad file changes nothing.
-
-    `files` reads it.
-    """
+    """Take over keys, certificate, limits, container rules and logs; a bad file changes nothing."""
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
     old = server.api.config
     try:
@@ -6052,7 +5967,7 @@ def reload(server, path, files):
     except Exception:
         log.exception("internal error in a reload; the old settings stay")
     else:
-        point_logs(config.logging, config.keys + config.read_only_keys)
+        point_logs(config)
         server.api.configure(config)
         server.tls = config.tls
         log.info("reloaded %s", path)
@@ -6085,12 +6000,10 @@ def in_background(function, *arguments):
     threading.Thread(target=function, args=arguments, daemon=True).start()
 
 
-def feed_watchdog(server, seconds, stopping):
-    """Tell systemd that the daemon is alive as long as it answers itself.
-
-    If systemd does not ask (None), it is not told.
-    """
-    while seconds and not stopping.is_set():
+def feed_watchdog(server):
+    """Tell systemd as often as it asks for, if it does, that the daemon answers itself."""
+    seconds = watchdog_seconds()
+    while seconds and not server.stopping.is_set():
         time.sleep(seconds)                 # a wait of 3.9.2 lasts longer if the clock is set back
         if server.answers():
             notify("WATCHDOG=1")
@@ -6101,8 +6014,7 @@ def serve(server, signals, config_path):
     in_background(server.serve_forever)
     log.info("lxc_autoscale_api %s listens on %s port %d", VERSION, *server.server_address[:2])
     notify("READY=1")
-    stopping = threading.Event()
-    in_background(feed_watchdog, server, watchdog_seconds(), stopping)
+    in_background(feed_watchdog, server)
     files = Files(server.api.workers)       # apart: a hung /etc/pve must not keep a key in force
     # A pct that an earlier daemon had begun may take its snapshot only now, so it is looked twice.
     told, again = set(), time.monotonic() + LOCK_SECONDS
@@ -6115,7 +6027,6 @@ def serve(server, signals, config_path):
             again = None
             in_background(warn_of_forgotten_snapshots, server.api, told)
         number = signals.next(again)
-    stopping.set()
     notify("STOPPING=1")
     log.info("stopping on %s", signal_name(number))
     server.api.changes.refuse_waiting()
@@ -6156,7 +6067,7 @@ def main():
     if arguments.check_config:
         print(f"{arguments.config}: ok", *list_keys(config), sep="\n")
         return 0
-    point_logs(config.logging, config.keys + config.read_only_keys)
+    point_logs(config)
     warn_of_certificate(config)
     signals = Signals()
     try:
