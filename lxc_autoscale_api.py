@@ -2626,11 +2626,12 @@ REMOTE = (
     "{ echo $pct is empty >&2; exit 1; }; "                 # or the shell calls that a success
     "[ $(stat -fc %a /run/) -gt 256 ] || { echo /run is full >&2; exit 1; }; "
     "exec 3>$file.out 4>$file.err && rm $file.out $file.err || exit 1; "
-    "trap 'exit 3' EXIT; "                  # or 2, if it cannot fork, which is for: not begun
+    "unset code; trap 'exit ${code:+3}' EXIT; "     # if it cannot fork after this, not with 2
     '"$@" </dev/null >&3 2>&4 3>&- 4>&-; code=$?; '
     # What hangs in the kernel is not gone, though `timeout` is: it is waited for.
     "[ $code != 137 ] || while pgrep -s 0 -r D >/dev/null 2>&1; do sleep 0.2; done; "
-    "cat /dev/fd/3 /dev/fd/4 && echo && echo $code $(stat -Lc %s /dev/fd/3 /dev/fd/4)"
+    "size=$(stat -Lc %s /dev/fd/3 /dev/fd/4) && "   # first, for something may still print
+    "cat /dev/fd/3 /dev/fd/4 && echo && echo $code $size"
 )
 
 
@@ -2653,15 +2654,18 @@ def over_ssh(node, argv, seconds):
 
 
 def parse_reply(printed):
-    """Split what REMOTE printed into (exit, stdout, stderr); None if some of it is missing."""
+    """Split what REMOTE printed into (exit, stdout, stderr); None if some of it is missing.
+
+    Of what was too much, read_output has its end only.
+    """
     end = re.search(rb"\n(\d{1,15}) (\d{1,15}) (\d{1,15})\n\Z", printed)
     if not end:
         return None
     code, out, err = map(int, end.groups())
-    if end.start() < out + err:
+    if end.start() < out + err and len(printed) < MAX_OUTPUT:
         return None
-    middle = end.start() - err
-    return code, printed[middle - out:middle], printed[middle:end.start()]
+    middle = max(0, end.start() - err)
+    return code, printed[max(0, middle - out):middle], printed[middle:end.start()]
 
 
 def ssh_failed(node, argv, begun, details):
@@ -4303,9 +4307,10 @@ def start_clone(change, new_vm_id, start):
         if twice and start is None:
             change.leave(f"VM {new_vm_id} was not started, for its address would be on the network "
                          "twice; give it another (ip), "
-                         f"and start it{on(change.node)} with: pct start {new_vm_id}",
-                         *starts_with_node(
-                             change.node, new_vm_id, change.conf(new_vm_id).current))
+                         f"and start it{on(change.node)} with: pct start {new_vm_id}")
+            with suppress(Problem):         # it is not started, whatever can be read now
+                change.leave(*starts_with_node(
+                    change.node, new_vm_id, change.conf(new_vm_id).current))
             return
         change.pct("start", vm_id=new_vm_id)
     except Problem as problem:

@@ -4531,6 +4531,33 @@ def test_what_another_node_could_not_bring_back_is_no_answer(tool, tmp_path):
     assert module.parse_reply(b"ou\n0 4 0\n") is None, "some of it is missing"
 
 
+def test_what_a_command_s_child_still_prints_there_does_not_make_its_answer_incomplete(tmp_path):
+    script = "(i=0; while [ $i -lt 4000 ]; do echo x; i=$((i + 1)); done) & echo done"
+    for _ in range(5):
+        there = subprocess.run(
+            ["sh", "-c", module.REMOTE.replace("/run/", f"{tmp_path}/"), "sh", "sh", "-c", script],
+            capture_output=True)
+        code, out, err = module.parse_reply(there.stdout)
+        assert (code, set(out.split()), err) == (0, set(out.split()) & {b"done", b"x"}, b"")
+
+
+def test_a_shell_that_cannot_fork_says_whether_the_command_had_begun(tmp_path):
+    """dash ends with 2 then."""
+    for place, code in (('"$@"', 2), ("size=$(stat", 3)):
+        remote = module.REMOTE.replace("/run/", f"{tmp_path}/")
+        assert remote.count(place) == 1
+        remote = remote.replace(place, f"exit 2; {place}")      # as if that could not be forked
+        there = subprocess.run(["sh", "-c", remote, "sh", "true"], capture_output=True)
+        assert (there.returncode, module.parse_reply(there.stdout)) == (code, None)
+
+
+def test_a_change_that_prints_too_much_on_another_node_is_as_done_as_here(lab):
+    lab.hosts["pve2"].faults(set={"stderr": 120000 * f"{'rsync: a file has vanished':<39}\n"})
+    reply = lab.api.post("/scale/cores", {"vm_id": 204, "cores": 4})
+    assert (reply.status, set(reply.body["data"]["warnings"])) == (
+        200, {"rsync: a file has vanished"})
+
+
 def test_a_command_on_another_node_has_the_umask_of_root_s_shell(tmp_path):
     remote = module.REMOTE.replace("/run/", f"{tmp_path}/")
     there = subprocess.run(["sh", "-c", "umask 077; " + remote, "sh", "sh", "-c", "umask"],
@@ -6911,6 +6938,19 @@ def test_a_clone_that_is_not_to_be_started_is_told_if_its_node_will_start_it(api
     assert reply.body["details"].splitlines()[-2:] == [
         "VM 207 is there now, without its address; remove it with: pct destroy 207",
         boots.format(207, 207)]
+
+
+def test_a_clone_that_is_not_to_be_started_is_a_success_though_its_file_cannot_be_read(
+        launch, host):
+    host.add(107, onboot=1, net0="name=eth0,bridge=vmbr0,ip=192.0.2.4/24,type=veth")
+    api = launch(constants={"starts_with_node": Code(
+        "lambda *_: (_ for _ in ()).throw(daemon.hanging())")})
+    reply = api.post("/clone/create", {"vm_id": 107, "new_vm_id": 205, "new_vm_name": "x"})
+    assert (reply.status, reply.body["data"]) == (200, {
+        "vm_id": 205, "started": False, "warnings": [
+            "VM 205 has the static address 192.0.2.4, as VM 107 has",
+            "VM 205 was not started, for its address would be on the network twice; give it "
+            "another (ip), and start it with: pct start 205"]})
 
 
 def test_a_source_that_may_be_locked_is_told_though_its_file_cannot_be_read(api, host):
@@ -11775,7 +11815,7 @@ def test_the_readme_s_shell_client_takes_no_silence_for_a_success(api, host):
 def test_the_readme_s_python_client_waits_tries_again_and_gives_up(launch, host):
     api = launch(proxmox={"change_timeout_seconds": 1})
     names = {"URL": f"http://127.0.0.1:{api.port}", "KEY": KEY}
-    exec(readme_block("python", "import json, time").replace(
+    exec(readme_block("python", "import http.client, json, time").replace(
         "time.sleep(5)", "open(GO, 'w').close()"), names)
     names["GO"] = f"{host.root}/go"
     host.faults(set={"delay": True})
@@ -11785,11 +11825,21 @@ def test_the_readme_s_python_client_waits_tries_again_and_gives_up(launch, host)
     assert names["change"]("POST", "/scale/cores", {"vm_id": 104, "cores": 6}) is False
     assert host.calls() == ["pct set 104 --cores 5", "pct set 104 --cores 6"]
     # of what goes on, an answer may be missing for a while
-    told = [({"status": "error", "outcome": "running", "operation": "x"}, None),
-            ({"status": "error", "error": "Rate limit exceeded"}, "1"),
+    runs = {"status": "error", "outcome": "running", "operation": "x"}, None
+    told = [runs, ({"status": "error", "error": "Rate limit exceeded"}, "1"),
+            ConnectionResetError(), http.client.RemoteDisconnected(), ValueError("a proxy's page"),
             ({"data": [{"state": "running"}]}, None), ({"data": [{"state": "done"}]}, None)]
-    names["ask"] = lambda *_: told.pop(0)
+
+    def ask(*_):
+        if isinstance(told[0], Exception):
+            raise told.pop(0)
+        return told.pop(0)
+    names["ask"] = ask
     assert names["change"]("POST", "/scale/cores", {}) is True and told == []
+    told += [runs, ({"status": "error", "error": "Missing or invalid API key"}, None)]
+    assert names["change"]("POST", "/scale/cores", {}) is False and told == []
+    told += [runs, ({"data": []}, None)]                # after a restart it is not known any more
+    assert names["change"]("POST", "/scale/cores", {}) is False and told == []
 
 
 def recipe(text, api, folder):
