@@ -1453,6 +1453,8 @@ def base(request, tmp_path_factory):
     yield base
     if os.getpid() == me and not request.session.testsfailed:       # and not in a helper
         shutil.rmtree(base)
+        with contextlib.suppress(OSError):  # other runs may have their folders there
+            base.parent.rmdir()
 
 
 @pytest.fixture(scope="module", autouse=True)
