@@ -1039,7 +1039,8 @@ def wait_until(condition, seconds=10):
 if __name__ == "__main__":
     sys.exit(demo(*map(int, sys.argv[2:])) if sys.argv[1:2] == ["--demo"] else __doc__)
 
-import concurrent.futures  # noqa: E402  (the simulated host above needs Python alone)
+import atexit  # noqa: E402  (the simulated host above needs Python alone)
+import concurrent.futures  # noqa: E402
 import ctypes  # noqa: E402
 import errno  # noqa: E402
 import fcntl  # noqa: E402
@@ -1442,10 +1443,18 @@ def memory():
     return None
 
 
+def remove_if_empty(folders):
+    for folder in folders:
+        with contextlib.suppress(OSError):          # other runs may have theirs in it
+            folder.rmdir()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def base(request, tmp_path_factory):
     """The folder of all tests' folders. It is in memory if that can be, for to make a file takes
     ext4 thirty times as long, and it goes when all have passed."""
+    parents = []
+    atexit.register(remove_if_empty, parents)       # after what pytest does there at its own end
     with pytest.MonkeyPatch.context() as patch:
         if memory():
             patch.setenv("PYTEST_DEBUG_TEMPROOT", memory())
@@ -1456,8 +1465,7 @@ def base(request, tmp_path_factory):
         for left in base.parent.iterdir():
             if left.is_symlink() and not left.exists():         # pytest's own, to the last run
                 left.unlink()
-        with contextlib.suppress(OSError):  # other runs may have their folders there
-            base.parent.rmdir()
+        parents.append(base.parent)
 
 
 @pytest.fixture(scope="module", autouse=True)
