@@ -3349,12 +3349,12 @@ def may_have_left_volumes(result):
                 or (begun and CLEANUP_DIED.search(result.stdout, begun.end())))
 
 
-def destroying(vm_id, document):
-    """Return the commands that destroy a container of this configuration.
+def destroying(vm_id, values):
+    """Return the commands that destroy a container with this {key: text}.
 
     A clone is protected if its source was (PVE::API2::LXC, clone_vm).
     """
-    protected = is_true(parse_config(document or "").current.get("protection"))
+    protected = is_true(values.get("protection"))
     return f"pct set {vm_id} --protection 0 && " * protected + f"pct destroy {vm_id}"
 
 
@@ -3769,11 +3769,11 @@ class Change:
         """Return what to say of a container's state after a failure, as texts."""
         last, runs = self.steps[-1][1], state == "running"
         if vm_id == self.clone and not runs:
-            remove = destroying(vm_id, texts[vm_id])
+            values = parse_config(texts[vm_id]).current
+            remove = destroying(vm_id, values)
             if self.values["ip"] and not self.addressed:        # what it has is perhaps another's
                 return [f"VM {vm_id} is {state}, without its address" + self.how("remove", remove),
-                        *starts_with_node(
-                            self.node, vm_id, parse_config(texts[vm_id] or "").current)]
+                        *starts_with_node(self.node, vm_id, values)]
             return [f"VM {vm_id} is {state}" + self.how("start", f"pct start {vm_id}")
                     + f", or remove it with: {remove}"]
         # Then what is said of the lock says how to go on.
@@ -3813,7 +3813,7 @@ class Change:
                         and "lock" not in clone):
                     without = ", without its address" if self.values["ip"] else ""
                     found.append(f"VM {name} is there now{without}"
-                                 + self.how("remove", destroying(name, texts[int(name)])))
+                                 + self.how("remove", destroying(name, clone)))
                     found += starts_with_node(self.node, name, clone) if without else ()
             elif (command == "snapshot" and name in has and "snapstate" not in has[name]
                     and name not in had
@@ -3861,7 +3861,7 @@ class Change:
             # Each volume is entered once it is whole (PVE::API2::LXC, clone_vm: update_conf).
             return [f"VM {vm_id} is left half-made; if no task of it runs, "
                     f"remove it{on(self.node)} with: "
-                    f"pct unlock {vm_id} && {destroying(vm_id, texts[vm_id])}",
+                    f"pct unlock {vm_id} && {destroying(vm_id, now)}",
                     "A volume that was being copied stays, for its configuration does not name it; "
                     f"look for it{on(self.node)} with: pvesm list STORAGE --vmid {vm_id}"]
         for step in self.failed_steps() + self.kept_locks:
