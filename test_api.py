@@ -1311,6 +1311,20 @@ def side_by_side(*calls):
         return [each.result() for each in [pool.submit(*call) for call in calls]]
 
 
+@contextlib.contextmanager
+def held_up(host, command, call, *arguments):
+    """Make a call in whose middle pct is held up by a fault, from when it has begun the command
+    until the end of the `with` -> the Future of its reply."""
+    begun = len(host.calls())
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(call, *arguments)
+        wait_until(lambda: any(each.startswith(f"pct {command} ") for each in host.calls()[begun:]))
+        try:
+            yield asked
+        finally:
+            host.go()
+
+
 def tls_files(folder, certificate=CERTIFICATE, key=CERTIFICATES_KEY):
     """Write a certificate and its key -> the settings that name them."""
     for name, text in (("tls.pem", certificate), ("tls.key", key)):
@@ -4511,13 +4525,19 @@ def test_a_command_for_another_node_is_one_argument_of_ssh():
     assert shlex.split(command[-1])[4:] == ["timeout", "-s", "KILL", "15", "pct", "list"]
 
 
+def run_as_remote(folder, *argv, before="", remote=module.REMOTE, **options):
+    """Run a command as another node would, with its files in a folder -> the ended process."""
+    return subprocess.run(
+        ["sh", "-c", before + remote.replace("/run/", f"{folder}/"), "sh", *argv],
+        capture_output=True, **options)
+
+
 @pytest.mark.parametrize("script", [
     "true", "exit 255", "echo out; echo err >&2; exit 2", "printf 'no end of line'",
     "printf '\\n1 2 3\\n'", "printf '\\xff\\x00'; printf '1 0 0\\n' >&2", "kill -9 $$",
     "head -c 3000000 /dev/zero"])
 def test_what_ran_on_another_node_comes_back_as_it_was(script, tmp_path):
-    remote = module.REMOTE.replace("/run/", f"{tmp_path}/")
-    there = subprocess.run(["sh", "-c", remote, "sh", "sh", "-c", script], capture_output=True)
+    there = run_as_remote(tmp_path, "sh", "-c", script)
     here = subprocess.run(["sh", "-c", script], capture_output=True)
     code = here.returncode if here.returncode >= 0 else 128 - here.returncode
     # what has begun never ends with 1 or 2, whatever becomes of the shell
@@ -4537,9 +4557,8 @@ def test_what_another_node_could_not_bring_back_is_no_answer(tool, tmp_path):
     (tools / tool).write_text(     # as with too many open files; before the command, it works
         f'#!/bin/sh\ncase "$*" in *-fc*) exec {real} "$@" ;; esac\nprintf o\nexit 1\n')
     (tools / tool).chmod(0o755)
-    there = subprocess.run(
-        ["sh", "-c", module.REMOTE.replace("/run/", f"{tmp_path}/"), "sh", "sh", "-c", "echo out"],
-        capture_output=True, env={"PATH": f"{tools}:{os.environ['PATH']}"})
+    there = run_as_remote(
+        tmp_path, "sh", "-c", "echo out", env={"PATH": f"{tools}:{os.environ['PATH']}"})
     assert (module.parse_reply(there.stdout), there.returncode) == (None, 3)
     assert module.parse_reply(b"ou\n0 4 0\n") is None, "some of it is missing"
 
@@ -4547,9 +4566,7 @@ def test_what_another_node_could_not_bring_back_is_no_answer(tool, tmp_path):
 def test_what_a_command_s_child_still_prints_there_does_not_make_its_answer_incomplete(tmp_path):
     script = "(i=0; while [ $i -lt 4000 ]; do echo x; i=$((i + 1)); done) & echo done"
     for _ in range(5):
-        there = subprocess.run(
-            ["sh", "-c", module.REMOTE.replace("/run/", f"{tmp_path}/"), "sh", "sh", "-c", script],
-            capture_output=True)
+        there = run_as_remote(tmp_path, "sh", "-c", script)
         code, out, err = module.parse_reply(there.stdout)
         assert (code, set(out.split()), err) == (0, set(out.split()) & {b"done", b"x"}, b"")
 
@@ -4557,10 +4574,9 @@ def test_what_a_command_s_child_still_prints_there_does_not_make_its_answer_inco
 def test_a_shell_that_cannot_fork_says_whether_the_command_had_begun(tmp_path):
     """dash ends with 2 then."""
     for place, code in (('"$@"', 2), ("size=$(stat", 3)):
-        remote = module.REMOTE.replace("/run/", f"{tmp_path}/")
-        assert remote.count(place) == 1
-        remote = remote.replace(place, f"exit 2; {place}")      # as if that could not be forked
-        there = subprocess.run(["sh", "-c", remote, "sh", "true"], capture_output=True)
+        assert module.REMOTE.count(place) == 1
+        there = run_as_remote(          # as if that could not be forked
+            tmp_path, "true", remote=module.REMOTE.replace(place, f"exit 2; {place}"))
         assert (there.returncode, module.parse_reply(there.stdout)) == (code, None)
 
 
@@ -4572,9 +4588,7 @@ def test_a_change_that_prints_too_much_on_another_node_is_as_done_as_here(lab):
 
 
 def test_a_command_on_another_node_has_the_umask_of_root_s_shell(tmp_path):
-    remote = module.REMOTE.replace("/run/", f"{tmp_path}/")
-    there = subprocess.run(["sh", "-c", "umask 077; " + remote, "sh", "sh", "-c", "umask"],
-                           capture_output=True)
+    there = run_as_remote(tmp_path, "sh", "-c", "umask", before="umask 077; ")
     assert module.parse_reply(there.stdout) == (0, b"0022\n", b"")
 
 
@@ -5642,14 +5656,11 @@ def test_a_virtual_machine_is_called_one(lab):
 def test_a_source_that_moves_during_a_clone_is_mended_where_it_is(lab):
     host = lab.hosts["pve2"]
     host.faults(clone={"pause": True})
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(lab.api.post, "/clone/create", {
-            "vm_id": 204, "new_vm_id": 250, "new_vm_name": "x"})
-        wait_until(lambda: "pct clone" in " ".join(host.calls()))
+    with held_up(host, "clone", lab.api.post, "/clone/create", {
+            "vm_id": 204, "new_vm_id": 250, "new_vm_name": "x"}) as asked:
         name, = host.snapshots(204)
         lab.move(204, "pve2", "pve3")
-        host.go()
-        reply = asked.result()
+    reply = asked.result()
     try:
         assert (reply.status, reply.body["outcome"]) == (500, "incomplete")
         assert (f"; remove it on node 'pve3' with: pct delsnapshot 204 {name}"
@@ -6441,13 +6452,9 @@ def test_what_was_refused_at_once_is_nothing_done_though_somebody_else_changes_t
              "unable to create CT 105 - CT 105 already exists on node 'pve2'"),
             ("/scale/cores", {"cores": 4}, "set", "CT is locked (backup)")):
         host.faults(**{command: {"pause": True, "exit": 255, "stderr": says + "\n"}})
-        begun = len(host.calls())
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(api.post, path, {"vm_id": 106, **body})
-            wait_until(lambda: f"pct {command} " in " ".join(host.calls()[begun:]))
+        with held_up(host, command, api.post, path, {"vm_id": 106, **body}) as asked:
             host.path(106).write_text("#somebody else's\n" + host.path(106).read_text())
-            host.go()
-            reply = asked.result()
+        reply = asked.result()
         assert (reply.status, reply.body) == (409, refused(reply.body["error"], details=says))
 
 
@@ -6888,14 +6895,11 @@ def test_a_refused_clone_that_could_not_unlock_its_source_says_so_if_the_lock_st
     host.faults(clone={"pause": True, "exit": 255, "stderr": (
         "Failed to remove source CT config lock - can't lock file '/run/lock/lxc/pve-config-106.loc"
         "k' - got timeout\nunable to create CT 105 - CT 105 already exists on node 'pve2'\n")})
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(api.post, "/clone/create", {
-            "vm_id": 106, "new_vm_id": 105, "new_vm_name": "x"})
-        wait_until(lambda: "pct clone" in " ".join(host.calls()))
+    with held_up(host, "clone", api.post, "/clone/create", {
+            "vm_id": 106, "new_vm_id": 105, "new_vm_name": "x"}) as asked:
         if stayed:
             host.path(106).write_text(f"lock: disk\n{host.path(106).read_text()}")
-        host.go()
-        reply = asked.result()
+    reply = asked.result()
     assert (reply.status, reply.body["outcome"]) == (
         409, "incomplete" if stayed else "nothing_done")
     assert reply.body["details"].splitlines()[2:] == [
@@ -7081,12 +7085,10 @@ def test_what_waited_in_vain_for_another_snapshot_task_has_done_nothing(
         api, host, method, path, command, says, lock):
     """That task begins between our look at the container and pct's (PVE::API2::LXC::Snapshot)."""
     host.faults(**{command: {"pause": True, "exit": 255, "stderr": says + "\n"}})
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(api.request, method, path, {"vm_id": 106, "snapshot_name": "a1"})
-        wait_until(lambda: f"pct {command} " in " ".join(host.calls()))
+    with held_up(host, command, api.request, method, path, {
+            "vm_id": 106, "snapshot_name": "a1"}) as asked:
         host.path(106).write_text(f"lock: {lock}\n{host.path(106).read_text()}")
-        host.go()
-        reply = asked.result()
+    reply = asked.result()
     assert (reply.status, reply.body) == (409, refused(
         "A replication runs or needs this snapshot; try again after it", details=says))
 
@@ -7131,13 +7133,10 @@ def test_a_lock_like_one_that_a_step_has_taken_away_again_is_another_task_s(
     """A clone that has ended takes its lock away (PVE::API2::LXC, clone_vm), and so does a
     snapshot (PVE::AbstractConfig, __snapshot_commit)."""
     host.faults(start={"pause": True, "exit": 255, "stderr": "startup for container failed\n"})
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(api.post, "/clone/create", {
-            "vm_id": vm_id, "new_vm_id": 105, "new_vm_name": "x"})
-        wait_until(lambda: "pct start 105" in host.calls())
+    with held_up(host, "start", api.post, "/clone/create", {
+            "vm_id": vm_id, "new_vm_id": 105, "new_vm_name": "x"}) as asked:
         host.path(vm_id).write_text(f"lock: {lock}\n{host.path(vm_id).read_text()}{section}")
-        host.go()
-        reply = asked.result()
+    reply = asked.result()
     assert (reply.status, reply.body["outcome"]) == (500, "incomplete")
     assert f"VM {vm_id} is locked by Proxmox ({lock}), by another task" in (
         reply.body["details"].splitlines())
@@ -7146,13 +7145,10 @@ def test_a_lock_like_one_that_a_step_has_taken_away_again_is_another_task_s(
 
 def test_another_snapshot_that_begins_before_the_temporary_one_is_removed_is_not_ended(api, host):
     host.faults(delsnapshot={"pause": True})
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(api.post, "/clone/create", {
-            "vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"})
-        wait_until(lambda: "pct delsnapshot" in " ".join(host.calls()))
+    with held_up(host, "delsnapshot", api.post, "/clone/create", {
+            "vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"}) as asked:
         host.path(104).write_text(f"lock: snapshot\n{host.path(104).read_text()}")
-        host.go()
-        reply = asked.result()
+    reply = asked.result()
     name, = host.snapshots(104)
     assert (reply.status, reply.body["data"]["warnings"]) == (200, [
         f"The temporary snapshot '{name}' of VM 104 could not be removed (The container is locked "
@@ -7162,12 +7158,9 @@ def test_another_snapshot_that_begins_before_the_temporary_one_is_removed_is_not
 
 def test_a_reboot_that_a_stop_of_others_came_before_is_no_success(api, host):
     host.faults(reboot={"pause": True, "exit": 0})
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(api.post, "/power/reboot", {"vm_id": 104})
-        wait_until(lambda: "pct reboot" in " ".join(host.calls()))
+    with held_up(host, "reboot", api.post, "/power/reboot", {"vm_id": 104}) as asked:
         (host.cgroup / "lxc/104").rename(host.root / "trash/104")
-        host.go()
-        reply = asked.result()
+    reply = asked.result()
     assert (reply.status, reply.body) == (500, error(
         "VM 104 does not run after its reboot; it may have been stopped meanwhile",
         outcome="incomplete",
@@ -7214,14 +7207,12 @@ def test_a_value_that_a_running_container_may_have_though_its_file_does_not_is_t
 def test_of_a_rolled_back_container_under_ha_it_is_said_who_starts_it(api, host):
     host.faults(rollback={
         "pause": True, "exit": 0, "stdout": "Requesting HA start for CT 104\n"})
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(api.post, "/snapshot/rollback", {"vm_id": 104, "snapshot_name": "s1"})
-        wait_until(lambda: "rollback" in " ".join(host.calls()))
+    with held_up(host, "rollback", api.post, "/snapshot/rollback", {
+            "vm_id": 104, "snapshot_name": "s1"}) as asked:
         (host.cgroup / "lxc/104").rename(host.root / "trash/104")
-        host.go()
-        assert asked.result().body == ok("Rolled back VM 104 to snapshot 's1'", {"warnings": [
-            "Proxmox HA was asked to start VM 104 and may do so later; "
-            "ask for the container's state"]})
+    assert asked.result().body == ok("Rolled back VM 104 to snapshot 's1'", {"warnings": [
+        "Proxmox HA was asked to start VM 104 and may do so later; "
+        "ask for the container's state"]})
 
 
 def test_a_container_that_stays_frozen_is_told_whether_its_snapshot_was_taken_or_not(api, host):
@@ -7975,12 +7966,10 @@ def test_a_rollback_whose_container_does_not_start_again_is_no_success(api, host
 def test_a_container_that_a_rollback_stopped_before_it_failed_is_told(api, host):
     """Its file is as before then, and it does not run."""
     host.faults(rollback={"pause": True, "exit": 255, "stderr": "container did not stop\n"})
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(api.post, "/snapshot/rollback", {"vm_id": 104, "snapshot_name": "s1"})
-        wait_until(lambda: "rollback" in " ".join(host.calls()))
+    with held_up(host, "rollback", api.post, "/snapshot/rollback", {
+            "vm_id": 104, "snapshot_name": "s1"}) as asked:
         (host.cgroup / "lxc/104").rename(host.root / "trash/104")
-        host.go()
-        reply = asked.result()
+    reply = asked.result()
     assert (reply.status, reply.body) == (409, error(
         "The container is just starting or stopping; look at its state", outcome="incomplete",
         details="container did not stop\n"
@@ -8115,15 +8104,12 @@ def test_a_pct_that_is_too_old_for_an_option_has_done_nothing(api, host):
 def test_a_clone_that_was_refused_for_a_lock_may_have_left_an_empty_container(api, host, left):
     """Before pve-container 4.2-2, clone_vm made that before it looked for the lock."""
     host.faults(clone={"pause": True, "exit": 255, "stderr": "CT is locked (backup)\n"})
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(api.post, "/clone/create", {
-            "vm_id": 106, "new_vm_id": 105, "new_vm_name": "x"})
-        wait_until(lambda: "pct clone" in " ".join(host.calls()))
+    with held_up(host, "clone", api.post, "/clone/create", {
+            "vm_id": 106, "new_vm_id": 105, "new_vm_name": "x"}) as asked:
         host.path(106).write_text("lock: backup\n" + host.path(106).read_text())
         if left:
             host.path(105).write_text("lock: create\n")
-        host.go()
-        reply = asked.result()
+    reply = asked.result()
     assert (reply.status, reply.body["outcome"]) == (
         409, "incomplete" if left else "nothing_done")
     assert reply.body["details"].splitlines()[1:] == [
@@ -8133,12 +8119,9 @@ def test_a_clone_that_was_refused_for_a_lock_may_have_left_an_empty_container(ap
 
 def test_a_destroy_that_left_its_lock_is_mended_in_one_way_only(api, host):
     host.faults(destroy={"pause": True, "exit": 255, "stderr": "odd\n"})
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(api.delete, "/clone/delete", {"vm_id": 106})
-        wait_until(lambda: "destroy" in " ".join(host.calls()))
+    with held_up(host, "destroy", api.delete, "/clone/delete", {"vm_id": 106}) as asked:
         host.path(106).write_text("lock: destroyed\n" + host.path(106).read_text())
-        host.go()
-        reply = asked.result()
+    reply = asked.result()
     assert (reply.status, reply.body) == (500, error(
         "pct destroy 106 failed: odd", outcome="incomplete", details=(
             "odd\nVM 106 is left with the lock 'destroyed'; if no task of it runs, mend it with: "
@@ -8170,26 +8153,19 @@ def test_a_container_that_somebody_else_creates_under_the_clone_s_id_is_not_ours
                     "A volume that was being copied stays, for its configuration does not name it; "
                     "look for it with: pvesm list STORAGE --vmid 105")):
         host.faults(clone={"pause": True, "exit": 255, "stderr": "odd\n"})
-        begun = len(host.calls())
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(api.post, "/clone/create", body)
-            wait_until(lambda: [call for call in host.calls()[begun:] if "pct clone" in call])
+        with held_up(host, "clone", api.post, "/clone/create", body) as asked:
             foreign(hostname)
-            host.go()
-            assert asked.result().body["details"] == "odd\n" + said
+        assert asked.result().body["details"] == "odd\n" + said
         host.path(105).unlink()
 
 
 def test_a_clone_without_a_name_yet_is_ours_while_its_source_is_locked_for_it(api, host):
     host.faults(clone={"pause": True, "exit": 255, "stderr": "odd\n"})
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(api.post, "/clone/create", {
-            "vm_id": 106, "new_vm_id": 105, "new_vm_name": "x"})
-        wait_until(lambda: "pct clone" in " ".join(host.calls()))
+    with held_up(host, "clone", api.post, "/clone/create", {
+            "vm_id": 106, "new_vm_id": 105, "new_vm_name": "x"}) as asked:
         host.path(106).write_text("lock: disk\n" + host.path(106).read_text())
         host.path(105).write_text("arch: amd64\nlock: create\n")
-        host.go()
-        details = asked.result().body["details"]
+    details = asked.result().body["details"]
     assert details.splitlines()[:3] == [
         "odd", "VM 106 is left with the lock 'disk'; if no task of it runs, mend it with: "
                "pct unlock 106",
@@ -8299,15 +8275,12 @@ def test_a_set_that_failed_after_it_had_set_something_tells_so(api, host, pendin
     """Until pve-container 5.2.2, update_vm writes what waits before it tells that the running
     container did not take it; and update_lxc_config comes after write_config in all."""
     host.faults(set={"pause": True, "exit": 255, "stderr": "odd\n"})
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(api.post, "/scale/ram", {"vm_id": 104, "memory": 512})
-        wait_until(host.calls)
+    with held_up(host, "set", api.post, "/scale/ram", {"vm_id": 104, "memory": 512}) as asked:
         text = host.path(104).read_text()
         host.path(104).write_text(
             text + "\n[pve:pending]\nmemory: 512\n" if pending
             else text.replace("memory: 2048", "memory: 512"))
-        host.go()
-        reply = asked.result()
+    reply = asked.result()
     assert (reply.status, reply.body) == (500, error(
         "pct set 104 failed: odd", outcome="incomplete", details="odd\n" + told))
 
@@ -8320,15 +8293,11 @@ def test_what_others_changed_while_a_set_failed_is_not_told_as_its_work(api, hos
             ("/clone/create", {**clone, "new_vm_id": 205}, "bridge=vmbr0", "bridge=vmbr1"),
             ("/clone/create", {**clone, "new_vm_id": 206}, "net0: name=eth0", "hookscript: x")):
         host.faults(set={"pause": True, "exit": 255, "stderr": "odd\n"})
-        begun = len(host.calls())
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(api.post, path, {"vm_id": 108, **body})
-            wait_until(lambda: [call for call in host.calls()[begun:] if "pct set" in call])
+        with held_up(host, "set", api.post, path, {"vm_id": 108, **body}) as asked:
             text = host.path(108).read_text()
             assert before in text
             host.path(108).write_text(text.replace(before, after))
-            host.go()
-            reply = asked.result()
+        reply = asked.result()
         host.path(108).write_text(text)
         new = body.get("new_vm_id")
         assert reply.body["details"].splitlines() == ["odd"] + [
@@ -10964,15 +10933,20 @@ def install(folder, *arguments, source=HERE, **env):
                           env={**os.environ, "DESTDIR": str(folder), **env})
 
 
+def copy_project(folder, text):
+    """Copy what install.sh installs into a folder, with a module of this text."""
+    for name in ("install.sh", "lxc_autoscale_api.yaml", "lxc_autoscale_api.service"):
+        shutil.copy(HERE / name, folder)
+    (Path(folder) / MODULE.name).write_text(text)
+
+
 @functools.lru_cache(maxsize=None)
 def empty_module():
     """A folder with the project but for its module, which is an empty file and so checked and
     compiled at once: for what install.sh does with all the other files. It goes with this process.
     """
     folder = tempfile.TemporaryDirectory()
-    for name in ("install.sh", "lxc_autoscale_api.yaml", "lxc_autoscale_api.service"):
-        shutil.copy(HERE / name, folder.name)
-    (Path(folder.name) / MODULE.name).touch()
+    copy_project(folder.name, "")
     return folder
 
 
@@ -11102,14 +11076,11 @@ def newer_version(tmp_path, *changes):
     """A copy of the project in which the module differs."""
     source = tmp_path / "newer"
     source.mkdir()
-    for name in ("install.sh", "lxc_autoscale_api.py",
-                 "lxc_autoscale_api.yaml", "lxc_autoscale_api.service"):
-        shutil.copy(HERE / name, source / name)
     text = MODULE.read_text().replace(f'VERSION = "{module.VERSION}"', 'VERSION = "99.0.0"')
     for old, new in changes:
         assert old in text
         text = text.replace(old, new)
-    (source / "lxc_autoscale_api.py").write_text(text)
+    copy_project(source, text)
     return source
 
 
