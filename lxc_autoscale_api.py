@@ -1873,6 +1873,7 @@ class ClusterFiles:
 
     def __init__(self, folder, clustered):
         self.folder, self.clustered = folder, clustered
+        self.lxc = f"{folder}/lxc"          # of this node's containers
         self.seen = set()                   # ids of containers that were found somewhere
 
     def members(self):
@@ -1920,7 +1921,7 @@ class ClusterFiles:
 
         Once mounted, pmxcfs always has the link lxc (pmxcfs.c).
         """
-        if not os.path.lexists(self.conf_folder()) and is_there(self.folder):
+        if not os.path.lexists(self.lxc) and is_there(self.folder):
             raise unavailable(f"Proxmox's cluster file system is not mounted at {self.folder}; "
                               "see: systemctl status pve-cluster", RETRY_SECONDS)
 
@@ -1957,14 +1958,14 @@ class ClusterFiles:
         It raises Problem 404 if the first is known to be none.
         """
         texts = {vm_id: read_text(self.conf_path(vm_id, node)) for vm_id in vm_ids}
-        if texts[vm_ids[0]] is None and is_there(self.conf_folder(node)):
+        if texts[vm_ids[0]] is None and is_there(os.path.dirname(self.conf_path(0, node))):
             name = node.name if node else self.members()[0] or socket.gethostname()
             raise Problem(404, f"VM {vm_ids[0]} does not exist on node '{name}'")
         return texts
 
     def documents(self, node=None):
         """Yield (id, text of its configuration) of all containers of a node, in the ids' order."""
-        path = self.conf_folder(node)
+        path = os.path.dirname(self.conf_path(0, node))
         vm_ids = sorted(int(name[:-5]) for name in names_in(path) if CONF_NAME.fullmatch(name))
         with suppress(FileNotFoundError), opened(path) as folder:       # which may have gone
             for vm_id in vm_ids:
@@ -1983,10 +1984,8 @@ class ClusterFiles:
                 yield node, vm_id, conf
 
     def conf_path(self, vm_id, node=None):
-        return f"{self.conf_folder(node)}/{vm_id}.conf"
-
-    def conf_folder(self, node=None):
-        return f"{self.folder}/nodes/{node.name}/lxc" if node else f"{self.folder}/lxc"
+        folder = f"{self.folder}/nodes/{node.name}/lxc" if node else self.lxc
+        return f"{folder}/{vm_id}.conf"
 
     def others(self):
         """Return the other Nodes of the cluster, if there is one."""
@@ -2119,28 +2118,29 @@ class Semaphore:
     def __init__(self, width):
         self.free, self.queue, self.lock = width, deque(), threading.Lock()
 
-    def acquire(self, seconds):
-        """Wait for a slot, and tell whether one came within so many seconds."""
+    @contextmanager
+    def held(self, seconds):
+        """Hold a slot; TimeoutError if none came within so many seconds."""
+        ticket = threading.Event()
         with self.lock:
             if self.free:
                 self.free -= 1
-                return True
-            ticket = threading.Event()
-            self.queue.append(ticket)
-        if ticket.wait(seconds):
-            return True
-        with self.lock:
-            if ticket.is_set():             # handed over at the last moment
-                return True
-            self.queue.remove(ticket)
-            return False
-
-    def release(self):
-        with self.lock:
-            if self.queue:
-                self.queue.popleft().set()
+                ticket.set()
             else:
-                self.free += 1
+                self.queue.append(ticket)
+        if not ticket.wait(seconds):
+            with self.lock:
+                if not ticket.is_set():     # else it was handed over at the last moment
+                    self.queue.remove(ticket)
+                    raise TimeoutError
+        try:
+            yield
+        finally:
+            with self.lock:
+                if self.queue:
+                    self.queue.popleft().set()
+                else:
+                    self.free += 1
 
 
 class Workers:
@@ -2520,35 +2520,34 @@ class Metrics:
         for name in ("rate_limited_total", "auth_failures_total", "connections_refused_total"):
             self.series["lxc_autoscale_api_" + name][""] = 0
 
-    def add(self, name, *labels):
-        series, labels = self.series[name], braced(FAMILIES[name].labels, labels)
+    def add(self, name, *labels, value=None):
+        """Count one more; of a histogram, count a value in its bucket.
+
+        A histogram's series is the buckets' own counts, one for what is above all, and the sum.
+        """
+        family, series = FAMILIES[name], self.series[name]
+        labels = braced(family.labels, labels)
         with self.lock:
-            series[labels] = series.get(labels, 0) + 1
+            if value is None:
+                series[labels] = series.get(labels, 0) + 1
+                return
+            counts = series.setdefault(labels, [0] * (len(family.buckets) + 1) + [0.0])
+            counts[bisect_left(family.buckets, value)] += 1
+            counts[-1] += value
 
     def count_scaling(self, change, known):
         """Count the end of a Change that scales; `known` are ids that some container has had.
 
         An id that no container has would make series without end.
         """
-        scaling, problem = change.route.scaling, change.problem
-        if scaling and not problem:
-            self.add("lxc_autoscale_scaling_actions_total", str(change.vm_id), *scaling)
-        elif scaling:
-            container = str(change.vm_id) if change.vm_id in known else "unknown"
-            self.add("lxc_autoscale_scaling_failures_total", container, scaling[0],
-                     FAILURE_LABELS.get(problem.status, "failed"))
-
-    def observe(self, name, value, *labels):
-        """Count a value in its bucket.
-
-        A series is the buckets' own counts, one for what is above all, and the sum.
-        """
-        family = FAMILIES[name]
-        labels, first = braced(family.labels, labels), [0] * (len(family.buckets) + 1) + [0.0]
-        with self.lock:
-            counts = self.series[name].setdefault(labels, first)
-            counts[bisect_left(family.buckets, value)] += 1
-            counts[-1] += value
+        (resource_name, action), problem = change.route.scaling, change.problem
+        if not problem:
+            self.add("lxc_autoscale_scaling_actions_total",
+                     str(change.vm_id), resource_name, action)
+            return
+        container = str(change.vm_id) if change.vm_id in known else "unknown"
+        self.add("lxc_autoscale_scaling_failures_total", container, resource_name,
+                 FAILURE_LABELS.get(problem.status, "failed"))
 
     def render(self, gauges):
         """Write the exposition; `gauges`, of the same form as `series`, were read just now."""
@@ -2610,12 +2609,6 @@ def new_output(bounded):
     return open(fd, "rb", buffering=0)
 
 
-def read_output(file):
-    """Return (the last MAX_OUTPUT bytes of what was printed, whether that bound was reached)."""
-    size = file.tell()
-    return (os.pread(file.fileno(), min(size, MAX_OUTPUT), max(0, size - MAX_OUTPUT)),
-            size >= MAX_OUTPUT)
-
 
 # What a node runs for us. Its pct must print into files there, for pct takes a broken stdout for an
 # interrupt, and sshd's pipe breaks with the connection; so it is not begun without 256 blocks of
@@ -2656,7 +2649,7 @@ def over_ssh(node, argv, seconds):
 def parse_reply(printed):
     """Split what REMOTE printed into (exit, stdout, stderr); None if some of it is missing.
 
-    Of what was too much, read_output has its end only.
+    Of what was too much, it is the end only.
     """
     end = re.search(rb"\n(\d{1,15}) (\d{1,15}) (\d{1,15})\n\Z", printed)
     if not end:
@@ -2703,6 +2696,14 @@ def ended(process, seconds):
     except subprocess.TimeoutExpired:
         return False
     return True
+
+
+def failure(argv, result):
+    """Log a command that failed, and return its Problem."""
+    problem = explain_failure(argv, result)
+    log.warning("failed: %s: exit %d: %s",
+                shlex.join(argv), result.exit, problem.fields["details"])
+    return problem
 
 
 # What root's shell has after a login, as far as it does not speak of a terminal.
@@ -2765,11 +2766,12 @@ class Commands:
         deadline = time.monotonic() + SLOT_SECONDS
         known = self.reachable(node, since) if node else self.own
         with ExitStack() as slots:
-            for semaphore in (known.long, known.semaphore) if long else (known.semaphore,):
-                if not semaphore.acquire(max(0, deadline - time.monotonic())):
-                    raise unavailable(f"Too many commands run{on(node) or ' on this host'}; "
-                                      "try again later", SLOT_SECONDS)
-                slots.callback(semaphore.release)
+            try:
+                for semaphore in (known.long, known.semaphore) if long else (known.semaphore,):
+                    slots.enter_context(semaphore.held(max(0, deadline - time.monotonic())))
+            except TimeoutError:
+                raise unavailable(f"Too many commands run{on(node) or ' on this host'}; "
+                                  "try again later", SLOT_SECONDS) from None
             if node and known.tried < time.monotonic() - 1:     # it may have gone meanwhile
                 self.reachable(node, time.monotonic())
             yield slots
@@ -2803,17 +2805,18 @@ class Commands:
                 raise known.problem.again()
         return known
 
-    def read(self, node, *argv):
+    def read(self, node, *argv, check=False):
         """Run a command that changes nothing, in a slot of its own; return its Result."""
         with self.slot(node) as slots:
-            return self.run(node, argv, self.read_seconds, slots)
+            return self.run(node, argv, self.read_seconds, slots, check)
 
-    def run(self, node, argv, seconds=None, slots=None):
+    def run(self, node, argv, seconds=None, slots=None, check=False):
         """Run a command, in the slot that the caller holds; return its Result, or raise Problem.
 
         With `seconds` it changes nothing: past them it is killed with its whole group, and
         `slots` are kept while it cannot be ended. Without, it may change something, and is never
         killed: the Problem is NotBegun if it was not begun, and Lost if nobody knows its end.
+        With `check`, a Result that tells of a failure is a Problem, too.
         """
         if seconds and (node, *argv) in self.hung:
             raise self.still_hung(node, argv)
@@ -2823,9 +2826,11 @@ class Commands:
             process = self.start(node, argv, label, seconds, stdout, stderr)
             in_time = ended(process, seconds)
             gone = in_time or self.kill(process, (node, *argv), slots)
-            took = time.monotonic() - started
-            (out, out_full), (err, err_full) = read_output(stdout), read_output(stderr)
-            full = bool(seconds) and (out_full or err_full)
+            took, sizes = time.monotonic() - started, (stdout.tell(), stderr.tell())
+            full = bool(seconds) and max(sizes) >= MAX_OUTPUT
+            out, err = (
+                os.pread(file.fileno(), min(size, MAX_OUTPUT), max(0, size - MAX_OUTPUT))
+                for file, size in zip((stdout, stderr), sizes))
             reply = parse_reply(out) if node and in_time and not full else None
             code, out, err = reply or (process.returncode, out, err)
         if reply and 128 < code < 128 + signal.NSIG:
@@ -2834,21 +2839,24 @@ class Commands:
             in_time = False                 # `timeout` there was a little faster than we
         how = f"exit {code}" if gone else "it cannot be ended"
         log.info("ran %s%s: %s in %.3f s", shlex.join(argv), on(node), how, took)
-        result = "timeout" if not in_time else "ok" if code == 0 else "failed"
-        self.metrics.add("lxc_autoscale_api_commands_total", label, result)
-        self.metrics.observe("lxc_autoscale_api_command_duration_seconds", took, label)
+        outcome = "timeout" if not in_time else "ok" if code == 0 else "failed"
+        self.metrics.add("lxc_autoscale_api_commands_total", label, outcome)
+        self.metrics.add("lxc_autoscale_api_command_duration_seconds", label, value=took)
         if not gone:
             raise self.still_hung(node, argv)
         if not in_time:
             raise Problem(
                 504, f"{' '.join(argv[:3])}{on(node)} did not finish in {seconds} s and was ended")
+        result = Result(code, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"), full)
         if node and not (reply or full):
             begun = not seconds and code not in (1, 2)      # REMOTE ends so if it cannot begin
-            raise ssh_failed(node, argv, begun, err.decode("utf-8", "replace").strip())
+            raise ssh_failed(node, argv, begun, result.stderr.strip())
         if node and code == 127:            # as the shell there says it
             raise unavailable(f"{argv[0]} is not installed on node '{node.name}', "
                               "or not on its PATH", 60, NotBegun)
-        return Result(code, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"), full)
+        if check and (code or full):
+            raise failure(argv, result)
+        return result
 
     def kill(self, process, question, slots):
         """Kill a command's whole group, and tell whether it has ended.
@@ -2896,20 +2904,6 @@ class Commands:
                     else f"cannot be started: {error.strerror}")
             raise unavailable(f"{argv[0]} {what}", 60, NotBegun) from None
 
-
-def failure(argv, result):
-    """Log a command that failed, and return its Problem."""
-    problem = explain_failure(argv, result)
-    log.warning("failed: %s: exit %d: %s",
-                shlex.join(argv), result.exit, problem.fields["details"])
-    return problem
-
-
-def checked(argv, result):
-    """Return a command's Result, or raise the Problem that it failed with."""
-    if result.exit == 0 and not result.overflow:
-        return result
-    raise failure(argv, result)
 
 
 # The host
@@ -2973,7 +2967,7 @@ class Proxmox:
 
     def ask(self, node, *argv):
         argv = [*map(str, argv)]
-        return checked(argv, self.commands.read(node, *argv)).stdout
+        return self.commands.read(node, *argv, check=True).stdout
 
     def ask_json(self, node, path):
         try:
@@ -3126,7 +3120,7 @@ class Proxmox:
         nodes, found = self.pve.others(), []
         broadcast = self.pve.broadcast() if nodes else {}
         self.pve.check_mounted()
-        complete = is_there(self.pve.conf_folder()) and self.cgroups.are_there()
+        complete = is_there(self.pve.lxc) and self.cgroups.are_there()
         if complete:
             nodes.append(None)
         for node in nodes:
@@ -3266,7 +3260,7 @@ class Proxmox:
         """Run `pct list`, without a slot: long changes must not look like a fault."""
         argv, started = ["pct", "list"], time.monotonic()
         try:
-            checked(argv, self.commands.run(None, argv, self.commands.read_seconds))
+            self.commands.run(None, argv, self.commands.read_seconds, check=True)
             ok, detail = True, f"pct list answered in {time.monotonic() - started:.2f} s"
         except Problem as problem:
             ok, detail = False, problem.error
@@ -3439,6 +3433,9 @@ class Change:
         self.done.append(argv)
         if command == "rollback":
             self.leave(*self.left_by(argv, result))
+        if command == "snapshot":           # pct calls it a success, too, if it stays frozen
+            with suppress(Problem):         # it was taken, whatever can be read now
+                self.leave(*self.frozen())
         if command == "clone" and SOURCE_STAYED_LOCKED.search(result.stdout):
             self.keep_lock(argv)
         # stderr says nothing of the work that was done: storages, plugins and old lines of a
@@ -3530,11 +3527,6 @@ class Change:
         self.leave(*told)
         self.told_locks.add(self.vm_id)
 
-    def take_snapshot(self, name, *options):
-        """Take a snapshot; if it leaves the container frozen, pct calls that a success, too."""
-        self.pct("snapshot", name, *options)
-        with suppress(Problem):             # it was taken, whatever can be read now
-            self.leave(*self.frozen())
 
     def verify(self, read):
         """Return read(), which tells what a step has done; if that fails, nobody knows."""
@@ -3571,7 +3563,7 @@ class Change:
         """Take a snapshot, yield its name, and remove it unless something may still need it."""
         name = self.temporary = TEMPORARY_SNAPSHOT + os.urandom(4).hex()
         try:
-            self.take_snapshot(name)
+            self.pct("snapshot", name)
             yield name
         finally:
             if self.steps:                  # else it was refused
@@ -3637,8 +3629,7 @@ class Change:
         If it fails, it raises a Problem, unless that is not to be checked.
         """
         commands, argv = self.host.commands, [*map(str, argv)]
-        result = commands.run(self.node, argv, commands.read_seconds, self.slots)
-        return checked(argv, result) if check else result
+        return commands.run(self.node, argv, commands.read_seconds, self.slots, check)
 
     def state(self, vm_id=None):
         """Return `running` or `stopped`, as pct says."""
@@ -3654,7 +3645,9 @@ class Change:
         result = self.look("cat", path, check=False)
         if result.stderr.endswith(": No such file or directory\n"):
             return None
-        return checked(("cat", path), result).stdout
+        if result.exit or result.overflow:
+            raise failure(("cat", path), result)
+        return result.stdout
 
     def texts(self):
         """Return {id: text, or None} of the containers' configurations, as the node has them."""
@@ -3928,8 +3921,8 @@ class Changes:
     def take(self, change, asynchronous=False):
         """Let a change begin as soon as it is the first in the queues of all its containers.
 
-        No thread waits for that. At its end, self.count(change) is called. Unless its client does
-        not wait for it (asynchronous), a node that does not answer is told at once.
+        No thread waits for that. If it scales, self.count(change) is called at its end. Unless its
+        client does not wait for it (asynchronous), a node that does not answer is told at once.
         """
         self.guard(change)
         with self.lock:                     # either refuse_waiting sees it, or it has been called
@@ -4130,7 +4123,8 @@ class Changes:
             told = "; ".join(filter(None, (problem.error, problem.fields.get("details"))))
             log.warning("%s: %s by %s: %s",
                         problem.fields["outcome"], change.title, change.client, told)
-        self.count(change)
+        if change.route.scaling:
+            self.count(change)
         change.ended = ended
 
     def refuse_waiting(self):
@@ -4247,8 +4241,8 @@ def grow_storage(change, vm_id, disk_size, disk, current_size):
 
 
 def create_snapshot(change, vm_id, snapshot_name, description):
-    change.take_snapshot(
-        snapshot_name, *(("--description", description) if description else ()))
+    change.pct("snapshot", snapshot_name,
+               *(("--description", description) if description else ()))
     return f"Snapshot '{snapshot_name}' created for VM {vm_id}"
 
 
@@ -4953,8 +4947,8 @@ class Api:
         method = method if method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS") else "other"
         endpoint = path if path in PATHS else "unknown"
         self.metrics.add("lxc_autoscale_api_requests_total", method, endpoint, str(status))
-        self.metrics.observe("lxc_autoscale_api_request_duration_seconds", seconds,
-                             method, endpoint)
+        self.metrics.add("lxc_autoscale_api_request_duration_seconds",
+                         method, endpoint, value=seconds)
 
     def dispatch(self, request, route, needs_key):
         self.authenticate(request, needs_key)

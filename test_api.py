@@ -3593,34 +3593,36 @@ def test_a_template_holds_no_address(host):
 
 def test_a_gate_lets_in_as_many_as_it_is_wide_and_the_others_in_order():
     semaphore, order = module.Semaphore(2), []
-    assert semaphore.acquire(0) and semaphore.acquire(0) and not semaphore.acquire(0.001)
 
     def wait(number):
-        assert semaphore.acquire(10)
-        order.append(number)
-        semaphore.release()
+        with semaphore.held(10):
+            order.append(number)
     threads = []
-    for number in range(5):
-        threads.append(threading.Thread(target=wait, args=(number,)))
-        threads[-1].start()
-        wait_until(lambda: len(semaphore.queue) == number + 1)
-    semaphore.release()
-    for thread in threads:
-        thread.join(10)
-    assert order == [0, 1, 2, 3, 4] and semaphore.free == 1 and not semaphore.queue
+    with semaphore.held(0):
+        with semaphore.held(0):
+            with pytest.raises(TimeoutError), semaphore.held(0.001):
+                order.append("too many")
+            for number in range(5):
+                threads.append(threading.Thread(target=wait, args=(number,)))
+                threads[-1].start()
+                wait_until(lambda: len(semaphore.queue) == number + 1)
+        for thread in threads:
+            thread.join(10)
+        assert order == [0, 1, 2, 3, 4] and semaphore.free == 1 and not semaphore.queue
+    assert semaphore.free == 2
 
 
 def test_a_place_that_is_handed_over_as_the_waiting_ends_is_taken_and_not_lost(monkeypatch):
-    semaphore = module.Semaphore(1)
-    assert semaphore.acquire(0)
+    semaphore, first = module.Semaphore(1), contextlib.ExitStack()
+    first.enter_context(semaphore.held(0))
 
     class Late(threading.Event):
         def wait(self, seconds=None):
-            semaphore.release()
+            first.close()
             return False                    # as if the time had been over just before
     monkeypatch.setattr(module.threading, "Event", Late)
-    assert semaphore.acquire(1) and semaphore.free == 0
-    semaphore.release()
+    with semaphore.held(1):
+        assert semaphore.free == 0 and not semaphore.queue
     assert semaphore.free == 1
 
 
@@ -3968,7 +3970,7 @@ def test_histograms_are_cumulative_and_labels_are_escaped():
     metrics = module.Metrics()
     metrics.add("lxc_autoscale_api_requests_total", 'a"b\\c\nd', "/x", "200")
     for value in (0.0005, 0.001, 0.02, 7200):
-        metrics.observe("lxc_autoscale_api_request_duration_seconds", value, "GET", "/x")
+        metrics.add("lxc_autoscale_api_request_duration_seconds", "GET", "/x", value=value)
     _, values = parse_exposition(metrics.render({}))
     buckets = [value for name, value in values.items() if "_bucket" in name]
     assert buckets == [2, 2, 3] + [3] * (len(module.REQUEST_BUCKETS) - 3) + [4]
@@ -3991,7 +3993,7 @@ def test_what_is_no_number_is_left_out_of_the_exposition(value):
     help_and_type = f"# HELP {pids} Processes and threads.\n# TYPE {pids} gauge\n"
     told = metrics.render({pids: {one(104): value, one(105): 7}})
     assert help_and_type + f'{pids}{{container_id="105"}} 7\n' in told and "104" not in told
-    metrics.observe("lxc_autoscale_api_command_duration_seconds", 0.5, "pct set")
+    metrics.add("lxc_autoscale_api_command_duration_seconds", "pct set", value=0.5)
     metrics.series["lxc_autoscale_api_command_duration_seconds"]['{command="pct set"}'][-1] = value
     assert metrics.render({}) == whole
 
@@ -4494,7 +4496,7 @@ def test_a_container_that_vanishes_during_a_scrape_is_left_out(api, host, monkey
 def test_a_folder_that_goes_with_its_last_container_during_a_scrape_is_no_error(
         host, monkeypatch, folder):
     proxmox, real = proxmox_of(host), module.os.listdir
-    gone = {"pve": proxmox.pve.conf_folder(), "cgroup": proxmox.cgroups.lxc}[folder]
+    gone = {"pve": proxmox.pve.lxc, "cgroup": proxmox.cgroups.lxc}[folder]
 
     def vanish(path):
         names = real(path)
@@ -4651,9 +4653,11 @@ def test_a_change_may_print_what_it_likes(api, host):
 
 
 def test_an_output_that_was_cut_off_is_an_error_though_its_command_ended_well():
+    commands = module.Commands(1, 15, module.Workers(), module.Metrics())
     with pytest.raises(module.Problem) as caught:
-        module.checked(["pct", "list"], module.Result(0, "x", "", True))
-    assert (caught.value.status, caught.value.error) == (500, "pct list printed more than 4 MiB")
+        commands.read(None, "sh", "-c", "yes 2>&-; exit 0", check=True)
+    assert (caught.value.status, caught.value.error) == (
+        500, "sh -c yes 2>&-; exit 0 printed more than 4 MiB")
 
 
 def cpu_ticks(daemon):
@@ -5150,7 +5154,7 @@ def test_another_node_is_measured_before_its_pvesh_loads_it(tmp_path):
             for name, address in (("a", "192.0.2.1"), ("b", "192.0.2.2"))}}))
     asked = []
 
-    def read(node, *argv):
+    def read(node, *argv, check=False):
         asked.append((node.name, argv[:2]))
         stdout = (json.dumps(TOLD_BY_PVESH) if argv[0] == "pvesh"
                   else f"cpu  {len(asked)} 0 0 {len(asked)} 0 0 0 0 0 0\n")
@@ -6061,12 +6065,11 @@ def test_a_node_that_goes_while_a_slot_is_waited_for_is_asked_once_more(monkeypa
         answers.pop()
     monkeypatch.setattr(commands, "run", run)
     known = commands.reachable(PVE2, None)
-    assert known.semaphore.acquire(0)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(lambda: commands.slot(PVE2, None).__enter__())
-        wait_until(lambda: known.semaphore.queue)
-        known.tried -= 2
-        known.semaphore.release()
+        with known.semaphore.held(0):
+            waiting = pool.submit(lambda: commands.slot(PVE2, None).__enter__())
+            wait_until(lambda: known.semaphore.queue)
+            known.tried -= 2
         with pytest.raises(module.Problem, match="gone"):
             waiting.result()
     assert known.semaphore.free == 1
@@ -7297,10 +7300,10 @@ SOON = {        # deadlines that are short for what hangs, and for nothing that 
                       "self, change, client, "
                       "0.1 if daemon.os.path.exists('{0}/answers.soon') "
                       "else seconds))(daemon.Changes.answer)",
-    "Commands.run": "(lambda real: lambda self, node, argv, seconds=None, slots=None: real("
+    "Commands.run": "(lambda real: lambda self, node, argv, seconds=None, *more: real("
                     "self, node, argv, 0.5 if seconds and any("
                     "daemon.os.path.exists('{0}/' + daemon.os.path.basename(each) + '.soon') "
-                    "for each in argv[:2]) else seconds, slots))(daemon.Commands.run)",
+                    "for each in argv[:2]) else seconds, *more))(daemon.Commands.run)",
     "Future": "(lambda real: type('Future', (real,), {{'exception': lambda self, seconds=None: "
               "real.exception(self, 0.5 if daemon.os.path.exists('{0}/hidden.soon') "
               "else seconds)}}))(daemon.Future)",
