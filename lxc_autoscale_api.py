@@ -1031,24 +1031,23 @@ def parse_query(query):
     raise Problem(400, f"Invalid query: {why}")
 
 
-def read_json(document, **options):
-    """Read a JSON text that others wrote; ValueError if it is none, or too deep.
-
-    An integer of more than 20 characters is None: int() takes time in the square of its digits.
-    """
-    try:
-        return json.loads(
-            document, parse_int=lambda digits: int(digits) if len(digits) <= 20 else None,
-            **options)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-BOM = "\ufeff".encode("utf-8")
+# Reads a JSON text that others wrote, or raises one of NOT_JSON. An integer of more than 20
+# characters is None: int() takes time in the square of its digits.
+json_decoder = partial(
+    json.JSONDecoder, parse_int=lambda digits: int(digits) if len(digits) <= 20 else None)
+JSON, NOT_JSON = json_decoder(), (ValueError, RecursionError)
 
 
 class Pairs(list):
     """A JSON object as the pairs it was written with."""
+
+
+def no_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+JSON_PAIRS = json_decoder(object_pairs_hook=Pairs, parse_constant=no_constant)
+BOM = "\ufeff".encode("utf-8")
 
 
 def parse_object(body):
@@ -1057,12 +1056,10 @@ def parse_object(body):
     A byte order mark before it is ignored, as RFC 8259 section 8.1 allows. (The codec
     utf-8-sig would do so as well, but is loaded from a file at its first use.)
     """
-    def refuse(constant):
-        raise ValueError(f"{constant} is not JSON")
+    text = body[len(BOM):] if body.startswith(BOM) else body
     try:
-        text = body[len(BOM):] if body.startswith(BOM) else body
-        value = read_json(text.decode("utf-8"), object_pairs_hook=Pairs, parse_constant=refuse)
-    except ValueError:
+        value = JSON_PAIRS.decode(text.decode("utf-8"))
+    except NOT_JSON:
         raise Problem(400, "Invalid JSON: the body must be one JSON object in UTF-8, "
                            'such as {"vm_id": 104}') from None
     if not isinstance(value, Pairs):
@@ -1207,14 +1204,14 @@ def parse_members(document):
     if document is None:
         return None, None
     try:
-        members = read_json(document)
+        members = JSON.decode(document)
         own, cluster = members.get("nodename"), members.get("cluster")
         if not cluster:
             return own, None
         nodes = {name: Node(name, name == own, name == own or row.get("online") == 1, row.get("ip"))
                  for name, row in members["nodelist"].items()}
         return own, Cluster(cluster.get("name"), cluster.get("quorate") == 1, nodes)
-    except (TypeError, ValueError, KeyError, AttributeError):
+    except (TypeError, KeyError, AttributeError, *NOT_JSON):
         raise incomprehensible(".members") from None
 
 
@@ -1227,10 +1224,10 @@ def parse_vmlist(document):
     if document is None:
         return {}
     try:
-        ids = dict(read_json(document)["ids"])
+        ids = dict(JSON.decode(document)["ids"])
         if all(isinstance(row, dict) for row in ids.values()):
             return ids
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, KeyError, *NOT_JSON):
         pass
     raise incomprehensible(".vmlist")
 
@@ -2971,8 +2968,8 @@ class Proxmox:
 
     def ask_json(self, node, path):
         try:
-            return read_json(self.ask(node, "pvesh", "get", path, "--output-format", "json"))
-        except ValueError:
+            return JSON.decode(self.ask(node, "pvesh", "get", path, "--output-format", "json"))
+        except NOT_JSON:
             raise Problem(500, f"pvesh get {path} printed no JSON") from None
 
     def where(self, vm_id, run):
@@ -3682,9 +3679,8 @@ class Change:
         self.node, self.slots, self.steps, self.done, self.lost = node, slots, [], [], []
         self.before = self.host.files.read(self.host.pve.texts, self.containers, node)
         message = self.route.handler(self, **self.values)
-        warnings = self.all_warnings()
-        if warnings:
-            self.data["warnings"] = warnings
+        if self.warnings or self.left:
+            self.data["warnings"] = self.all_warnings()
         return success(message, self.data or None)
 
     def break_off(self):
@@ -4887,8 +4883,6 @@ def loggable_path(path):
     Of any other it is what stands before a key, or before the first mark that may be a mistyped
     '?', for a key may follow it.
     """
-    if path in PATHS:
-        return path
     for key in access_log.keys:             # here, for half a key would be none to the log
         path = path.replace(key, "?")
     return re.split(r"[^A-Za-z0-9/._~-]", path, maxsplit=1)[0][:100]
@@ -4924,13 +4918,13 @@ class Api:
 
     def answer(self, request):
         """Return the Answer to a Request, or None if the client has left before there was one."""
-        started, headers = time.perf_counter(), {}
-        route = PATHS.get(request.path)
+        limiter, headers, route = self.limiter, {}, PATHS.get(request.path)
         needs_key = self.config.authentication.enabled and request.path not in self.open_paths
+        # Where a key is needed, nobody guesses it without end.
+        limited = not route or route.limited or needs_key
         try:
-            # Where a key is needed, nobody guesses it without end.
-            if not route or route.limited or needs_key:
-                headers = self.check_rate(request.client)
+            if limited and limiter and not request.client.local:
+                headers = self.check_rate(limiter, request.client.address)
             answer = self.dispatch(request, route, needs_key)
         except Problem as problem:
             answer = problem.answer(request.method)
@@ -4939,16 +4933,7 @@ class Api:
         except Exception as error:
             log.exception("internal error in %s %s", request.method, loggable_path(request.path))
             answer = internal_error(error).answer(request.method)
-        status = answer.status if answer else CLIENT_LEFT
-        self.count(request.method, request.path, status, time.perf_counter() - started)
         return answer.with_headers(headers) if headers and answer else answer
-
-    def count(self, method, path, status, seconds):
-        method = method if method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS") else "other"
-        endpoint = path if path in PATHS else "unknown"
-        self.metrics.add("lxc_autoscale_api_requests_total", method, endpoint, str(status))
-        self.metrics.add("lxc_autoscale_api_request_duration_seconds",
-                         method, endpoint, value=seconds)
 
     def dispatch(self, request, route, needs_key):
         self.authenticate(request, needs_key)
@@ -4976,12 +4961,9 @@ class Api:
         request.client.wait(answer)
         return answer.result()
 
-    def check_rate(self, client):
+    def check_rate(self, limiter, address):
         """Count a request, or Problem 429; return the headers that tell how many more may come."""
-        limiter = self.limiter
-        if client.local or not limiter:
-            return {}
-        admitted, remaining, wait = limiter.admit(client.address)
+        admitted, remaining, wait = limiter.admit(address)
         headers = {"X-RateLimit-Limit": str(limiter.limit),
                    "X-RateLimit-Remaining": str(remaining),
                    "X-RateLimit-Reset": str(math.ceil(time.time() + wait))}
@@ -5213,6 +5195,7 @@ FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")
 BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {phrase}\r\n"
                 for status, (phrase, _) in BaseHTTPRequestHandler.responses.items()}
+METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")     # that metrics tell apart
 COMMON_HEADERS = (f"Server: lxc_autoscale_api/{VERSION}\r\n"
                   "Cache-Control: no-store\r\n"
                   "X-Content-Type-Options: nosniff\r\n")
@@ -5338,20 +5321,16 @@ class Server(ThreadingHTTPServer):
                 added = 0
             else:
                 added = max(1, 2 * added if taken >= added else added // 2)
-            self.add_threads(min(added, self.max_connections))
+            try:
+                for _ in range(min(added, self.max_connections)):
+                    self.api.workers.start(self.take_connections)
+            except Problem:                 # no thread is left
+                self.refuse_backlog()
+                self.stopping.wait(0.1)     # asking again at once would only burn CPU
             if now - looked > LOOK_SECONDS:
                 looked = now
                 self.close_connections()
                 self.api.changes.refuse_late()
-
-    def add_threads(self, count):
-        """Let so many more threads take connections; if none is left, turn away who waits."""
-        try:
-            for _ in range(count):
-                self.api.workers.start(self.take_connections)
-        except Problem:                     # no thread is left
-            self.refuse_backlog()
-            self.stopping.wait(0.1)         # asking again at once would only burn CPU
 
     def refuse_backlog(self):
         """Turn away the connections that wait to be accepted, unless a thread accepts them."""
@@ -5387,22 +5366,29 @@ class Server(ThreadingHTTPServer):
                 self.accepting.release()
             self.came.set()
             client_address = str(plain_address(address)) if ":" in address else address, port
-            if self.admit(sock, client_address):
-                self.process_request_thread(sock, client_address)
+            self.process_request_thread(sock, client_address)
 
-    def admit(self, sock, client_address):
-        """Take in a connection, or turn it away; tell which."""
+    def process_request_thread(self, request, client_address):
+        """Take in a connection and handle it, or turn it away; `request` is its socket."""
         with self.changed:
             full = (len(self.clients) >= self.max_connections
                     and client_address != self.own_address)
             room = not full or self.make_room(client_address[0])
             if room:
-                client = self.clients[sock] = Client(sock, client_address[0])
+                client = self.clients[request] = Client(request, client_address[0])
                 if self.stopping.is_set():  # it came at the last moment
                     self.hang_up(client)
         if not room:
-            self.turn_away(sock)
-        return room
+            self.turn_away(request)
+            return
+        try:
+            self.finish_request(request, client_address)
+        except Exception:
+            log.exception("internal error in a connection from %s", client_address[0])
+        finally:
+            with self.changed:              # first, for who sees it closed may come again at once
+                self.clients.pop(request, None)
+            self.shutdown_request(request)
 
     def make_room(self, address):
         """Close a connection of the address that holds most, and tell whether there is room now.
@@ -5511,29 +5497,24 @@ class Server(ThreadingHTTPServer):
             if len(self.refused) > min(self.max_connections, SPARE_FILES // 2):
                 self.refused.popleft()[1].close()
 
-    def begin_request(self, client, address, local):
-        """Note that a whole request has come and for whom; tell whether it may be answered."""
-        with self.changed:
-            if self.stopping.is_set() or client.sock not in self.clients:
-                return False
-            client.address, client.local = address, local
-            client.waited_for, client.asking = None, time.monotonic()
-            return True
+    @contextmanager
+    def request_in_work(self, client, address, local):
+        """Note that a whole request has come and for whom, and in the end that it was answered.
 
-    def end_request(self, client):
-        """Note that the answer has gone out."""
+        Yield whether it may be answered.
+        """
         with self.changed:
-            client.waited_for, client.asking, client.changing = time.monotonic(), None, False
-            if self.stopping.is_set():
-                self.changed.notify_all()
-
-    def shutdown_request(self, request):
-        with self.changed:
-            self.clients.pop(request, None)
-        super().shutdown_request(request)
-
-    def handle_error(self, request, client_address):
-        log.exception("internal error in a connection from %s", client_address[0])
+            may = not self.stopping.is_set() and client.sock in self.clients
+            if may:
+                client.address, client.local = address, local
+                client.waited_for, client.asking = None, time.monotonic()
+        try:
+            yield may
+        finally:
+            with self.changed:
+                client.waited_for, client.asking, client.changing = time.monotonic(), None, False
+                if self.stopping.is_set():
+                    self.changed.notify_all()
 
     def answers(self):
         """Tell whether a request to ourselves is answered: what the watchdog is fed for."""
@@ -5610,48 +5591,54 @@ class Handler(BaseHTTPRequestHandler):
             return
         speaks_for = client_of(request.headers, self.client_address[0],
                                self.server.api.config.server.trusted_proxies)
-        if not self.server.begin_request(self.client, *speaks_for):
-            lost_place = unavailable(
-                "The daemon is stopping, or this connection has lost its place", 1)
-            self.respond(lost_place.answer(request.method), request.method, request.path, 0)
-            return
-        started = time.perf_counter()
-        answer = self.server.api.answer(request)
-        self.close_connection = not self.may_stay(request, answer)
-        self.client.waited_for = time.monotonic()       # to take the answer
-        self.respond(answer, request.method, request.path, started)
-        self.server.end_request(self.client)
+        with self.server.request_in_work(self.client, *speaks_for) as may_be_answered:
+            if not may_be_answered:
+                self.refuse(unavailable(
+                    "The daemon is stopping, or this connection has lost its place", 1))
+                return
+            started = time.perf_counter()
+            answer = self.server.api.answer(request)
+            # What is unread of its body would have to be read and dropped: not if that is much, or
+            # comes only if it is asked for. With 408 or 411, where it ends is not known.
+            if (self.server.stopping.is_set() or answer is None or answer.status in (408, 411)
+                    or self.unread > MAX_BODY or (self.unread and self.continues)):
+                self.close_connection = True
+            self.client.waited_for = time.monotonic()       # to take the answer
+            self.respond(answer, request.method, request.path, started)
         if not self.close_connection:
             self.drain()
 
     def refuse(self, problem):
-        """Answer what is no well-framed request."""
-        self.linger, self.client.address = True, self.client_address[0]
-        self.server.api.count(self.method, self.path, problem.status, 0)
+        """Answer what is no well-framed request, or what may not be answered any more."""
+        self.close_connection = self.linger = True
+        self.client.address = self.client_address[0]
         # Of a request line that cannot be read, the method may be plain.
         method = self.method or bytes(self.buffer[:7]).partition(b" ")[0].decode("latin-1")
         shown = self.method or ("HEAD" if method == "HEAD" else "-")    # a HEAD gets no body
-        self.respond(problem.answer(method), shown, self.path or "-", 0)
-
-    def may_stay(self, request, answer):
-        """Tell whether the connection may serve further requests after this one and its answer.
-
-        What is unread of its body would have to be read and dropped: not if that is much, or
-        comes only if it is asked for. With 408 or 411, where it ends is not known.
-        """
-        if self.server.stopping.is_set() or answer is None or answer.status in (408, 411):
-            return False
-        options = request.words("connection")
-        return (self.unread <= MAX_BODY and not (self.unread and self.continues)
-                and "close" not in options and (self.minor or "keep-alive" in options))
+        self.respond(problem.answer(method), shown, self.path or "-", math.inf)
 
     def read_request(self):
-        """Read the next well-framed Request, or raise Problem.
+        """Wait for the next well-framed Request and return it, or raise Problem.
 
-        It raises ClientLeft if the connection ends, or if no request begins in time.
+        It raises ClientLeft if the connection ends, or if no request begins in time. The first
+        byte starts a request's time; the first request's has begun with the connection. Empty
+        lines before it are dropped (RFC 9112 section 2.2), and start nothing.
         """
         self.method = self.path = None      # not known yet
-        self.await_request()
+        self.begun, empty = False, 0
+        if not self.fresh:
+            self.deadline = time.monotonic() + IDLE_SECONDS
+        while self.buffer in (b"", b"\r") or self.buffer.startswith(b"\r\n"):
+            end = EMPTY_LINES.match(self.buffer).end()
+            del self.buffer[:end]
+            empty += end
+            if empty > MAX_LINE:
+                raise Problem(400, "Too many empty lines before a request line")
+            if self.buffer in (b"", b"\r"):
+                self.receive()
+        if not self.fresh:
+            self.deadline = time.monotonic() + REQUEST_SECONDS
+        self.begun, self.fresh = True, False
         line_end = self.read_until(b"\r\n", 0, MAX_LINE, 414, "The request line is")
         self.method, self.path, query, self.minor = parse_request_line(
             bytes(self.buffer[:line_end]))
@@ -5660,7 +5647,11 @@ class Handler(BaseHTTPRequestHandler):
         del self.buffer[:end + 4]
         length = int(headers["content-length"]) if "content-length" in headers else None
         self.unread, self.continues = length or 0, "expect" in headers and self.minor == 1
-        return Request(self.method, self.path, query, headers, length, self.read_body, self.client)
+        request = Request(
+            self.method, self.path, query, headers, length, self.read_body, self.client)
+        options = request.words("connection")
+        self.close_connection = "close" in options or not (self.minor or "keep-alive" in options)
+        return request
 
     def read_until(self, marker, start, limit, status, what):
         """Return where `marker` begins in the buffer, from `start` on.
@@ -5709,26 +5700,6 @@ class Handler(BaseHTTPRequestHandler):
         if self.channel is not self.request and self.channel.plain:
             raise Problem(400, "This port speaks TLS: ask for https:// instead of http://")
 
-    def await_request(self):
-        """Wait for a request's first byte, which starts its time; ClientLeft if none comes.
-
-        Empty lines before it are dropped (RFC 9112 section 2.2), and start nothing. The first
-        request's time has begun with the connection.
-        """
-        self.begun, empty = False, 0
-        if not self.fresh:
-            self.deadline = time.monotonic() + IDLE_SECONDS
-        while self.buffer in (b"", b"\r") or self.buffer.startswith(b"\r\n"):
-            end = EMPTY_LINES.match(self.buffer).end()
-            del self.buffer[:end]
-            empty += end
-            if empty > MAX_LINE:
-                raise Problem(400, "Too many empty lines before a request line")
-            if self.buffer in (b"", b"\r"):
-                self.receive()
-        if not self.fresh:
-            self.deadline = time.monotonic() + REQUEST_SECONDS
-        self.begun, self.fresh = True, False
 
     def read_body(self):
         before, self.client.waited_for = self.client.waited_for, time.monotonic()
@@ -5756,16 +5727,24 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def respond(self, answer, method, path, started):
-        """Send an answer, unless the client has left (None), and log the request."""
-        status, size = CLIENT_LEFT, 0
+        """Send an answer, unless the client has left (None), and count and log the request.
+
+        `started` is when the work for it began, or infinity if it did not.
+        """
+        status, size = answer.status if answer else CLIENT_LEFT, 0
+        known, metrics = path in PATHS, self.server.api.metrics
+        labels = method if method in METHODS else "other", path if known else "unknown"
+        metrics.add("lxc_autoscale_api_requests_total", *labels, str(status))
+        metrics.add("lxc_autoscale_api_request_duration_seconds", *labels,
+                    value=max(0, time.perf_counter() - started))
         if answer:
             try:
-                size, status = self.send_answer(answer, method == "HEAD"), answer.status
+                size = self.send_answer(answer, method == "HEAD")
             except OSError:
-                self.close_connection = True
-        milliseconds = (time.perf_counter() - started) * 1000 if started else 0
-        access_log.add(f"{self.client.address} {method} {loggable_path(path)} {status} {size} "
-                       f"{milliseconds:.1f} ms")
+                self.close_connection, status = True, CLIENT_LEFT
+        seconds, shown = time.perf_counter() - started, path if known else loggable_path(path)
+        access_log.add(f"{self.client.address} {method} {shown} {status} {size} "
+                       f"{max(0, seconds) * 1000:.1f} ms")
 
     def send_answer(self, answer, head_only):
         """Send an answer, in one write if it is not large; return its body's size as sent."""

@@ -10335,8 +10335,8 @@ def test_a_request_whose_connection_has_lost_its_place_is_not_begun():
     server = module.SimpleNamespace(
         changed=threading.Condition(), stopping=threading.Event(), clients={})
     client = module.Client(None, "127.0.0.1")
-    assert module.Server.begin_request(server, client, "127.0.0.1", True) is False
-    assert client.asking is None
+    with module.Server.request_in_work(server, client, "127.0.0.1", True) as may_be_answered:
+        assert (may_be_answered, client.asking) == (False, None)
 
 
 def test_a_client_behind_a_proxy_is_counted_by_its_own_address(launch):
