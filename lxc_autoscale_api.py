@@ -890,10 +890,6 @@ def is_interface_address(text):
         return False
 
 
-def hostname(name):
-    """Return the hostname that a container gets, which cannot hold `_`."""
-    return name.replace("_", "-")
-
 
 def is_description(text):
     return len(text) <= 1024 and not re.search(
@@ -950,7 +946,7 @@ def flag_parameter(name, note):
 VM_ID = number_parameter("vm_id", 100, 999999, also=("lxc_id", "container_id"))
 ANY_VM_ID = VM_ID._replace(default=None)
 NEW_VM_ID = number_parameter("new_vm_id", 100, 999999, also=("new_lxc_id",))
-# A part of a name that makes, by hostname(), one that Proxmox takes (PVE::JSONSchema, dns-name).
+# A part of a name that makes, with - for _, one that Proxmox takes (PVE::JSONSchema, dns-name).
 LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_\-]*[A-Za-z0-9])?"
 NEW_VM_NAME = text_parameter(
     "new_vm_name", matches(rf"(?=.{{1,63}}\Z){LABEL}(?:\.{LABEL})*"),
@@ -1927,12 +1923,19 @@ class ClusterFiles:
         path = f"{self.folder}/nodes/{node.name}/ssh_known_hosts"
         return node._replace(known_hosts=path if is_there(path) else None)
 
-    def changeable(self, vm_id):
-        """Return the Node where a container can be changed; Problem 404, or 503 without quorum."""
+    def changeable(self, vm_id, new_vm_id=None):
+        """Return the Node where a container can be changed, or cloned to a new id.
+
+        It raises Problem 404 if there is no such container, 503 without quorum, and 409 if a
+        container or a virtual machine of any node is known to have the new id.
+        """
         node, (_, cluster) = self.find(vm_id), self.members()
         if cluster and not cluster.quorate:
             raise unavailable("The Proxmox cluster has no quorum, so nothing can be changed; "
                               "see: pvecm status", RETRY_SECONDS)
+        guests = parse_vmlist(read_text(f"{self.folder}/.vmlist")) if new_vm_id else ()
+        if str(new_vm_id) in guests or (new_vm_id and is_there(self.conf_path(new_vm_id))):
+            raise Problem(409, f"The id {new_vm_id} is taken")
         return node
 
     def text(self, vm_id):
@@ -1989,10 +1992,6 @@ class ClusterFiles:
         _, cluster = self.members()
         return [node for node in cluster.nodes.values() if not node.local] if cluster else []
 
-    def is_taken(self, vm_id):
-        """Tell whether a container or a virtual machine of any node is known to have an id."""
-        guests = parse_vmlist(read_text(f"{self.folder}/.vmlist"))
-        return str(vm_id) in guests or is_there(self.conf_path(vm_id))
 
     def address_holders(self, but):
         """Return {(bridge, VLAN tag, address): id} of the static addresses of all containers.
@@ -2508,28 +2507,27 @@ FAILURE_LABELS = {400: "refused", 404: "not_found", 409: "conflict", 503: "unava
 class Metrics:
     """Counters and histograms of this process, and their text exposition (format 0.0.4).
 
-    `series` is {a family's name: {labels in braces: value}}.
+    `series` is {a family's name: {its labels' values, as a tuple: value}}.
     """
 
     def __init__(self):
         self.lock, self.series = threading.Lock(), {name: {} for name in FAMILIES}
         self.add("lxc_autoscale_api_build_info", VERSION, platform_version())
         for name in ("rate_limited_total", "auth_failures_total", "connections_refused_total"):
-            self.series["lxc_autoscale_api_" + name][""] = 0
+            self.series["lxc_autoscale_api_" + name][()] = 0
 
     def add(self, name, *labels, value=None):
         """Count one more; of a histogram, count a value in its bucket.
 
         A histogram's series is the buckets' own counts, one for what is above all, and the sum.
         """
-        family, series = FAMILIES[name], self.series[name]
-        labels = braced(family.labels, labels)
+        buckets, series = FAMILIES[name].buckets, self.series[name]
         with self.lock:
             if value is None:
                 series[labels] = series.get(labels, 0) + 1
                 return
-            counts = series.setdefault(labels, [0] * (len(family.buckets) + 1) + [0.0])
-            counts[bisect_left(family.buckets, value)] += 1
+            counts = series.setdefault(labels, [0] * (len(buckets) + 1) + [0.0])
+            counts[bisect_left(buckets, value)] += 1
             counts[-1] += value
 
     def count_scaling(self, change, known):
@@ -2547,9 +2545,10 @@ class Metrics:
                  FAILURE_LABELS.get(problem.status, "failed"))
 
     def render(self, gauges):
-        """Write the exposition; `gauges`, of the same form as `series`, were read just now."""
+        """Write the exposition; `gauges`, {name: {labels in braces: value}}, were read just now."""
         with self.lock:
-            series = {name: {labels: list(value) if isinstance(value, list) else value
+            series = {name: {braced(FAMILIES[name].labels, labels):
+                             list(value) if isinstance(value, list) else value
                              for labels, value in each.items()}
                       for name, each in self.series.items()}
         lines = []
@@ -3388,7 +3387,10 @@ class Change:
         self.requested, self.since = time.time(), time.monotonic()
         self.began = self.ended = None
         self.started, self.future = Future(), Future()
-        self.node = self.slots = self.before = self.ran = self.problem = None
+        self.node = self.slots = self.before = self.problem = None
+        # Whether the container ran before, if that was asked; if it does not any more after a
+        # failure, that is told.
+        self.ran = None
         # Once the daemon stops, no further step is begun; the lock decides which was the last.
         self.lock, self.broken_off, self.temporary = threading.Lock(), False, None
         # done: the steps that have ended well; killed: a command was killed, and its task may
@@ -3397,7 +3399,8 @@ class Change:
         self.warnings, self.data = [], {}   # of the answer, if all goes well
         # What was done, for who hears of a failure, and what stays behind.
         self.notes, self.left = [], []
-        self.addressed = False              # whether the clone has the address that it was to get
+        # The clone's hostname, and whether it has the address that it was to get.
+        self.hostname, self.addressed = None, False
         # Whether the storage has lost the snapshot that the configuration names, and the volumes
         # that a rollback has removed to make them anew.
         self.snapshot_gone, self.removed_volumes = False, []
@@ -3432,7 +3435,8 @@ class Change:
             self.leave(*self.left_by(argv, result))
         if command == "snapshot":           # pct calls it a success, too, if it stays frozen
             with suppress(Problem):         # it was taken, whatever can be read now
-                self.leave(*self.frozen())
+                for told in self.frozen():
+                    self.leave(told)
         if command == "clone" and SOURCE_STAYED_LOCKED.search(result.stdout):
             self.keep_lock(argv)
         # stderr says nothing of the work that was done: storages, plugins and old lines of a
@@ -3535,10 +3539,6 @@ class Change:
                              f"but what it did cannot be read: {problem.error}")
             raise
 
-    def runs(self):
-        """Ask whether the container runs; if it does not any more after a failure, that is told."""
-        self.ran = self.state() == "running"
-        return self.ran
 
     def runs_now(self):
         """Tell whether the container runs, by its cgroup if that says so, for pct takes long."""
@@ -3798,8 +3798,7 @@ class Change:
         for _, command, _, name, *_ in (step for step in self.failed_steps() if len(step) > 3):
             if command == "clone" and self.before[int(name)] is None:
                 clone = parse_config(texts[int(name)] or "").current
-                if (clone.get("hostname") == hostname(self.values["new_vm_name"])
-                        and "lock" not in clone):
+                if clone.get("hostname") == self.hostname and "lock" not in clone:
                     without = ", without its address" if self.values["ip"] else ""
                     found.append(f"VM {name} is there now{without}"
                                  + self.how("remove", destroying(name, clone)))
@@ -3844,8 +3843,7 @@ class Change:
             return []
         if vm_id != self.vm_id and lock == "create" and self.ran_any("clone"):
             # Another task may have taken the id: of ours, the source is locked, or it has our name.
-            if (lock_in(texts[self.vm_id]) != "disk"
-                    and now.get("hostname") != hostname(self.values["new_vm_name"])):
+            if lock_in(texts[self.vm_id]) != "disk" and now.get("hostname") != self.hostname:
                 return [f"VM {vm_id} is being created, perhaps by another task; look at it"]
             # Each volume is entered once it is whole (PVE::API2::LXC, clone_vm: update_conf).
             return [f"VM {vm_id} is left half-made; if no task of it runs, "
@@ -3943,7 +3941,7 @@ class Changes:
     def refuse_unreachable(self, change):
         """Refuse a change now, and not at its turn, if its node does not answer."""
         try:
-            node = self.host.files.read(self.host.pve.changeable, change.vm_id)
+            node = self.host.files.read(self.host.pve.changeable, *change.containers)
             if node:
                 self.host.commands.reachable(node, change.since)
         except Problem as problem:
@@ -4054,7 +4052,7 @@ class Changes:
     def run_in_turn(self, change):
         """Run a change that is the first in its queues; return its Answer, None if cancelled."""
         files, pve, commands = self.host.files, self.host.pve, self.host.commands
-        node = files.read(pve.changeable, change.vm_id)
+        node = files.read(pve.changeable, *change.containers)
         with commands.slot(node, change.since, change.long) as slots:
             self.guard(change)              # the rules may have changed while it waited
             if not change.future.set_running_or_notify_cancel():
@@ -4253,9 +4251,9 @@ def roll_back(change, vm_id, snapshot_name):
     pct ends with 0 even if that start failed, for it is a task of its own whose end it does not
     pass on (PVE::API2::LXC::Snapshot, rollback).
     """
-    ran = change.runs()
-    result = change.pct("rollback", snapshot_name, *(("--start", 1) if ran else ()))
-    if ran and not ASKED_HA.search(result.stdout) and not change.verify(change.runs_now):
+    change.ran = change.state() == "running"
+    result = change.pct("rollback", snapshot_name, *(("--start", 1) if change.ran else ()))
+    if change.ran and not ASKED_HA.search(result.stdout) and not change.verify(change.runs_now):
         raise Problem(500, f"VM {vm_id} was rolled back to snapshot '{snapshot_name}', "
                            "but did not start", details=result.stdout.strip()[-MAX_DETAILS:])
     return f"Rolled back VM {vm_id} to snapshot '{snapshot_name}'"
@@ -4312,15 +4310,15 @@ def start_clone(change, new_vm_id, start):
 
 def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full):
     """Clone, give the clone its address, and start it, if that is wanted."""
-    if change.host.files.read(change.host.pve.is_taken, new_vm_id):
-        raise Problem(409, f"The id {new_vm_id} is taken")
     if ip and "net0" not in change.conf().current:
         raise Problem(409, f"VM {vm_id} has no net0, which could get an address")
-    options = ["--hostname", hostname(new_vm_name)]
+    change.hostname = new_vm_name.replace("_", "-")         # which cannot hold _
+    options = ["--hostname", change.hostname]
     options += ["--storage", storage] if storage else []
     options += ["--full", int(full)] if full is not None else []
     # On RBD it needs that snapshot for good (PVE::Storage::RBDPlugin, clone_image).
-    if change.runs() and full is False:
+    change.ran = change.state() == "running"
+    if change.ran and full is False:
         raise Problem(409, f"VM {vm_id} runs, and a linked clone would need its temporary snapshot "
                            "for good; stop it first, or leave out full")
     # pct clones a running container from a snapshot only.
@@ -4337,7 +4335,7 @@ def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full
 
 def delete_clone(change, vm_id):
     """Destroy; pct stops it first, unless it is protected."""
-    change.runs()
+    change.ran = change.state() == "running"
     change.pct("destroy", "--force", 1)
     return f"Deleted VM {vm_id}"
 

@@ -3579,7 +3579,11 @@ def test_an_id_is_taken_by_a_virtual_machine_and_by_a_file_that_is_not_listed_ye
     host.list(300, kind="qemu")
     host.path(107).write_text("cores: 2\n")
     pve = proxmox_of(host).pve
-    assert [pve.is_taken(vm_id) for vm_id in (300, 107, 104, 105)] == [True, True, True, False]
+    for vm_id in (300, 107, 106):
+        with pytest.raises(module.Problem) as refusal:
+            pve.changeable(104, vm_id)
+        assert (refusal.value.status, refusal.value.error) == (409, f"The id {vm_id} is taken")
+    assert pve.changeable(104, 105) is None
 
 
 def test_a_template_holds_no_address(host):
@@ -3994,7 +3998,7 @@ def test_what_is_no_number_is_left_out_of_the_exposition(value):
     told = metrics.render({pids: {one(104): value, one(105): 7}})
     assert help_and_type + f'{pids}{{container_id="105"}} 7\n' in told and "104" not in told
     metrics.add("lxc_autoscale_api_command_duration_seconds", "pct set", value=0.5)
-    metrics.series["lxc_autoscale_api_command_duration_seconds"]['{command="pct set"}'][-1] = value
+    metrics.series["lxc_autoscale_api_command_duration_seconds"]["pct set",][-1] = value
     assert metrics.render({}) == whole
 
 
