@@ -905,14 +905,6 @@ class Parameter(namedtuple(
     REQUIRED. A `note` tells the unit, or what happens without it.
     """
 
-    def parse(self, value):
-        """Return the value, or ValueError; a number may come as a string of ASCII digits, too."""
-        if isinstance(value, str) and str not in self.kinds:
-            value = decimal(value)
-        if type(value) in self.kinds and self.test(value):
-            return value
-        raise ValueError(self.rule)
-
 
 def number_parameter(name, low, high, default=REQUIRED, also=(), note=""):
     return Parameter(
@@ -988,7 +980,8 @@ OPERATION = text_parameter(
 def parse_parameters(parameters, pairs):
     """Turn the (name, value) pairs that a client sent into {name: value} for all `parameters`.
 
-    Each spelling of a name is taken, even several together if they say the same.
+    Each spelling of a name is taken, even several together if they say the same. A number may
+    come as a string of ASCII digits, too.
     """
     spellings = {name: each for each in parameters for name in (each.name, *each.also)}
     values, seen = {}, {}
@@ -1000,10 +993,10 @@ def parse_parameters(parameters, pairs):
         if name in seen:
             raise Problem(400, f"Invalid {name}: must be given once")
         parameter = seen[name] = spellings[name]
-        try:
-            value = parameter.parse(value)
-        except ValueError as error:
-            raise Problem(400, f"Invalid {name}: {error}") from None
+        if isinstance(value, str) and str not in parameter.kinds:
+            value = decimal(value)
+        if type(value) not in parameter.kinds or not parameter.test(value):
+            raise Problem(400, f"Invalid {name}: {parameter.rule}")
         if values.setdefault(parameter.name, value) != value:
             other = next(before for before in seen if seen[before] is parameter)
             raise Problem(400, f"Invalid {name}: {other} and {name} must not differ")
@@ -1043,24 +1036,6 @@ def no_constant(name):
 
 
 JSON_PAIRS = json_decoder(object_pairs_hook=Pairs, parse_constant=no_constant)
-BOM = "\ufeff".encode("utf-8")
-
-
-def parse_object(body):
-    """Read a JSON object's bytes as (name, value) pairs, duplicates kept, or Problem 400.
-
-    A byte order mark before it is ignored, as RFC 8259 section 8.1 allows. (The codec
-    utf-8-sig would do so as well, but is loaded from a file at its first use.)
-    """
-    text = body[len(BOM):] if body.startswith(BOM) else body
-    try:
-        value = JSON_PAIRS.decode(text.decode("utf-8"))
-    except NOT_JSON:
-        raise Problem(400, "Invalid JSON: the body must be one JSON object in UTF-8, "
-                           'such as {"vm_id": 104}') from None
-    if not isinstance(value, Pairs):
-        raise Problem(400, 'Invalid JSON: must be an object, such as {"vm_id": 104}')
-    return value
 
 
 # What Proxmox and the kernel write
@@ -1197,8 +1172,6 @@ def parse_members(document):
     A single host has neither `cluster` nor `nodelist` there (pve-cluster,
     cfs_create_memberlist_msg).
     """
-    if document is None:
-        return None, None
     try:
         members = JSON.decode(document)
         own, cluster = members.get("nodename"), members.get("cluster")
@@ -1213,12 +1186,7 @@ def parse_members(document):
 
 @lru_cache(maxsize=1)
 def parse_vmlist(document):
-    """Read /etc/pve/.vmlist as {id as text: {"node", "type": "lxc" or "qemu"}} of all nodes.
-
-    It is empty if the file is not there.
-    """
-    if document is None:
-        return {}
+    """Read /etc/pve/.vmlist as {id as text: {"node", "type": "lxc" or "qemu"}} of all nodes."""
     try:
         ids = dict(JSON.decode(document)["ids"])
         if all(isinstance(row, dict) for row in ids.values()):
@@ -1875,7 +1843,8 @@ class ClusterFiles:
         Until corosync runs, .members is that of a single host (pmxcfs, status.c). Then the nodes
         of which there are folders are offline, and nothing has quorum.
         """
-        own, cluster = parse_members(read_text(f"{self.folder}/.members"))
+        document = read_text(f"{self.folder}/.members")
+        own, cluster = (None, None) if document is None else parse_members(document)
         if not self.clustered:
             return own, None
         if not cluster and is_there(f"{self.folder}/corosync.conf"):
@@ -1894,7 +1863,10 @@ class ClusterFiles:
             self.seen.add(vm_id)
             return None
         self.check_mounted()
-        ids, (_, cluster) = parse_vmlist(read_text(f"{self.folder}/.vmlist")), self.members()
+        document, (_, cluster) = read_text(f"{self.folder}/.vmlist"), self.members()
+        if document is None:
+            return None
+        ids = parse_vmlist(document)
         guest = ids.get(str(vm_id))
         if guest and guest.get("type") != "lxc":
             raise Problem(404, f"VM {vm_id} is a virtual machine, not a container")
@@ -1933,9 +1905,11 @@ class ClusterFiles:
         if cluster and not cluster.quorate:
             raise unavailable("The Proxmox cluster has no quorum, so nothing can be changed; "
                               "see: pvecm status", RETRY_SECONDS)
-        guests = parse_vmlist(read_text(f"{self.folder}/.vmlist")) if new_vm_id else ()
-        if str(new_vm_id) in guests or (new_vm_id and is_there(self.conf_path(new_vm_id))):
-            raise Problem(409, f"The id {new_vm_id} is taken")
+        if new_vm_id:
+            document = read_text(f"{self.folder}/.vmlist")
+            listed_too = document is not None and str(new_vm_id) in parse_vmlist(document)
+            if listed_too or is_there(self.conf_path(new_vm_id)):
+                raise Problem(409, f"The id {new_vm_id} is taken")
         return node
 
     def text(self, vm_id):
@@ -2588,22 +2562,6 @@ class Result(namedtuple("Result", "exit stdout stderr overflow")):
     """
 
 
-def new_output(bounded):
-    """Return a file in memory for a command to print into.
-
-    A file and no pipe: `pct` takes a broken stdout for an interrupt and kills its worker,
-    and a pipe's end may be held open by some grandchild for ever.
-    """
-    try:
-        fd = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    except OSError as error:
-        raise unavailable(f"The host has no room for a command's output: {error.strerror}",
-                          RETRY_SECONDS, NotBegun) from None
-    if bounded:                             # a write past the size fails with EPERM
-        os.ftruncate(fd, MAX_OUTPUT)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
-    return open(fd, "rb", buffering=0)
-
 
 
 # What a node runs for us. Its pct must print into files there, for pct takes a broken stdout for an
@@ -2673,6 +2631,7 @@ def ssh_failed(node, argv, begun, details):
     if details:
         problem.add_details(details[-MAX_DETAILS:])
     return problem
+
 
 
 def ended(process, seconds):
@@ -2792,7 +2751,7 @@ class Commands:
                     and not (known.problem and not since and known.tried > now - 1)):
                 known.problem = None
                 try:
-                    self.run(node, ["true"], REACH_SECONDS)
+                    self.run(node, ["true"], seconds=REACH_SECONDS)
                 except Problem as problem:
                     silent = ssh_failed(node, (), False, f"no answer within {REACH_SECONDS} s")
                     known.problem = silent if problem.status == 504 else problem.again()
@@ -2804,41 +2763,39 @@ class Commands:
     def read(self, node, *argv, check=False):
         """Run a command that changes nothing, in a slot of its own; return its Result."""
         with self.slot(node) as slots:
-            return self.run(node, argv, self.read_seconds, slots, check)
+            return self.run(node, argv, slots, check)
 
-    def run(self, node, argv, seconds=None, slots=None, check=False):
+    def run(self, node, argv, slots=None, check=False, seconds=None, changes=False):
         """Run a command, in the slot that the caller holds; return its Result, or raise Problem.
 
-        With `seconds` it changes nothing: past them it is killed with its whole group, and
-        `slots` are kept while it cannot be ended. Without, it may change something, and is never
-        killed: the Problem is NotBegun if it was not begun, and Lost if nobody knows its end.
-        With `check`, a Result that tells of a failure is a Problem, too.
+        Past so many seconds (None: those of a read) it is killed with its whole group, and `slots`
+        are kept while it cannot be ended. One that `changes` something is never killed: the
+        Problem is NotBegun if it was not begun, and Lost if nobody knows its end. With `check`, a
+        Result that tells of a failure is a Problem, too.
         """
+        argv, seconds = [*map(str, argv)], None if changes else seconds or self.read_seconds
         if seconds and (node, *argv) in self.hung:
             raise self.still_hung(node, argv)
         label = " ".join(argv[:2] if argv[0] in ("pct", "pvesh") else argv[:1])
-        with new_output(bounded=seconds) as stdout, new_output(bounded=seconds) as stderr:
-            started = time.monotonic()
-            process = self.start(node, argv, label, seconds, stdout, stderr)
-            in_time = ended(process, seconds)
-            gone = in_time or self.kill(process, (node, *argv), slots)
-            took, sizes = time.monotonic() - started, (stdout.tell(), stderr.tell())
-            full = bool(seconds) and max(sizes) >= MAX_OUTPUT
-            out, err = (
-                os.pread(file.fileno(), min(size, MAX_OUTPUT), max(0, size - MAX_OUTPUT))
-                for file, size in zip((stdout, stderr), sizes))
-            reply = parse_reply(out) if node and in_time and not full else None
-            code, out, err = reply or (process.returncode, out, err)
+        started = time.monotonic()
+        try:
+            code, out, err, in_time = self.execute(node, argv, seconds, slots)
+        except NotBegun:
+            self.metrics.add("lxc_autoscale_api_commands_total", label, "not_started")
+            raise
+        took, full = time.monotonic() - started, bool(seconds) and MAX_OUTPUT in map(len, (out, err))
+        reply = parse_reply(out) if node and in_time and not full else None
+        code, out, err = reply or (code, out, err)
         if reply and 128 < code < 128 + signal.NSIG:
             code = 128 - code               # so a shell tells of a signal
         if node and seconds and took > seconds and code == -signal.SIGKILL:
             in_time = False                 # `timeout` there was a little faster than we
-        how = f"exit {code}" if gone else "it cannot be ended"
+        how = "it cannot be ended" if code is None else f"exit {code}"
         log.info("ran %s%s: %s in %.3f s", shlex.join(argv), on(node), how, took)
         outcome = "timeout" if not in_time else "ok" if code == 0 else "failed"
         self.metrics.add("lxc_autoscale_api_commands_total", label, outcome)
         self.metrics.add("lxc_autoscale_api_command_duration_seconds", label, value=took)
-        if not gone:
+        if code is None:
             raise self.still_hung(node, argv)
         if not in_time:
             raise Problem(
@@ -2853,6 +2810,43 @@ class Commands:
         if check and (code or full):
             raise failure(argv, result)
         return result
+
+    def execute(self, node, argv, seconds, slots):
+        """Start a process and wait for it; return (exit status, stdout, stderr, whether in time).
+
+        The status is None of one that cannot be ended. What it prints, of which at most the last
+        MAX_OUTPUT bytes are returned, goes into files in memory and no pipes: `pct` takes a broken
+        stdout for an interrupt and kills its worker, and a pipe's end may be held open by some
+        grandchild for ever.
+        """
+        with ExitStack() as files:
+            try:
+                stdout, stderr = outputs = [files.enter_context(open(
+                    os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING),
+                    "rb", buffering=0)) for _ in range(2)]
+            except OSError as error:
+                raise unavailable(f"The host has no room for a command's output: {error.strerror}",
+                                  RETRY_SECONDS, NotBegun) from None
+            for file in outputs if seconds else ():         # a write past the size fails with EPERM
+                os.ftruncate(file.fileno(), MAX_OUTPUT)
+                fcntl.fcntl(file.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+            command = over_ssh(node, argv, seconds) if node else argv
+            try:
+                if node:
+                    os.makedirs(RUN_DIR, 0o700, exist_ok=True)
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+                    start_new_session=True, cwd="/", umask=0o022, env=self.environment)
+            except OSError as error:
+                what = ("is not installed, or not on the daemon's PATH"
+                        if isinstance(error, FileNotFoundError)
+                        else f"cannot be started: {error.strerror}")
+                raise unavailable(f"{command[0]} {what}", 60, NotBegun) from None
+            in_time = ended(process, seconds)
+            gone = in_time or self.kill(process, (node, *argv), slots)
+            printed = [os.pread(file.fileno(), min(size, MAX_OUTPUT), max(0, size - MAX_OUTPUT))
+                       for file, size in ((each, each.tell()) for each in outputs)]
+        return process.returncode if gone else None, *printed, in_time
 
     def kill(self, process, question, slots):
         """Kill a command's whole group, and tell whether it has ended.
@@ -2884,21 +2878,6 @@ class Commands:
                             f"(process {self.hung.get((node, *argv), 'gone now')}); "
                             "the storage or /etc/pve behind it does not answer")
 
-    def start(self, node, argv, label, seconds, stdout, stderr):
-        if node:
-            argv = over_ssh(node, argv, seconds)
-        try:
-            if node:
-                os.makedirs(RUN_DIR, 0o700, exist_ok=True)
-            return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
-                                    start_new_session=True, cwd="/", umask=0o022,
-                                    env=self.environment)
-        except OSError as error:
-            self.metrics.add("lxc_autoscale_api_commands_total", label, "not_started")
-            missing = isinstance(error, FileNotFoundError)
-            what = ("is not installed, or not on the daemon's PATH" if missing
-                    else f"cannot be started: {error.strerror}")
-            raise unavailable(f"{argv[0]} {what}", 60, NotBegun) from None
 
 
 
@@ -2962,7 +2941,6 @@ class Proxmox:
         self.described = {}                 # by id, what the last scrape read in the configurations
 
     def ask(self, node, *argv):
-        argv = [*map(str, argv)]
         return self.commands.read(node, *argv, check=True).stdout
 
     def ask_json(self, node, path):
@@ -3256,7 +3234,7 @@ class Proxmox:
         """Run `pct list`, without a slot: long changes must not look like a fault."""
         argv, started = ["pct", "list"], time.monotonic()
         try:
-            self.commands.run(None, argv, self.commands.read_seconds, check=True)
+            self.commands.run(None, argv, check=True)
             ok, detail = True, f"pct list answered in {time.monotonic() - started:.2f} s"
         except Problem as problem:
             ok, detail = False, problem.error
@@ -3419,7 +3397,7 @@ class Change:
             self.steps.append(argv)
             self.lost.append(argv)
         try:
-            result = self.host.commands.run(self.node, argv)
+            result = self.host.commands.run(self.node, argv, changes=True)
         except NotBegun as problem:
             self.steps.pop()
             self.lost.pop()
@@ -3552,8 +3530,10 @@ class Change:
         """
         vm_id = vm_id or self.vm_id
         text = self.read(self.host.pve.conf_path(vm_id))
-        return parse_config(
-            text if text is not None else self.look("pct", "config", vm_id).stdout)
+        if text is None:
+            text = self.host.commands.run(
+                self.node, ["pct", "config", vm_id], self.slots, check=True).stdout
+        return parse_config(text)
 
     @contextmanager
     def temporary_snapshot(self):
@@ -3620,17 +3600,11 @@ class Change:
 
     # Looking
 
-    def look(self, *argv, check=True):
-        """Run a command that changes nothing there, in the change's own slot; return its Result.
-
-        If it fails, it raises a Problem, unless that is not to be checked.
-        """
-        commands, argv = self.host.commands, [*map(str, argv)]
-        return commands.run(self.node, argv, commands.read_seconds, self.slots, check)
-
     def state(self, vm_id=None):
         """Return `running` or `stopped`, as pct says."""
-        return parse_status(self.look("pct", "status", vm_id or self.vm_id).stdout).get("status")
+        result = self.host.commands.run(
+            self.node, ["pct", "status", vm_id or self.vm_id], self.slots, check=True)
+        return parse_status(result.stdout).get("status")
 
     def read(self, path):
         """Return a file's text as the node has it, or None if it is not there.
@@ -3639,7 +3613,7 @@ class Change:
         """
         if not self.node:
             return self.host.files.read(read_text, path)
-        result = self.look("cat", path, check=False)
+        result = self.host.commands.run(self.node, ["cat", path], self.slots)
         if result.stderr.endswith(": No such file or directory\n"):
             return None
         if result.exit or result.overflow:
@@ -4853,10 +4827,16 @@ def fingerprint(key):
 
 
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")       # what clients call UTF-8 or a part of it
+BOM = "\ufeff".encode("utf-8")
 
 
 def read_object(request):
-    """Return the pairs of a JSON body, which is read only when it will be taken, or Problem."""
+    """Return the JSON object in a body as (name, value) pairs, duplicates kept, or Problem.
+
+    The body is read only when it will be taken. A byte order mark before the object is ignored,
+    as RFC 8259 section 8.1 allows. (The codec utf-8-sig would do so as well, but is loaded from
+    a file at its first use.)
+    """
     if request.length is None:
         raise Problem(411, "Missing Content-Length: send the parameters as a JSON object, "
                            "with Content-Type: application/json")
@@ -4872,7 +4852,15 @@ def read_object(request):
         name, _, charset = each.partition("=")
         if name.strip(" \t") == "charset" and charset.strip(' \t"') not in CHARSETS:
             raise Problem(415, "The body must be in UTF-8: send Content-Type: application/json")
-    return parse_object(request.read_body())
+    body = request.read_body()
+    try:
+        value = JSON_PAIRS.decode((body[len(BOM):] if body.startswith(BOM) else body).decode())
+    except NOT_JSON:
+        raise Problem(400, "Invalid JSON: the body must be one JSON object in UTF-8, "
+                           'such as {"vm_id": 104}') from None
+    if not isinstance(value, Pairs):
+        raise Problem(400, 'Invalid JSON: must be an object, such as {"vm_id": 104}')
+    return value
 
 
 def loggable_path(path):
