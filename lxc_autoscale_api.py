@@ -3952,21 +3952,6 @@ class Changes:
             except Problem as problem:      # no thread is left
                 ready += self.end_unbegun(change, problem)
 
-    def leave_queues(self, change):
-        """Take a change that has ended out of its queues; return those that may begin now."""
-        with self.lock:
-            self.pending.discard(change)
-            ready = []
-            for vm_id in change.containers:
-                queue = self.queues[vm_id]
-                if queue[0] is change and len(queue) > 1:
-                    ready.append(queue[1])
-                queue.remove(change)
-                if not queue:
-                    del self.queues[vm_id]
-            return [] if self.stopping else [
-                each for each in dict.fromkeys(ready)
-                if all(self.queues[vm_id][0] is each for vm_id in each.containers)]
 
     def answer(self, change, client, seconds):
         """Wait for a change, and return its Answer.
@@ -4017,11 +4002,7 @@ class Changes:
                 change.future.running() or change.future.set_running_or_notify_cancel()):
             return
         change.problem = problem
-        self.record_end(change)             # before a daemon that stops may take it for ended
-        change.future.set_result(answer)
-        if not change.started.done():
-            change.started.set_result(None)
-        self.start(self.leave_queues(change))
+        self.start(self.end(change, answer))
 
     def run_in_turn(self, change):
         """Run a change that is the first in its queues; return its Answer, None if cancelled."""
@@ -4058,9 +4039,7 @@ class Changes:
             if change.future.cancelled() or not change.future.cancel():
                 return []
         change.problem = change.conclude(problem)
-        self.record_end(change)
-        change.started.set_result(None)
-        return self.leave_queues(change)
+        return self.end(change)
 
     def blocked(self, change):
         """Return (a container of a change that waits, the change that it waits for), or None."""
@@ -4080,8 +4059,12 @@ class Changes:
                     409, f"VM {vm_id} has been busy for over {LOCK_SECONDS} s, now with: "
                          f"{first.title}, since {since}"))
 
-    def record_end(self, change):
-        """Log and count a change's end, before its caller and /operations tell of it."""
+    def end(self, change, answer=None):
+        """Tell a change's end, and take it out of its queues; return those that may begin now.
+
+        It is logged and counted before its caller and /operations tell of it, and before a daemon
+        that stops may take it for ended.
+        """
         ended, change.before, problem = time.time(), None, change.problem
         outcome = (f"{problem.status} {problem.error} ({problem.fields['outcome']})" if problem
                    else "done")
@@ -4094,6 +4077,23 @@ class Changes:
         if change.route.scaling:
             self.count(change)
         change.ended = ended
+        if not change.future.cancelled():
+            change.future.set_result(answer)
+        if not change.started.done():
+            change.started.set_result(None)
+        with self.lock:
+            self.pending.discard(change)
+            ready = []
+            for vm_id in change.containers:
+                queue = self.queues[vm_id]
+                if queue[0] is change and len(queue) > 1:
+                    ready.append(queue[1])
+                queue.remove(change)
+                if not queue:
+                    del self.queues[vm_id]
+            return [] if self.stopping else [
+                each for each in dict.fromkeys(ready)
+                if all(self.queues[vm_id][0] is each for vm_id in each.containers)]
 
     def refuse_waiting(self):
         """Let nothing begin any more, and take nothing new, for the daemon stops."""

@@ -8367,16 +8367,21 @@ def test_a_stop_bears_a_waiting_change_whose_client_has_left(launch, host):
 
 def test_the_end_of_a_change_is_logged_and_counted_before_operations_tell_of_it():
     change, told = change_of("/scale/cores", vm_id=104, cores=4), []
-    changes = module.Changes(None, None, lambda change: told.append(change.row()["ended"]))
-    changes.record_end(change)
-    assert told == [None] and change.row()["ended"] is not None
+    changes = module.Changes(None, module.SimpleNamespace(start=lambda *_: None), lambda change: (
+        told.append((change.row()["ended"], change.started.done(), change.future.done()))))
+    changes.take(change)
+    assert changes.end(change) == [] and changes.pending == set()
+    assert told == [(None, False, False)] and change.row()["ended"] is not None
+    assert change.started.done() and change.future.done()
 
 
 def test_a_clock_that_is_set_does_not_count_into_the_time_of_a_change(monkeypatch):
     said, change = [], change_of("/scale/cores", vm_id=104, cores=4)
     monkeypatch.setattr(module.log, "info", lambda text, *values, **_: said.append(text % values))
     change.requested += 3600
-    module.Changes(None, None, lambda _: None).record_end(change)
+    changes = module.Changes(None, module.SimpleNamespace(start=lambda *_: None), lambda _: None)
+    changes.take(change)
+    changes.end(change)
     assert said == ["change POST /scale/cores vm_id=104 cores=4 by 127.0.0.1: done, after 0.0 s"]
 
 
