@@ -259,13 +259,10 @@ class Request(namedtuple("Request", "method path query headers length read_body 
         return {each.partition(";")[0].strip().lower() for each in unquoted.split(",")}
 
 
-@lru_cache(maxsize=64)
-def utc(second):
-    """Write a whole epoch second as ISO 8601 in UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
-
-
-# Writes an epoch second as the Date header has it.
+# Both write a whole epoch second, for mostly it is the same again: as ISO 8601 in UTC, and as the
+# Date header has it.
+utc = lru_cache(maxsize=64)(
+    lambda second: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second)))
 http_date = lru_cache(maxsize=2)(partial(formatdate, usegmt=True))
 
 
@@ -1130,7 +1127,7 @@ STATUS_NUMBERS = frozenset((
 
 
 def parse_status(document):
-    """Read `pct status ID [--verbose]` as {key: number, or None if it is none, or text}.
+    """Read `pct status ID --verbose` as {key: number, or None if it is none, or text}.
 
     A name, a lock or a tag is text though it looks like a number.
     """
@@ -3604,7 +3601,7 @@ class Change:
         """Return `running` or `stopped`, as pct says."""
         result = self.host.commands.run(
             self.node, ["pct", "status", vm_id or self.vm_id], self.slots, check=True)
-        return parse_status(result.stdout).get("status")
+        return result.stdout.partition("status: ")[2].strip() or None
 
     def read(self, path):
         """Return a file's text as the node has it, or None if it is not there.
