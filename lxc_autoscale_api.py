@@ -2876,8 +2876,6 @@ class Commands:
                             "the storage or /etc/pve behind it does not answer")
 
 
-
-
 # The host
 
 def cpu_meter(clock):
