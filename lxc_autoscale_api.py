@@ -2780,7 +2780,8 @@ class Commands:
         except NotBegun:
             self.metrics.add("lxc_autoscale_api_commands_total", label, "not_started")
             raise
-        took, full = time.monotonic() - started, bool(seconds) and MAX_OUTPUT in map(len, (out, err))
+        took = time.monotonic() - started
+        full = bool(seconds) and MAX_OUTPUT in (len(out), len(err))
         reply = parse_reply(out) if node and in_time and not full else None
         code, out, err = reply or (code, out, err)
         if reply and 128 < code < 128 + signal.NSIG:
