@@ -259,8 +259,8 @@ class Request(namedtuple("Request", "method path query headers length read_body 
         return {each.partition(";")[0].strip().lower() for each in unquoted.split(",")}
 
 
-# Both write a whole epoch second, for mostly it is the same again: as ISO 8601 in UTC, and as the
-# Date header has it.
+# Both write a whole epoch second: utc as ISO 8601, http_date as the Date header has it. The texts
+# are kept, for mostly the same second is asked for again.
 utc = lru_cache(maxsize=64)(
     lambda second: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second)))
 http_date = lru_cache(maxsize=2)(partial(formatdate, usegmt=True))
@@ -887,7 +887,6 @@ def is_interface_address(text):
         return False
 
 
-
 def is_description(text):
     return len(text) <= 1024 and not re.search(
         r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", text)
@@ -935,7 +934,7 @@ def flag_parameter(name, note):
 VM_ID = number_parameter("vm_id", 100, 999999, also=("lxc_id", "container_id"))
 ANY_VM_ID = VM_ID._replace(default=None)
 NEW_VM_ID = number_parameter("new_vm_id", 100, 999999, also=("new_lxc_id",))
-# A part of a name that makes, with - for _, one that Proxmox takes (PVE::JSONSchema, dns-name).
+# A part of a name between dots; with - for each _, Proxmox takes it (PVE::JSONSchema, dns-name).
 LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_\-]*[A-Za-z0-9])?"
 NEW_VM_NAME = text_parameter(
     "new_vm_name", matches(rf"(?=.{{1,63}}\Z){LABEL}(?:\.{LABEL})*"),
@@ -1017,22 +1016,12 @@ def parse_query(query):
     raise Problem(400, f"Invalid query: {why}")
 
 
-# Reads a JSON text that others wrote, or raises one of NOT_JSON. An integer of more than 20
-# characters is None: int() takes time in the square of its digits.
+# Makes a reader of JSON that others wrote. An integer of more than 20 characters becomes None:
+# int() takes time in the square of its digits.
 json_decoder = partial(
     json.JSONDecoder, parse_int=lambda digits: int(digits) if len(digits) <= 20 else None)
-JSON, NOT_JSON = json_decoder(), (ValueError, RecursionError)
-
-
-class Pairs(list):
-    """A JSON object as the pairs it was written with."""
-
-
-def no_constant(name):
-    raise ValueError(f"{name} is not JSON")
-
-
-JSON_PAIRS = json_decoder(object_pairs_hook=Pairs, parse_constant=no_constant)
+JSON = json_decoder()
+NOT_JSON = (ValueError, RecursionError)     # what its decode() raises; the latter if too deep
 
 
 # What Proxmox and the kernel write
@@ -1831,7 +1820,7 @@ class ClusterFiles:
 
     def __init__(self, folder, clustered):
         self.folder, self.clustered = folder, clustered
-        self.lxc = f"{folder}/lxc"          # of this node's containers
+        self.lxc = f"{folder}/lxc"          # the folder of this node's containers
         self.seen = set()                   # ids of containers that were found somewhere
 
     def members(self):
@@ -1904,8 +1893,8 @@ class ClusterFiles:
                               "see: pvecm status", RETRY_SECONDS)
         if new_vm_id:
             document = read_text(f"{self.folder}/.vmlist")
-            listed_too = document is not None and str(new_vm_id) in parse_vmlist(document)
-            if listed_too or is_there(self.conf_path(new_vm_id)):
+            listed = document is not None and str(new_vm_id) in parse_vmlist(document)
+            if listed or is_there(self.conf_path(new_vm_id)):   # it may not be listed yet
                 raise Problem(409, f"The id {new_vm_id} is taken")
         return node
 
@@ -1929,14 +1918,14 @@ class ClusterFiles:
         It raises Problem 404 if the first is known to be none.
         """
         texts = {vm_id: read_text(self.conf_path(vm_id, node)) for vm_id in vm_ids}
-        if texts[vm_ids[0]] is None and is_there(os.path.dirname(self.conf_path(0, node))):
+        if texts[vm_ids[0]] is None and is_there(os.path.dirname(self.conf_path(vm_ids[0], node))):
             name = node.name if node else self.members()[0] or socket.gethostname()
             raise Problem(404, f"VM {vm_ids[0]} does not exist on node '{name}'")
         return texts
 
     def documents(self, node=None):
         """Yield (id, text of its configuration) of all containers of a node, in the ids' order."""
-        path = os.path.dirname(self.conf_path(0, node))
+        path = os.path.dirname(self.conf_path(0, node))     # which is the same for every id
         vm_ids = sorted(int(name[:-5]) for name in names_in(path) if CONF_NAME.fullmatch(name))
         with suppress(FileNotFoundError), opened(path) as folder:       # which may have gone
             for vm_id in vm_ids:
@@ -1962,7 +1951,6 @@ class ClusterFiles:
         """Return the other Nodes of the cluster, if there is one."""
         _, cluster = self.members()
         return [node for node in cluster.nodes.values() if not node.local] if cluster else []
-
 
     def address_holders(self, but):
         """Return {(bridge, VLAN tag, address): id} of the static addresses of all containers.
@@ -2087,7 +2075,7 @@ class Semaphore:
 
     @contextmanager
     def held(self, seconds):
-        """Hold a slot; TimeoutError if none came within so many seconds."""
+        """Hold the semaphore; TimeoutError if it is not had within so many seconds."""
         ticket = threading.Event()
         with self.lock:
             if self.free:
@@ -2488,9 +2476,9 @@ class Metrics:
             self.series["lxc_autoscale_api_" + name][()] = 0
 
     def add(self, name, *labels, value=None):
-        """Count one more; of a histogram, count a value in its bucket.
+        """Count one more; for a histogram, count `value` in its bucket.
 
-        A histogram's series is the buckets' own counts, one for what is above all, and the sum.
+        A histogram keeps a list: the buckets' own counts, one for what is above all, and the sum.
         """
         buckets, series = FAMILIES[name].buckets, self.series[name]
         with self.lock:
@@ -2518,8 +2506,7 @@ class Metrics:
     def render(self, gauges):
         """Write the exposition; `gauges`, {name: {labels in braces: value}}, were read just now."""
         with self.lock:
-            series = {name: {braced(FAMILIES[name].labels, labels):
-                             list(value) if isinstance(value, list) else value
+            series = {name: {braced(FAMILIES[name].labels, labels): copy(value)
                              for labels, value in each.items()}
                       for name, each in self.series.items()}
         lines = []
@@ -2557,8 +2544,6 @@ class Result(namedtuple("Result", "exit stdout stderr overflow")):
     `exit` is its status, or minus the number of the signal that ended it, `overflow` that
     it printed more than MAX_OUTPUT.
     """
-
-
 
 
 # What a node runs for us. Its pct must print into files there, for pct takes a broken stdout for an
@@ -2600,7 +2585,7 @@ def over_ssh(node, argv, seconds):
 def parse_reply(printed):
     """Split what REMOTE printed into (exit, stdout, stderr); None if some of it is missing.
 
-    Of what was too much, it is the end only.
+    Of more than MAX_OUTPUT bytes, `printed` is the end only.
     """
     end = re.search(rb"\n(\d{1,15}) (\d{1,15}) (\d{1,15})\n\Z", printed)
     if not end:
@@ -2628,7 +2613,6 @@ def ssh_failed(node, argv, begun, details):
     if details:
         problem.add_details(details[-MAX_DETAILS:])
     return problem
-
 
 
 def ended(process, seconds):
@@ -2765,13 +2749,14 @@ class Commands:
     def run(self, node, argv, slots=None, check=False, seconds=None, changes=False):
         """Run a command, in the slot that the caller holds; return its Result, or raise Problem.
 
-        Past so many seconds (None: those of a read) it is killed with its whole group, and `slots`
-        are kept while it cannot be ended. One that `changes` something is never killed: the
-        Problem is NotBegun if it was not begun, and Lost if nobody knows its end. With `check`, a
-        Result that tells of a failure is a Problem, too.
+        One that `changes` something is never killed: the Problem is NotBegun if it was not begun,
+        and Lost if nobody knows its end. Any other is killed with its whole group past so many
+        seconds (None: read_seconds), and `slots` are kept while it cannot be ended. With `check`,
+        it is a Problem, too, if the command failed or its output was cut off.
         """
-        argv, seconds = [*map(str, argv)], None if changes else seconds or self.read_seconds
-        if seconds and (node, *argv) in self.hung:
+        argv = [*map(str, argv)]
+        seconds = None if changes else seconds or self.read_seconds
+        if not changes and (node, *argv) in self.hung:
             raise self.still_hung(node, argv)
         label = " ".join(argv[:2] if argv[0] in ("pct", "pvesh") else argv[:1])
         started = time.monotonic()
@@ -2781,7 +2766,7 @@ class Commands:
             self.metrics.add("lxc_autoscale_api_commands_total", label, "not_started")
             raise
         took = time.monotonic() - started
-        full = bool(seconds) and MAX_OUTPUT in (len(out), len(err))
+        full = not changes and max(len(out), len(err)) >= MAX_OUTPUT
         reply = parse_reply(out) if node and in_time and not full else None
         code, out, err = reply or (code, out, err)
         if reply and 128 < code < 128 + signal.NSIG:
@@ -2790,8 +2775,8 @@ class Commands:
             in_time = False                 # `timeout` there was a little faster than we
         how = "it cannot be ended" if code is None else f"exit {code}"
         log.info("ran %s%s: %s in %.3f s", shlex.join(argv), on(node), how, took)
-        outcome = "timeout" if not in_time else "ok" if code == 0 else "failed"
-        self.metrics.add("lxc_autoscale_api_commands_total", label, outcome)
+        counted_as = "timeout" if not in_time else "ok" if code == 0 else "failed"
+        self.metrics.add("lxc_autoscale_api_commands_total", label, counted_as)
         self.metrics.add("lxc_autoscale_api_command_duration_seconds", label, value=took)
         if code is None:
             raise self.still_hung(node, argv)
@@ -2800,7 +2785,7 @@ class Commands:
                 504, f"{' '.join(argv[:3])}{on(node)} did not finish in {seconds} s and was ended")
         result = Result(code, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"), full)
         if node and not (reply or full):
-            begun = not seconds and code not in (1, 2)      # REMOTE ends so if it cannot begin
+            begun = changes and code not in (1, 2)          # REMOTE ends so if it cannot begin
             raise ssh_failed(node, argv, begun, result.stderr.strip())
         if node and code == 127:            # as the shell there says it
             raise unavailable(f"{argv[0]} is not installed on node '{node.name}', "
@@ -2812,10 +2797,10 @@ class Commands:
     def execute(self, node, argv, seconds, slots):
         """Start a process and wait for it; return (exit status, stdout, stderr, whether in time).
 
-        The status is None of one that cannot be ended. What it prints, of which at most the last
-        MAX_OUTPUT bytes are returned, goes into files in memory and no pipes: `pct` takes a broken
-        stdout for an interrupt and kills its worker, and a pipe's end may be held open by some
-        grandchild for ever.
+        Past so many seconds, if given, it is killed; its status is None if even so it does not end.
+        What it prints, of which at most the last MAX_OUTPUT bytes are returned, goes into files in
+        memory and no pipes: `pct` takes a broken stdout for an interrupt and kills its worker, and
+        a pipe's end may be held open by some grandchild for ever.
         """
         with ExitStack() as files:
             try:
@@ -2825,9 +2810,10 @@ class Commands:
             except OSError as error:
                 raise unavailable(f"The host has no room for a command's output: {error.strerror}",
                                   RETRY_SECONDS, NotBegun) from None
-            for file in outputs if seconds else ():         # a write past the size fails with EPERM
-                os.ftruncate(file.fileno(), MAX_OUTPUT)
-                fcntl.fcntl(file.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+            if seconds:                     # a change may print what it likes
+                for file in outputs:        # a write past the size fails with EPERM
+                    os.ftruncate(file.fileno(), MAX_OUTPUT)
+                    fcntl.fcntl(file.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
             command = over_ssh(node, argv, seconds) if node else argv
             try:
                 if node:
@@ -2842,8 +2828,11 @@ class Commands:
                 raise unavailable(f"{command[0]} {what}", 60, NotBegun) from None
             in_time = ended(process, seconds)
             gone = in_time or self.kill(process, (node, *argv), slots)
-            printed = [os.pread(file.fileno(), min(size, MAX_OUTPUT), max(0, size - MAX_OUTPUT))
-                       for file, size in ((each, each.tell()) for each in outputs)]
+            printed = []
+            for file in outputs:
+                size = file.tell()
+                kept = min(size, MAX_OUTPUT)
+                printed.append(os.pread(file.fileno(), kept, size - kept))
         return process.returncode if gone else None, *printed, in_time
 
     def kill(self, process, question, slots):
@@ -3228,9 +3217,9 @@ class Proxmox:
 
     def probe(self):
         """Run `pct list`, without a slot: long changes must not look like a fault."""
-        argv, started = ["pct", "list"], time.monotonic()
+        started = time.monotonic()
         try:
-            self.commands.run(None, argv, check=True)
+            self.commands.run(None, ["pct", "list"], check=True)
             ok, detail = True, f"pct list answered in {time.monotonic() - started:.2f} s"
         except Problem as problem:
             ok, detail = False, problem.error
@@ -3362,8 +3351,8 @@ class Change:
         self.began = self.ended = None
         self.started, self.future = Future(), Future()
         self.node = self.slots = self.before = self.problem = None
-        # Whether the container ran before, if that was asked; if it does not any more after a
-        # failure, that is told.
+        # Whether the container ran before, None if that was not asked. If it ran and does not run
+        # after a failure, that is told.
         self.ran = None
         # Once the daemon stops, no further step is begun; the lock decides which was the last.
         self.lock, self.broken_off, self.temporary = threading.Lock(), False, None
@@ -3407,7 +3396,7 @@ class Change:
         self.done.append(argv)
         if command == "rollback":
             self.leave(*self.left_by(argv, result))
-        if command == "snapshot":           # pct calls it a success, too, if it stays frozen
+        if command == "snapshot":           # it ends well even if it leaves the container frozen
             with suppress(Problem):         # it was taken, whatever can be read now
                 for told in self.frozen():
                     self.leave(told)
@@ -3502,7 +3491,6 @@ class Change:
         self.leave(*told)
         self.told_locks.add(self.vm_id)
 
-
     def verify(self, read):
         """Return read(), which tells what a step has done; if that fails, nobody knows."""
         try:
@@ -3512,7 +3500,6 @@ class Change:
             problem.error = (f"{' '.join(self.steps[-1][:3])} has ended, "
                              f"but what it did cannot be read: {problem.error}")
             raise
-
 
     def runs_now(self):
         """Tell whether the container runs, by its cgroup if that says so, for pct takes long."""
@@ -3597,7 +3584,7 @@ class Change:
     # Looking
 
     def state(self, vm_id=None):
-        """Return `running` or `stopped`, as pct says."""
+        """Return `running` or `stopped`, as pct says, or None if it says no state."""
         result = self.host.commands.run(
             self.node, ["pct", "status", vm_id or self.vm_id], self.slots, check=True)
         return result.stdout.partition("status: ")[2].strip() or None
@@ -3872,7 +3859,7 @@ class Changes:
     """Runs changes, each in a thread of its own and one at a time for each container.
 
     So a caller that leaves, or waits too long, ends nothing: the change goes on, keeps
-    its containers reserved, and its end is logged and counted.
+    its containers reserved, and its end is logged and, if it scales, counted: by count(change).
     """
 
     def __init__(self, host, workers, count):
@@ -3885,8 +3872,8 @@ class Changes:
     def take(self, change, asynchronous=False):
         """Let a change begin as soon as it is the first in the queues of all its containers.
 
-        No thread waits for that. If it scales, self.count(change) is called at its end. Unless its
-        client does not wait for it (asynchronous), a node that does not answer is told at once.
+        No thread waits for that. Unless its client does not wait for it (asynchronous), a node
+        that does not answer is told at once.
         """
         self.guard(change)
         with self.lock:                     # either refuse_waiting sees it, or it has been called
@@ -3915,7 +3902,7 @@ class Changes:
             if node:
                 self.host.commands.reachable(node, change.since)
         except Problem as problem:
-            if problem.status == 503:       # what is not there may be by then
+            if problem.status == 503:       # 404 and 409 may be true no more at its turn
                 self.cancel(change, problem)
         except Exception:
             log.exception("internal error in %s", change.title)     # its turn will tell
@@ -3947,7 +3934,6 @@ class Changes:
                 self.workers.start(self.work, change)
             except Problem as problem:      # no thread is left
                 ready += self.end_unbegun(change, problem)
-
 
     def answer(self, change, client, seconds):
         """Wait for a change, and return its Answer.
@@ -4056,9 +4042,9 @@ class Changes:
                          f"{first.title}, since {since}"))
 
     def end(self, change, answer=None):
-        """Tell a change's end, and take it out of its queues; return those that may begin now.
+        """Tell a change's end, take it out of its queues, and return those that may begin now.
 
-        It is logged and counted before its caller and /operations tell of it, and before a daemon
+        It is logged and counted before its caller and /operations hear of it, and before a daemon
         that stops may take it for ended.
         """
         ended, change.before, problem = time.time(), None, change.problem
@@ -4282,12 +4268,12 @@ def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full
     """Clone, give the clone its address, and start it, if that is wanted."""
     if ip and "net0" not in change.conf().current:
         raise Problem(409, f"VM {vm_id} has no net0, which could get an address")
-    change.hostname = new_vm_name.replace("_", "-")         # which cannot hold _
+    change.hostname = new_vm_name.replace("_", "-")         # a hostname cannot hold _
     options = ["--hostname", change.hostname]
     options += ["--storage", storage] if storage else []
     options += ["--full", int(full)] if full is not None else []
-    # On RBD it needs that snapshot for good (PVE::Storage::RBDPlugin, clone_image).
     change.ran = change.state() == "running"
+    # On RBD it needs that snapshot for good (PVE::Storage::RBDPlugin, clone_image).
     if change.ran and full is False:
         raise Problem(409, f"VM {vm_id} runs, and a linked clone would need its temporary snapshot "
                            "for good; stop it first, or leave out full")
@@ -4305,7 +4291,7 @@ def create_clone(change, vm_id, new_vm_id, new_vm_name, start, ip, storage, full
 
 def delete_clone(change, vm_id):
     """Destroy; pct stops it first, unless it is protected."""
-    change.ran = change.state() == "running"
+    change.ran = change.state() == "running"                # to be told if this fails
     change.pct("destroy", "--force", 1)
     return f"Deleted VM {vm_id}"
 
@@ -4586,13 +4572,14 @@ class Route(namedtuple(
         defaults=[(), "change_timeout_seconds", (), True, True, "", None, False, CHANGED, False])):
     """One endpoint.
 
-    `changes` names the parameters whose containers it changes, `timeout` the setting of its
-    time, `scaling` its metrics labels (resource, action); `key` says whether a key is needed, or
-    which setting of `authentication` says so, `limited` whether the rate is limited; `also` is
-    its other path, and shared(api), if given, tells whether an answer costs much now, so that all
-    who ask at the same time share one. `monitored` says that its query means nothing, for
-    monitors add things to the addresses they ask. `answer` is the JSON Schema of what it answers
-    with 200, or None if that is plain text; `probe` says that a 503 of it is the same.
+    `changes` names the parameters whose containers it changes, a clone's new id last, `timeout`
+    the setting of its time, `scaling` its metrics labels (resource, action); `key` says whether a
+    key is needed, or which setting of `authentication` says so, `limited` whether the rate is
+    limited; `also` is its other path, and shared(api), if given, tells whether an answer costs
+    much now, so that all who ask at the same time share one. `monitored` says that its query
+    means nothing, for monitors add things to the addresses they ask. `answer` is the JSON Schema
+    of what it answers with 200, or None if that is plain text; `probe` says that a 503 of it is
+    the same.
     """
 
 
@@ -4826,6 +4813,18 @@ CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")       # what clients call UTF-
 BOM = "\ufeff".encode("utf-8")
 
 
+class Pairs(list):
+    """A JSON object as the pairs it was written with."""
+
+
+def no_constant(name):
+    """Refuse NaN and Infinity, which Python would take."""
+    raise ValueError(f"{name} is not JSON")
+
+
+JSON_PAIRS = json_decoder(object_pairs_hook=Pairs, parse_constant=no_constant)
+
+
 def read_object(request):
     """Return the JSON object in a body as (name, value) pairs, duplicates kept, or Problem.
 
@@ -4848,9 +4847,9 @@ def read_object(request):
         name, _, charset = each.partition("=")
         if name.strip(" \t") == "charset" and charset.strip(' \t"') not in CHARSETS:
             raise Problem(415, "The body must be in UTF-8: send Content-Type: application/json")
-    body = request.read_body()
+    body = request.read_body().removeprefix(BOM)
     try:
-        value = JSON_PAIRS.decode((body[len(BOM):] if body.startswith(BOM) else body).decode())
+        value = JSON_PAIRS.decode(body.decode("utf-8"))
     except NOT_JSON:
         raise Problem(400, "Invalid JSON: the body must be one JSON object in UTF-8, "
                            'such as {"vm_id": 104}') from None
@@ -4860,10 +4859,9 @@ def read_object(request):
 
 
 def loggable_path(path):
-    """Return as much of a path as may be logged: all, if it is an endpoint's.
+    """Return as much of a path as may be logged, for a key may stand in it.
 
-    Of any other it is what stands before a key, or before the first mark that may be a mistyped
-    '?', for a key may follow it.
+    That is what comes before a key, or before the first mark that may be a mistyped '?'.
     """
     for key in access_log.keys:             # here, for half a key would be none to the log
         path = path.replace(key, "?")
@@ -5348,29 +5346,29 @@ class Server(ThreadingHTTPServer):
                 self.accepting.release()
             self.came.set()
             client_address = str(plain_address(address)) if ":" in address else address, port
-            self.process_request_thread(sock, client_address)
+            self.handle_connection(sock, client_address)
 
-    def process_request_thread(self, request, client_address):
-        """Take in a connection and handle it, or turn it away; `request` is its socket."""
+    def handle_connection(self, sock, client_address):
+        """Take in a connection and let a Handler answer its requests, or turn it away."""
         with self.changed:
             full = (len(self.clients) >= self.max_connections
                     and client_address != self.own_address)
             room = not full or self.make_room(client_address[0])
             if room:
-                client = self.clients[request] = Client(request, client_address[0])
+                client = self.clients[sock] = Client(sock, client_address[0])
                 if self.stopping.is_set():  # it came at the last moment
                     self.hang_up(client)
         if not room:
-            self.turn_away(request)
+            self.turn_away(sock)
             return
         try:
-            self.finish_request(request, client_address)
+            self.finish_request(sock, client_address)
         except Exception:
             log.exception("internal error in a connection from %s", client_address[0])
         finally:
             with self.changed:              # first, for who sees it closed may come again at once
-                self.clients.pop(request, None)
-            self.shutdown_request(request)
+                self.clients.pop(sock, None)
+            self.shutdown_request(sock)
 
     def make_room(self, address):
         """Close a connection of the address that holds most, and tell whether there is room now.
@@ -5483,15 +5481,15 @@ class Server(ThreadingHTTPServer):
     def request_in_work(self, client, address, local):
         """Note that a whole request has come and for whom, and in the end that it was answered.
 
-        Yield whether it may be answered.
+        Yield whether work for it may begin: not once the daemon stops or its connection is closed.
         """
         with self.changed:
-            may = not self.stopping.is_set() and client.sock in self.clients
-            if may:
+            may_begin = not self.stopping.is_set() and client.sock in self.clients
+            if may_begin:
                 client.address, client.local = address, local
                 client.waited_for, client.asking = None, time.monotonic()
         try:
-            yield may
+            yield may_begin
         finally:
             with self.changed:
                 client.waited_for, client.asking, client.changing = time.monotonic(), None, False
@@ -5573,8 +5571,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         speaks_for = client_of(request.headers, self.client_address[0],
                                self.server.api.config.server.trusted_proxies)
-        with self.server.request_in_work(self.client, *speaks_for) as may_be_answered:
-            if not may_be_answered:
+        with self.server.request_in_work(self.client, *speaks_for) as may_begin:
+            if not may_begin:
                 self.refuse(unavailable(
                     "The daemon is stopping, or this connection has lost its place", 1))
                 return
@@ -5591,7 +5589,7 @@ class Handler(BaseHTTPRequestHandler):
             self.drain()
 
     def refuse(self, problem):
-        """Answer what is no well-framed request, or what may not be answered any more."""
+        """Answer what is no well-framed request, or came when no work may begin any more."""
         self.close_connection = self.linger = True
         self.client.address = self.client_address[0]
         # Of a request line that cannot be read, the method may be plain.
@@ -5602,9 +5600,9 @@ class Handler(BaseHTTPRequestHandler):
     def read_request(self):
         """Wait for the next well-framed Request and return it, or raise Problem.
 
-        It raises ClientLeft if the connection ends, or if no request begins in time. The first
-        byte starts a request's time; the first request's has begun with the connection. Empty
-        lines before it are dropped (RFC 9112 section 2.2), and start nothing.
+        It raises ClientLeft if the connection ends, or if no request begins in time. A request's
+        time starts with its first byte, but that of the first one with the connection. Empty lines
+        before a request are dropped (RFC 9112 section 2.2), and start nothing.
         """
         self.method = self.path = None      # not known yet
         self.begun, empty = False, 0
@@ -5682,7 +5680,6 @@ class Handler(BaseHTTPRequestHandler):
         if self.channel is not self.request and self.channel.plain:
             raise Problem(400, "This port speaks TLS: ask for https:// instead of http://")
 
-
     def read_body(self):
         before, self.client.waited_for = self.client.waited_for, time.monotonic()
         try:
@@ -5715,7 +5712,8 @@ class Handler(BaseHTTPRequestHandler):
         """
         status, size = answer.status if answer else CLIENT_LEFT, 0
         known, metrics = path in PATHS, self.server.api.metrics
-        labels = method if method in METHODS else "other", path if known else "unknown"
+        labels = (method if method in METHODS else "other", path if known else "unknown")
+        # First, for who has the answer may ask for /metrics at once.
         metrics.add("lxc_autoscale_api_requests_total", *labels, str(status))
         metrics.add("lxc_autoscale_api_request_duration_seconds", *labels,
                     value=max(0, time.perf_counter() - started))
@@ -5724,9 +5722,10 @@ class Handler(BaseHTTPRequestHandler):
                 size = self.send_answer(answer, method == "HEAD")
             except OSError:
                 self.close_connection, status = True, CLIENT_LEFT
-        seconds, shown = time.perf_counter() - started, path if known else loggable_path(path)
+        milliseconds = max(0, time.perf_counter() - started) * 1000
+        shown = path if known else loggable_path(path)
         access_log.add(f"{self.client.address} {method} {shown} {status} {size} "
-                       f"{max(0, seconds) * 1000:.1f} ms")
+                       f"{milliseconds:.1f} ms")
 
     def send_answer(self, answer, head_only):
         """Send an answer, in one write if it is not large; return its body's size as sent."""

@@ -2565,7 +2565,7 @@ def test_members_are_read():
 @pytest.mark.parametrize("document", [
     "", "{", "[]", "null", '{"ids": []}x', '{"ids": 7}', '{"version": 1}',
     '{"ids": {"104": {"node": "pve1", "type": "lxc"}, "105": null}}'])
-def test_a_list_of_guests_that_is_garbled_is_503_and_one_that_is_not_there_is_empty(document):
+def test_a_list_of_guests_that_is_garbled_is_503_and_a_broadcast_is_empty_then(document):
     with pytest.raises(module.Problem) as refusal:
         module.parse_vmlist(document)
     assert (refusal.value.status, refusal.value.error) == (
@@ -10350,8 +10350,8 @@ def test_a_request_whose_connection_has_lost_its_place_is_not_begun():
     server = module.SimpleNamespace(
         changed=threading.Condition(), stopping=threading.Event(), clients={})
     client = module.Client(None, "127.0.0.1")
-    with module.Server.request_in_work(server, client, "127.0.0.1", True) as may_be_answered:
-        assert (may_be_answered, client.asking) == (False, None)
+    with module.Server.request_in_work(server, client, "127.0.0.1", True) as may_begin:
+        assert (may_begin, client.asking) == (False, None)
 
 
 def test_a_client_behind_a_proxy_is_counted_by_its_own_address(launch):
