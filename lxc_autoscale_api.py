@@ -1881,21 +1881,12 @@ class ClusterFiles:
         path = f"{self.folder}/nodes/{node.name}/ssh_known_hosts"
         return node._replace(known_hosts=path if is_there(path) else None)
 
-    def changeable(self, vm_id, new_vm_id=None):
-        """Return the Node where a container can be changed, or cloned to a new id.
-
-        It raises Problem 404 if there is no such container, 503 without quorum, and 409 if a
-        container or a virtual machine of any node is known to have the new id.
-        """
+    def changeable(self, vm_id):
+        """Return the Node where a container can be changed; Problem 404, or 503 without quorum."""
         node, (_, cluster) = self.find(vm_id), self.members()
         if cluster and not cluster.quorate:
             raise unavailable("The Proxmox cluster has no quorum, so nothing can be changed; "
                               "see: pvecm status", RETRY_SECONDS)
-        if new_vm_id:
-            document = read_text(f"{self.folder}/.vmlist")
-            listed = document is not None and str(new_vm_id) in parse_vmlist(document)
-            if listed or is_there(self.conf_path(new_vm_id)):   # it may not be listed yet
-                raise Problem(409, f"The id {new_vm_id} is taken")
         return node
 
     def text(self, vm_id):
@@ -1915,12 +1906,18 @@ class ClusterFiles:
     def texts(self, vm_ids, node):
         """Return {id: text of its configuration on a node, or None}.
 
-        It raises Problem 404 if the first is known to be none.
+        It raises Problem 404 if the first is known to be none, and 409 if any other, which a
+        clone is to get, is known to be that of a container or a virtual machine of any node.
         """
         texts = {vm_id: read_text(self.conf_path(vm_id, node)) for vm_id in vm_ids}
         if texts[vm_ids[0]] is None and is_there(os.path.dirname(self.conf_path(vm_ids[0], node))):
             name = node.name if node else self.members()[0] or socket.gethostname()
             raise Problem(404, f"VM {vm_ids[0]} does not exist on node '{name}'")
+        for vm_id in vm_ids[1:]:
+            document = read_text(f"{self.folder}/.vmlist")
+            listed = document is not None and str(vm_id) in parse_vmlist(document)
+            if listed or is_there(self.conf_path(vm_id)):       # it may not be listed yet
+                raise Problem(409, f"The id {vm_id} is taken")
         return texts
 
     def documents(self, node=None):
@@ -2559,8 +2556,9 @@ REMOTE = (
     '"$@" </dev/null >&3 2>&4 3>&- 4>&-; code=$?; '
     # What hangs in the kernel is not gone, though `timeout` is: it is waited for.
     "[ $code != 137 ] || while pgrep -s 0 -r D >/dev/null 2>&1; do sleep 0.2; done; "
-    "size=$(stat -Lc %s /dev/fd/3 /dev/fd/4) && "   # first, for something may still print
-    "cat /dev/fd/3 /dev/fd/4 && echo && echo $code $size"
+    # So much of both and no more, for something may still print.
+    "size=$(stat -Lc %s /dev/fd/3 /dev/fd/4) && set -- $size && "
+    "head -c $1 /dev/fd/3 && head -c $2 /dev/fd/4 && echo && echo $code $size"
 )
 
 
@@ -3587,7 +3585,8 @@ class Change:
         """Return `running` or `stopped`, as pct says, or None if it says no state."""
         result = self.host.commands.run(
             self.node, ["pct", "status", vm_id or self.vm_id], self.slots, check=True)
-        return result.stdout.partition("status: ")[2].strip() or None
+        found = re.search(r"^status: (.*)", result.stdout, re.MULTILINE)
+        return found and found[1].strip()
 
     def read(self, path):
         """Return a file's text as the node has it, or None if it is not there.
@@ -3898,11 +3897,11 @@ class Changes:
     def refuse_unreachable(self, change):
         """Refuse a change now, and not at its turn, if its node does not answer."""
         try:
-            node = self.host.files.read(self.host.pve.changeable, *change.containers)
+            node = self.host.files.read(self.host.pve.changeable, change.vm_id)
             if node:
                 self.host.commands.reachable(node, change.since)
         except Problem as problem:
-            if problem.status == 503:       # 404 and 409 may be true no more at its turn
+            if problem.status == 503:       # what is not there may be by then
                 self.cancel(change, problem)
         except Exception:
             log.exception("internal error in %s", change.title)     # its turn will tell
@@ -3989,7 +3988,7 @@ class Changes:
     def run_in_turn(self, change):
         """Run a change that is the first in its queues; return its Answer, None if cancelled."""
         files, pve, commands = self.host.files, self.host.pve, self.host.commands
-        node = files.read(pve.changeable, *change.containers)
+        node = files.read(pve.changeable, change.vm_id)
         with commands.slot(node, change.since, change.long) as slots:
             self.guard(change)              # the rules may have changed while it waited
             if not change.future.set_running_or_notify_cancel():
@@ -5565,7 +5564,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             request = self.read_request()
         except Problem as problem:
-            self.refuse(problem)
+            self.refuse(problem, self.client_address[0])
             return
         except (ClientLeft, OSError):
             return
@@ -5573,8 +5572,8 @@ class Handler(BaseHTTPRequestHandler):
                                self.server.api.config.server.trusted_proxies)
         with self.server.request_in_work(self.client, *speaks_for) as may_begin:
             if not may_begin:
-                self.refuse(unavailable(
-                    "The daemon is stopping, or this connection has lost its place", 1))
+                self.refuse(unavailable("The daemon is stopping, or this connection has lost its "
+                                        "place", 1), speaks_for[0])
                 return
             started = time.perf_counter()
             answer = self.server.api.answer(request)
@@ -5588,10 +5587,10 @@ class Handler(BaseHTTPRequestHandler):
         if not self.close_connection:
             self.drain()
 
-    def refuse(self, problem):
+    def refuse(self, problem, address):
         """Answer what is no well-framed request, or came when no work may begin any more."""
         self.close_connection = self.linger = True
-        self.client.address = self.client_address[0]
+        self.client.address = address
         # Of a request line that cannot be read, the method may be plain.
         method = self.method or bytes(self.buffer[:7]).partition(b" ")[0].decode("latin-1")
         shown = self.method or ("HEAD" if method == "HEAD" else "-")    # a HEAD gets no body

@@ -3586,9 +3586,56 @@ def test_an_id_is_taken_by_a_virtual_machine_and_by_a_file_that_is_not_listed_ye
     pve = proxmox_of(host).pve
     for vm_id in (300, 107, 106):
         with pytest.raises(module.Problem) as refusal:
-            pve.changeable(104, vm_id)
+            pve.texts((104, vm_id), None)
         assert (refusal.value.status, refusal.value.error) == (409, f"The id {vm_id} is taken")
-    assert pve.changeable(104, 105) is None
+    assert pve.texts((104, 105), None) == {104: host.path(104).read_text(), 105: None}
+    with pytest.raises(module.Problem) as refusal:
+        pve.texts((108, 106), None)
+    assert refusal.value.status == 404, "that of the source comes first"
+
+
+def test_an_id_that_is_taken_while_a_clone_waits_for_a_slot_is_found_before_its_first_step(
+        launch, host):
+    host.faults(set={"delay": True})
+    api, later = launch(proxmox={"max_commands": 1}), {"Prefer": "respond-async"}
+    assert api.post("/scale/cores", {"vm_id": 106, "cores": 4}, headers=later).status == 202
+    wait_until(host.calls)
+    clone = api.post("/clone/create", {"vm_id": 104, "new_vm_id": 105, "new_vm_name": "x"},
+                     headers=later).body["operation"]
+    wait_until(lambda: "\nlxc_autoscale_api_commands_waiting 1\n" in api.get("/metrics").body)
+    host.add(105)
+    host.go()
+    row = wait_until(lambda: next((
+        row for row in operations(api) if row["id"] == clone and row["ended"]), None))
+    assert (row["status"], row["outcome"], row["error"]) == (
+        409, "nothing_done", "The id 105 is taken")
+    assert host.calls() == []               # since the id was added
+
+
+def test_clones_of_a_container_whose_file_hangs_hang_as_one(host, monkeypatch):
+    proxmox, released, there = proxmox_of(host), threading.Event(), module.is_there
+    monkeypatch.setattr(module, "FILE_SECONDS", 0.05)
+    monkeypatch.setattr(module, "is_there", lambda path: (
+        released.wait(10) if path.endswith("/104.conf") else there(path)))
+    changes = module.Changes(proxmox, proxmox.files.workers, None)
+    for new_vm_id in (201, 202, 203):
+        change = change_of("/clone/create", vm_id=104, new_vm_id=new_vm_id)
+        change.host = proxmox
+        changes.take(change)
+        with pytest.raises(module.Problem, match="do not answer"):
+            changes.answer(change, module.Client(None, "127.0.0.1"), 10)
+        assert len(proxmox.files.hung) == 1
+    released.set()
+    wait_until(lambda: not proxmox.files.hung)
+
+
+def test_of_what_pct_says_of_a_state_one_line_counts():
+    change = change_of("/power/start", vm_id=104)
+    for said, state in (("status: running\n", "running"), ("status: \n", ""), ("odd\n", None),
+                        ("odd status: x\nstatus: stopped\nmore\n", "stopped")):
+        change.host = module.SimpleNamespace(commands=module.SimpleNamespace(
+            run=lambda *_, **__: module.Result(0, said, "", False)))
+        assert change.state() == state
 
 
 def test_a_template_holds_no_address(host):
@@ -4560,7 +4607,7 @@ def test_what_ran_on_another_node_comes_back_as_it_was(script, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("tool", ["cat", "stat"])
+@pytest.mark.parametrize("tool", ["head", "stat"])
 def test_what_another_node_could_not_bring_back_is_no_answer(tool, tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -4580,6 +4627,14 @@ def test_what_a_command_s_child_still_prints_there_does_not_make_its_answer_inco
         there = run_as_remote(tmp_path, "sh", "-c", script)
         code, out, err = module.parse_reply(there.stdout)
         assert (code, set(out.split()), err) == (0, set(out.split()) & {b"done", b"x"}, b"")
+
+
+def test_what_is_printed_there_after_the_sizes_were_taken_is_left_out(tmp_path):
+    sized = "set -- $size"
+    assert module.REMOTE.count(sized) == 1
+    there = run_as_remote(tmp_path, "sh", "-c", "echo done; echo odd >&2", remote=(
+        module.REMOTE.replace(sized, f"echo late >&3; echo late >&4; {sized}")))
+    assert module.parse_reply(there.stdout) == (0, b"done\n", b"odd\n")
 
 
 def test_a_shell_that_cannot_fork_says_whether_the_command_had_begun(tmp_path):
