@@ -2558,7 +2558,8 @@ REMOTE = (
     "[ $code != 137 ] || while pgrep -s 0 -r D >/dev/null 2>&1; do sleep 0.2; done; "
     # So much of both and no more, for something may still print.
     "size=$(stat -Lc %s /dev/fd/3 /dev/fd/4) && set -- $size && "
-    "head -c $1 /dev/fd/3 && head -c $2 /dev/fd/4 && echo && echo $code $size"
+    "{ [ $1 = 0 ] || head -c $1 /dev/fd/3; } && { [ $2 = 0 ] || head -c $2 /dev/fd/4; } && "
+    "echo && echo $code $size"
 )
 
 
