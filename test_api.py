@@ -940,16 +940,17 @@ def proxmox_of(host):
         None, module.Files(module.Workers()), str(host.pve), str(host.cgroup), True)
 
 
-TAKEN_PORTS = set()
+TAKEN_PORTS, LANE = set(), [0]              # the first of every 16 ports is for the first process
 
 
 def free_port():
     """A port that nothing listens on, below those that the kernel gives to outgoing connections.
 
-    None is given twice: a daemon in a network of its own listens where this look does not see it.
+    None is given twice: a daemon in a network of its own listens where this look does not see it,
+    and another process may have looked at the same port a moment ago.
     """
     while True:
-        port = 10000 + secrets.randbelow(22000)
+        port = 10000 + 16 * secrets.randbelow(1375) + LANE[0]
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             if port not in TAKEN_PORTS:
@@ -1493,9 +1494,11 @@ def sharing(base, request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharing")
     sys.stdout.flush()
     gc.freeze()             # what is loaded is neither looked through again nor copied by helpers
-    for fixture in ("lab", "stage_here", "steady_tls", "installed", "launch"):
+    for number, fixture in enumerate(
+            ("lab", "stage_here", "steady_tls", "installed", "launch"), 1):
         helpers.append(os.fork())
         if not helpers[-1]:
+            LANE[0] = number
             become_helper(config, items, folder, fixture)
             yield
             return
@@ -4111,7 +4114,8 @@ def test_a_scrape_names_the_file_that_it_cannot_read(api, host, name):
     assert (reply.status, reply.body) == (503, {
         "status": "error", "error": f"{folder}/{name} cannot be read: Is a directory"})
     fds = f"/proc/{api.process.pid}/fd"
-    assert str(folder.resolve()) not in [os.path.realpath(f"{fds}/{fd}") for fd in os.listdir(fds)]
+    wait_until(lambda: str(folder.resolve()) not in [       # a look for old snapshots may hold it
+        os.path.realpath(f"{fds}/{fd}") for fd in os.listdir(fds)])
 
 
 def test_a_container_whose_pressure_is_hidden_hides_no_other_one_s(host):
@@ -10321,7 +10325,7 @@ def test_500_silent_or_slow_connections_do_not_delay_an_honest_request(launch):
 def test_a_crowd_of_silent_clients_holds_nobody_up_for_long(launch):
     """Threads are added for them, twice as many at a time; one at a time would take 0.5 s."""
     api, times = launch(server={"max_connections": 300}, constants={"WORKER_SECONDS": 0.2}), []
-    for _ in range(3):
+    while len(times) < 10 and min(times, default=1) >= 0.25:        # others need the processor, too
         wait_until(lambda: threads(api) == 0)
         with contextlib.ExitStack() as crowd:
             for _ in range(250):
