@@ -5878,7 +5878,9 @@ def list_keys(config):
 def notify(state):
     """Tell systemd, if it started us, as sd_notify(3) does.
 
-    An address with @ is an abstract one.
+    An address with @ is an abstract one. The socket is connected, for else poll(2) calls it
+    writable though systemd takes nothing, and Python would ask for a second without a pause
+    (Linux, net/unix/af_unix.c, unix_dgram_poll; CPython, socketmodule.c, sock_call_ex).
     """
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path[:1] not in ("/", "@"):
@@ -5886,7 +5888,8 @@ def notify(state):
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
             sock.settimeout(1)
-            sock.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
+            sock.connect("\0" + path[1:] if path[0] == "@" else path)
+            sock.send(state.encode())
     except OSError as error:
         log.warning("systemd cannot be told %s: %s", state.partition("\n")[0],
                     error.strerror or error)

@@ -10792,8 +10792,10 @@ def test_a_systemd_that_takes_no_word_is_waited_for_a_second_and_that_is_logged(
         with contextlib.suppress(BlockingIOError):
             while True:
                 sock.sendto(b"x", manager.getsockname())
+    used = time.thread_time()
     module.notify("READY=1\nX=2")
     assert said == ["systemd cannot be told READY=1: timed out"]
+    assert time.thread_time() - used < 0.3, "it was asked again and again"
 
 
 @OVER_BOTH
