@@ -10413,6 +10413,18 @@ def test_a_request_whose_connection_has_lost_its_place_is_not_begun():
         assert (may_begin, client.asking) == (False, None)
 
 
+def test_a_request_that_came_too_late_is_logged_as_its_client_s(launch):
+    api = launch(constants={"Server.request_in_work": Code(
+        "daemon.contextmanager(lambda *_: (may_begin for may_begin in [False]))")})
+    late = "The daemon is stopping, or this connection has lost its place"
+    for method, body in (("GET", error(late)), ("DELETE", refused(f"Nothing was done: {late}"))):
+        reply = api.request(
+            method, "/clone/delete", headers={"X-Forwarded-For": "198.51.100.7"})
+        assert (reply.status, reply.body, reply.headers["Connection"]) == (503, body, "close")
+        wait_until(lambda: re.search(
+            rf"Z 198\.51\.100\.7 {method} /clone/delete 503 \d+ 0\.0 ms$", api.log("access"), re.M))
+
+
 def test_a_client_behind_a_proxy_is_counted_by_its_own_address(launch):
     api = launch(server={"max_connections": 4}, constants={"YIELD_SECONDS": 60})
     held = [api.connect() for _ in range(3)]
