@@ -329,8 +329,8 @@ restart_service() {
     "$SYSTEMCTL" restart $NAME.service
 }
 
-# health: the URL, with what curl needs for it, and the answer of /health/check, as the
-# configuration says where. Nobody else can answer on an address of this host.
+# health: print the URL that the configuration names, with what curl needs for it, and fail unless
+# /health/check is 200. No certificate is verified: on this host nobody else can answer there.
 health() {
     with_credential "$PYTHON" -IB - \
         "$DESTDIR${MODULE%/*}" "$DESTDIR$CONFIG" "$TLS_CERTIFICATE" "$TLS_CA" <<'END'
