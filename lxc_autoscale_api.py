@@ -3,7 +3,7 @@
 
 How a request travels. The file begins with what stands at the bottom of this drawing: what is
 used comes before what uses it, but for what is handed over to be called later (a handler to
-its Change, a Handler to the Server):
+its Change, a Handler to the Server), and for two handlers that show the table they stand in:
 
     socket -> Server      a bounded number of connections, a thread each
            -> Handler     bytes, perhaps through Tls, to a strictly framed Request, in time
@@ -30,13 +30,15 @@ becomes an Answer in Problem.answer. The parts, in their order:
 
 Five words have one meaning each. A *container* is named by its id, `vm_id`, wherever in the
 cluster it lives. A *node* is a host of the cluster; where a Node is expected, None stands for
-this one. A *command* is a process that is run on a node, such as `pct set 104 --cores 4`, and
-takes one *slot* of the few that this node has. A *change* is what one request wants to be
-changed; its steps are the commands that it has begun.
+this one. A *command* is a process that is run on a node, such as `pct set 104 --cores 4`. A
+node has a few *slots* for commands: a read holds one for its command, a change one for all of
+its own. A *change* is what one request wants to be changed; its steps are those of its commands
+that were begun and may have changed something.
 
-Nothing but Python's standard library (3.9 or later) is used. Facts about Proxmox VE
-are from its sources: pve-container (PVE::CLI::pct, PVE::LXC::Config), pve-guest-common
-and pve-cluster, and from runs of the real pct.
+Nothing but Python's standard library (3.9 or later) is used. Facts about Proxmox VE are from
+its sources, which are cited as (module, function): pve-container (PVE::LXC, PVE::API2::LXC),
+pve-guest-common, pve-storage, pve-cluster, pve-manager and pve-common; and from runs of the real
+pct.
 """
 import argparse
 import atexit
@@ -109,7 +111,7 @@ LINGER_SECONDS = 1          # for a refused client to take its answer
 LOCK_SECONDS = 60           # waiting for another change to the same container
 SLOT_SECONDS = 30           # waiting for a slot to run commands
 RETRY_SECONDS = 30          # after which a client may ask again for what is not there now
-FILE_SECONDS = 5            # for a file under /etc/pve to be read
+FILE_SECONDS = 5            # for what may hang to be read: /etc/pve, a disk, the settings
 KILL_SECONDS = 1            # for a command to end that was killed
 WORKER_SECONDS = 5          # that an idle thread waits for work
 PROBE_SECONDS = 10          # a health probe's result is kept
@@ -119,7 +121,7 @@ LOOK_SECONDS = 0.5          # between two looks at who has left
 HELD_SECONDS = 0.002        # for which all threads are held up that take connections, before more
 COMPLAINT_SECONDS = 60      # between two lines about an address that holds too many connections
 LOG_SECONDS = 0.5           # for a main or error log line to be written before its caller goes on
-SLOW_SECONDS = 0.05         # that a write takes to a log for which nobody waits any more
+SLOW_SECONDS = 0.05         # for a write to a log; after a slower one nobody waits for that log
 STOP_SECONDS = 30           # for requests in work to be answered when the daemon stops
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -186,7 +188,7 @@ class Problem(Exception):
 
 
 class NotBegun(Problem):
-    """A command that was not begun: a 503, for its program, its node or a slot is missing now."""
+    """A command that was not begun: a 503, for its program, its node or memory is missing now."""
 
 
 class Lost(Problem):
@@ -223,24 +225,24 @@ class Client:
     fingerprint of the key that its request came with, if one was asked for. `waited_for`
     tells since when the daemon waits for it, to send a request or to take an answer (None:
     the daemon works for it), `asking` since when a request of it is being answered, if one
-    is, `changing` whether that is a change that has begun. `left` is done once it has gone,
+    is, `changing` whether that is a change that has begun. `gone` is done once it has left,
     or has lost its place to others.
     """
 
     def __init__(self, sock, address):
         self.sock, self.address, self.local, self.key = sock, address, False, None
-        self.waited_for, self.asking, self.changing, self.left = (
+        self.waited_for, self.asking, self.changing, self.gone = (
             time.monotonic(), None, False, Future())
 
     def wait(self, *futures, seconds=None):
         """Wait until one of some Futures is done; ClientLeft if the client leaves before that."""
-        wait([*futures, self.left], seconds, FIRST_COMPLETED)
-        if self.left.done() and not any(future.done() for future in futures):
+        wait([*futures, self.gone], seconds, FIRST_COMPLETED)
+        if self.gone.done() and not any(future.done() for future in futures):
             raise ClientLeft
 
-    def leave(self):
-        if not self.left.done():
-            self.left.set_result(None)
+    def let_go(self):
+        if not self.gone.done():
+            self.gone.set_result(None)
 
 
 class Request(namedtuple("Request", "method path query headers length read_body client")):
@@ -350,7 +352,7 @@ class LogFile(logging.Handler):
                 complain(f"{path} cannot be written: no thread is left; going on as before")
                 return
             self.path, self.thread, self.hangs = path, writer, False
-            self.written = self.added - len(self.lines)     # for what the other has, nobody waits
+            self.written = self.added - len(self.lines)     # nobody waits for the other's lines
             self.changed.notify_all()
 
     def handle(self, record):               # without logging's own lock, under which all would wait
@@ -401,7 +403,7 @@ class LogFile(logging.Handler):
             started = time.monotonic()
             unwritten = self.write(file, lines + notice)
             with self.changed:
-                if unwritten:               # the notice, which comes last, is one of them
+                if unwritten:               # the notice, too, so what it tells of is lost again
                     self.lost += unwritten + lost - len(notice)
                 if self.thread is me:
                     self.written += len(lines)
@@ -943,7 +945,7 @@ NEW_VM_NAME = text_parameter(
     pattern=rf"^{LABEL}(?:\.{LABEL})*$", minLength=1, maxLength=63)
 CORES = number_parameter("cores", 1, 128)
 MEMORY = number_parameter("memory", 64, 1048576, note="in MB")
-# More than ext4's default bound breaks it.
+# ext4's default bound, in GB: beyond it the volume grows, and its file system breaks.
 DISK_SIZE = number_parameter("disk_size", 1, 16384, note="in GB, by which the disk grows")
 SNAPSHOT_NAME = name_parameter("snapshot_name", 100)
 NODE_NAME = name_parameter("node_name", 50)
@@ -1041,8 +1043,9 @@ CONF_KEY = re.compile(r"[a-z][a-z_]*\d*")
 def parse_config(document):
     """Read the text of `pct config` or of /etc/pve/lxc/ID.conf as a Conf.
 
-    Pending changes are applied, as `pct config` shows them; a snapshot's `#` lines are
-    its description, %-encoded (PVE::LXC::Config, parse_pct_config), once written as a key.
+    Pending changes are applied, as `pct config` shows them. The `#` lines of a section are its
+    description, %-encoded, which may also stand there as a key, as older versions wrote it
+    (PVE::LXC::Config, parse_pct_config).
     """
     current, pending, snapshots = {}, {}, {}
     section = current
@@ -1116,7 +1119,7 @@ STATUS_NUMBERS = frozenset((
 
 
 def parse_status(document):
-    """Read `pct status ID --verbose` as {key: number, or None if it is none, or text}.
+    """Read `pct status ID --verbose` as {key: text}, or of STATUS_NUMBERS {key: number or None}.
 
     A name, a lock or a tag is text though it looks like a number.
     """
@@ -1131,7 +1134,8 @@ def parse_status(document):
 class Node(namedtuple("Node", "name local online address known_hosts", defaults=[None])):
     """A Proxmox VE host of a cluster; `address` is an IP address, or None where nobody knows it.
 
-    `known_hosts` is the path of the file with its SSH key, or None before VE 8.2.
+    `known_hosts` is the path of the file with its SSH key, or None: before VE 8.2, and until
+    ClusterFiles.with_known_hosts has looked.
     """
 
 
@@ -1629,8 +1633,8 @@ def unwrapped(text):
 def verdict(argv, stderr):
     """Find what the lines that pct printed on stderr mean: (status, error), or None.
 
-    The last one that is known counts. The lines above it are often warnings, so none of
-    them may promise that nothing was done.
+    The last line that is known counts, and for it the first row that fits. Lines above the last
+    are often warnings, so none of them may mean a 503: that promises that nothing was done.
     """
     vm_id = "".join(argv[2:3])
     for line in reversed(stderr):
@@ -1826,8 +1830,8 @@ class ClusterFiles:
     def members(self):
         """Return (this node's name or None, its Cluster or None).
 
-        Until corosync runs, .members is that of a single host (pmxcfs, status.c). Then the nodes
-        of which there are folders are offline, and nothing has quorum.
+        Until corosync runs, .members is that of a single host (pmxcfs, status.c). Then the other
+        nodes are those of which there are folders; they are offline, and there is no quorum.
         """
         document = read_text(f"{self.folder}/.members")
         own, cluster = (None, None) if document is None else parse_members(document)
@@ -1892,7 +1896,7 @@ class ClusterFiles:
     def text(self, vm_id):
         """Return (the Node where a container lives, the text of its configuration).
 
-        Where no such file can be, for the folder is missing, the text is None; else it raises
+        If the folder of its node is missing, the text is None; if only the file is, it raises
         Problem 404.
         """
         node = self.find(vm_id)
@@ -1906,8 +1910,9 @@ class ClusterFiles:
     def texts(self, vm_ids, node):
         """Return {id: text of its configuration on a node, or None}.
 
-        It raises Problem 404 if the first is known to be none, and 409 if any other, which a
-        clone is to get, is known to be that of a container or a virtual machine of any node.
+        The first must be a container there: Problem 404 if it is known that it is not. Any other
+        is an id that a clone is to get: Problem 409 if a container or a virtual machine of any
+        node is known to have it.
         """
         texts = {vm_id: read_text(self.conf_path(vm_id, node)) for vm_id in vm_ids}
         if texts[vm_ids[0]] is None and is_there(os.path.dirname(self.conf_path(vm_ids[0], node))):
@@ -1927,10 +1932,10 @@ class ClusterFiles:
         with suppress(FileNotFoundError), opened(path) as folder:       # which may have gone
             for vm_id in vm_ids:
                 document = read_text(f"{vm_id}.conf", folder)
-                if document is not None:    # a file, too
+                if document is not None:    # else the file has gone
                     yield vm_id, document
 
-    def confs(self, node=None):
+    def confs(self, node):
         """Return {id: Conf} of all containers of a node whose files are there."""
         return {vm_id: parse_config(document) for vm_id, document in self.documents(node)}
 
@@ -1985,7 +1990,7 @@ class Cgroups:
     """What the cgroups (version 2) of this host's containers say, and /proc of what runs there."""
 
     def __init__(self, folder):
-        self.folder, self.lxc = folder, f"{folder}/lxc"         # the latter of all containers
+        self.folder, self.lxc = folder, f"{folder}/lxc"         # it holds one for each
 
     def are_there(self):
         """Tell whether control groups are there in version 2.
@@ -2096,7 +2101,7 @@ class Semaphore:
 
 
 class Workers:
-    """Threads for work that others wait for, or do not wait for; an idle one is used again."""
+    """Does each piece of work in a thread; one that is idle is used again."""
 
     def __init__(self):
         self.lock, self.idle = threading.Lock(), []     # a queue for each idle thread
@@ -2365,7 +2370,7 @@ FAMILIES = {
     "lxc_autoscale_api_auth_failures_total": Family(
         "counter", (), "Requests refused without a valid API key."),
     "lxc_autoscale_api_connections_refused_total": Family(
-        "counter", (), "Connections refused because server.max_connections were open."),
+        "counter", (), "Connections refused: too many open, no thread left, or a stop."),
     "lxc_autoscale_api_commands_total": Family(
         "counter", ("command", "result"), "Commands run: ok, failed, timeout or not_started."),
     "lxc_autoscale_api_command_duration_seconds": Family(
@@ -2453,10 +2458,6 @@ def exposition(name, family, series):
     return [f"{name}{labels} {value}" for labels, value in series.items()]
 
 
-def platform_version():
-    return ".".join(map(str, sys.version_info[:3]))
-
-
 FAILURE_LABELS = {400: "refused", 404: "not_found", 409: "conflict", 503: "unavailable"}
 
 
@@ -2468,7 +2469,7 @@ class Metrics:
 
     def __init__(self):
         self.lock, self.series = threading.Lock(), {name: {} for name in FAMILIES}
-        self.add("lxc_autoscale_api_build_info", VERSION, platform_version())
+        self.add("lxc_autoscale_api_build_info", VERSION, ".".join(map(str, sys.version_info[:3])))
         for name in ("rate_limited_total", "auth_failures_total", "connections_refused_total"):
             self.series["lxc_autoscale_api_" + name][()] = 0
 
@@ -2538,8 +2539,8 @@ def process_metrics():
 class Result(namedtuple("Result", "exit stdout stderr overflow")):
     """A command that ended.
 
-    `exit` is its status, or minus the number of the signal that ended it, `overflow` that
-    it printed more than MAX_OUTPUT.
+    `exit` is its status, or minus the number of the signal that ended it, `overflow` that it
+    was a read and its output was cut off at MAX_OUTPUT.
     """
 
 
@@ -2675,10 +2676,10 @@ class Commands:
     its commands, and a probe needs none.
 
     `node` is the Node where a command runs, or None for this one; on others MAX_SESSIONS is a
-    bound, too. Each has a session of its own: what kills the daemon's group, or stops its
-    unit, leaves it alone. Each has the umask of root's shell, whatever the daemon's own is:
-    with 0077 a clone's folder is closed to its unprivileged container, which then never
-    starts.
+    bound, too. Each has a session of its own: what kills the daemon's group leaves it alone (and
+    so does a stop of the unit, by its KillMode=process). Each has the umask of root's shell,
+    whatever the daemon's own is: with 0077 a clone's folder is closed to its unprivileged
+    container, which then never starts.
     """
 
     def __init__(self, width, read_seconds, workers, metrics):
@@ -2699,17 +2700,17 @@ class Commands:
     def slot(self, node, since=None, long=False):
         """Hold a slot to run commands on a node, which answers; Problem 503 if none is free."""
         deadline = time.monotonic() + SLOT_SECONDS
-        known = self.reachable(node, since) if node else self.own
-        with ExitStack() as slots:
+        slots = self.reachable(node, since) if node else self.own
+        with ExitStack() as slot:
             try:
-                for semaphore in (known.long, known.semaphore) if long else (known.semaphore,):
-                    slots.enter_context(semaphore.held(max(0, deadline - time.monotonic())))
+                for semaphore in (slots.long, slots.semaphore) if long else (slots.semaphore,):
+                    slot.enter_context(semaphore.held(max(0, deadline - time.monotonic())))
             except TimeoutError:
                 raise unavailable(f"Too many commands run{on(node) or ' on this host'}; "
                                   "try again later", SLOT_SECONDS) from None
-            if node and known.tried < time.monotonic() - 1:     # it may have gone meanwhile
+            if node and slots.tried < time.monotonic() - 1:     # it may have gone meanwhile
                 self.reachable(node, time.monotonic())
-            yield slots
+            yield slot
 
     def reachable(self, node, since):
         """Return the Slots of another node that answers; Problem 503 if it does not.
@@ -2723,34 +2724,34 @@ class Commands:
             raise unavailable(f"Node '{node.name}' is offline; "
                               "to see why, on this host: pvecm status", RETRY_SECONDS)
         with self.lock:
-            known = self.nodes.setdefault(node.name, Slots(min(self.own.width, MAX_SESSIONS)))
+            slots = self.nodes.setdefault(node.name, Slots(min(self.own.width, MAX_SESSIONS)))
         asked = since or time.monotonic()   # what is found while we wait for it, counts
-        with known.lock:
-            now = time.monotonic()
-            if (known.tried < max(asked, now - 1)
-                    and not (known.problem and not since and known.tried > now - 1)):
-                known.problem = None
+        with slots.lock:
+            known = slots.tried >= time.monotonic() - 1 and (
+                slots.tried >= asked or (slots.problem and not since))
+            if not known:
+                slots.problem = None
                 try:
                     self.run(node, ["true"], seconds=REACH_SECONDS)
                 except Problem as problem:
                     silent = ssh_failed(node, (), False, f"no answer within {REACH_SECONDS} s")
-                    known.problem = silent if problem.status == 504 else problem.again()
-                known.tried = time.monotonic()
-            if known.problem:
-                raise known.problem.again()
-        return known
+                    slots.problem = silent if problem.status == 504 else problem.again()
+                slots.tried = time.monotonic()
+            if slots.problem:
+                raise slots.problem.again()
+        return slots
 
     def read(self, node, *argv, check=False):
         """Run a command that changes nothing, in a slot of its own; return its Result."""
-        with self.slot(node) as slots:
-            return self.run(node, argv, slots, check)
+        with self.slot(node) as slot:
+            return self.run(node, argv, slot, check)
 
-    def run(self, node, argv, slots=None, check=False, seconds=None, changes=False):
+    def run(self, node, argv, slot=None, check=False, seconds=None, changes=False):
         """Run a command, in the slot that the caller holds; return its Result, or raise Problem.
 
         One that `changes` something is never killed: the Problem is NotBegun if it was not begun,
         and Lost if nobody knows its end. Any other is killed with its whole group past so many
-        seconds (None: read_seconds), and `slots` are kept while it cannot be ended. With `check`,
+        seconds (None: read_seconds), and `slot` is kept while it cannot be ended. With `check`,
         it is a Problem, too, if the command failed or its output was cut off.
         """
         argv = [*map(str, argv)]
@@ -2760,7 +2761,7 @@ class Commands:
         label = " ".join(argv[:2] if argv[0] in ("pct", "pvesh") else argv[:1])
         started = time.monotonic()
         try:
-            code, out, err, in_time = self.execute(node, argv, seconds, slots)
+            code, out, err, in_time = self.execute(node, argv, seconds, slot)
         except NotBegun:
             self.metrics.add("lxc_autoscale_api_commands_total", label, "not_started")
             raise
@@ -2793,7 +2794,7 @@ class Commands:
             raise failure(argv, result)
         return result
 
-    def execute(self, node, argv, seconds, slots):
+    def execute(self, node, argv, seconds, slot):
         """Start a process and wait for it; return (exit status, stdout, stderr, whether in time).
 
         Past so many seconds, if given, it is killed; its status is None if even so it does not end.
@@ -2826,7 +2827,7 @@ class Commands:
                         else f"cannot be started: {error.strerror}")
                 raise unavailable(f"{command[0]} {what}", 60, NotBegun) from None
             in_time = ended(process, seconds)
-            gone = in_time or self.kill(process, (node, *argv), slots)
+            gone = in_time or self.kill(process, (node, *argv), slot)
             printed = []
             for file in outputs:
                 size = file.tell()
@@ -2834,7 +2835,7 @@ class Commands:
                 printed.append(os.pread(file.fileno(), kept, size - kept))
         return process.returncode if gone else None, *printed, in_time
 
-    def kill(self, process, question, slots):
+    def kill(self, process, question, slot):
         """Kill a command's whole group, and tell whether it has ended.
 
         A process that hangs in the kernel does not end. It is left alone, its slots stay
@@ -2842,11 +2843,11 @@ class Commands:
         killed there, and our ssh ends when it has gone.
         """
         node = question[0]
-        if not (node and slots):
+        if not (node and slot):
             os.killpg(process.pid, signal.SIGKILL)
         if ended(process, KILL_SECONDS):
             return True
-        kept = slots.pop_all() if slots else ExitStack()
+        kept = slot.pop_all() if slot else ExitStack()
         self.hung[question] = process.pid
         kept.callback(self.hung.pop, question, None)
 
@@ -2870,9 +2871,9 @@ class Commands:
 def cpu_meter(clock):
     """Begin to measure; return a function that tells in percent how busy processors were since.
 
-    Their number is its argument; it returns None where nobody tells. clock() gives (busy,
-    total), or None. At least 0.1 s is measured, and the time that a command takes meanwhile
-    counts into it.
+    clock() returns (busy, total), or None where nobody tells, and the function does so, too. If
+    `total` is the time of one processor, their number is its argument. At least 0.1 s is
+    measured, and the time that a command takes meanwhile counts into it.
     """
     begun, before = time.monotonic(), clock()
 
@@ -2924,38 +2925,8 @@ class Proxmox:
         self.probing, self.probed = threading.Lock(), (-math.inf, False, "")
         self.described = {}                 # by id, what the last scrape read in the configurations
 
-    def ask(self, node, *argv):
-        return self.commands.read(node, *argv, check=True).stdout
-
-    def ask_json(self, node, path):
-        try:
-            return JSON.decode(self.ask(node, "pvesh", "get", path, "--output-format", "json"))
-        except NOT_JSON:
-            raise Problem(500, f"pvesh get {path} printed no JSON") from None
-
-    def where(self, vm_id, run):
-        """Return run(node) for a container's node; it is run again if that has moved meanwhile."""
-        node = self.files.read(self.pve.find, vm_id)
-        try:
-            return run(node)
-        except Problem as problem:
-            now = self.files.read(self.pve.find, vm_id) if problem.status == 404 else node
-            if now == node:
-                raise
-        return run(now)
-
-    def text_at(self, node, path):
-        """Return a small file's text on any node, or None if it is not there.
-
-        Of another node it is None, too, if it cannot be read.
-        """
-        if not node:
-            return self.files.read(read_text, path)
-        result = self.commands.read(node, "cat", path)
-        return result.stdout if result.exit == 0 else None
-
     def config(self, vm_id, max_cores, max_memory):
-        """Return what is allotted, and what may be: within the bounds, and what the host has."""
+        """Return what is allotted, and what may be: within the bounds, and what its node has."""
         node, document = self.files.read(self.pve.text, vm_id)
         if document is None:                # pct tells why
             document = self.ask(node, "pct", "config", vm_id)
@@ -2986,7 +2957,7 @@ class Proxmox:
         return cpus or math.inf, memory // MIB if memory else math.inf
 
     def status(self, vm_id):
-        return self.where(vm_id, lambda node: self.status_at(node, vm_id))
+        return self.on_its_node(vm_id, lambda node: self.status_at(node, vm_id))
 
     def status_at(self, node, vm_id):
         """Return a container's state, from its file and cgroup, else from `pct status`."""
@@ -3102,8 +3073,8 @@ class Proxmox:
     def gauges(self):
         """Return the container families at this moment, without a process.
 
-        Of what files do not say, they hold nothing. What the last scrape knew of a configuration
-        is reused if that is the same; its inode and times would not tell, for pmxcfs counts
+        What the files do not say is left out. What the last scrape knew of a configuration
+        is reused if its text is the same; its inode and times would not tell, for pmxcfs counts
         whole seconds (cfs-plug-memdb.c).
         """
         families = {name: {} for name in FAMILIES if name.startswith(CONTAINER)}
@@ -3135,8 +3106,8 @@ class Proxmox:
         _, document = self.files.read(self.pve.text, vm_id)
         if document is not None:
             return snapshots_of(parse_config(document))
-        return parse_snapshots(
-            self.where(vm_id, lambda node: self.ask(node, "pct", "listsnapshot", vm_id)))
+        return parse_snapshots(self.on_its_node(
+            vm_id, lambda node: self.ask(node, "pct", "listsnapshot", vm_id)))
 
     def node_status(self, name):
         """Return a node's load: of this node from /proc, of any other from its pvesh.
@@ -3223,6 +3194,36 @@ class Proxmox:
         except Problem as problem:
             ok, detail = False, problem.error
         return time.monotonic(), ok, detail
+
+    def ask(self, node, *argv):
+        return self.commands.read(node, *argv, check=True).stdout
+
+    def ask_json(self, node, path):
+        try:
+            return JSON.decode(self.ask(node, "pvesh", "get", path, "--output-format", "json"))
+        except NOT_JSON:
+            raise Problem(500, f"pvesh get {path} printed no JSON") from None
+
+    def on_its_node(self, vm_id, run):
+        """Return run(node) for a container's node; it is run again if that has moved meanwhile."""
+        node = self.files.read(self.pve.find, vm_id)
+        try:
+            return run(node)
+        except Problem as problem:
+            now = self.files.read(self.pve.find, vm_id) if problem.status == 404 else node
+            if now == node:
+                raise
+        return run(now)
+
+    def text_at(self, node, path):
+        """Return a small file's text on any node, or None if it is not there.
+
+        Of another node it is None, too, if it cannot be read.
+        """
+        if not node:
+            return self.files.read(read_text, path)
+        result = self.commands.read(node, "cat", path)
+        return result.stdout if result.exit == 0 else None
 
 
 # Changing
@@ -3331,12 +3332,13 @@ class Change:
 
     A handler runs the steps, each by `pct`. `steps` are the commands that were begun and may
     have changed something, and `lost` those among them whose end or whose result nobody knows.
-    What the caller hears of a change that failed follows from these two, and from nothing else.
-    `future` has its result: pending while it waits, running, cancelled if it will never
-    begin, done.
+    The `outcome` of a change that failed follows from these two, and from nothing else.
+    `started` is done once it has begun, or will never begin. `future` has its result: pending
+    while it waits, running, cancelled if it will never begin, done.
     """
 
     def __init__(self, route, values, client, host):
+        # What was asked for, and by whom.
         self.id, self.route, self.values, self.client, self.host = (
             os.urandom(8).hex(), route, values, client, host)
         self.vm_id, self.containers = values["vm_id"], tuple(values[name] for name in route.changes)
@@ -3346,29 +3348,29 @@ class Change:
             for name, value in values.items() if value is not None)
         self.title = f"{route.method} {route.path}{shown}"
         self.long = route.timeout == LONG_TIMEOUT or values.get("timeout", 0) > 60
+        # Its life. Moments are epoch seconds, but `since`, from which waiting is measured.
         self.requested, self.since = time.time(), time.monotonic()
         self.began = self.ended = None
         self.started, self.future = Future(), Future()
-        self.node = self.slots = self.before = self.problem = None
-        # Whether the container ran before, None if that was not asked. If it ran and does not run
-        # after a failure, that is told.
-        self.ran = None
-        # Once the daemon stops, no further step is begun; the lock decides which was the last.
-        self.lock, self.broken_off, self.temporary = threading.Lock(), False, None
-        # done: the steps that have ended well; killed: a command was killed, and its task may
-        # still be at work.
-        self.steps, self.done, self.lost, self.killed = [], [], [], False
-        self.warnings, self.data = [], {}   # of the answer, if all goes well
-        # What was done, for who hears of a failure, and what stays behind.
+        self.problem = None                 # how it has failed
+        # Where it runs, and how it was there before the first step.
+        self.node = self.slot = None
+        self.before = None                  # {id: text of its configuration, or None}
+        self.ran = None                     # whether the container ran, None if nobody asked
+        # Its steps.
+        self.steps, self.done, self.lost = [], [], []       # done: those that have ended well
+        self.lock, self.broken_off = threading.Lock(), False    # for which no further one is begun
+        self.killed = False                 # a command was, and its task may still be at work
+        self.kept_locks = []                # steps that have ended well, but left their lock
+        self.snapshot_gone = False          # from the storage; the configuration names it
+        self.removed_volumes = []           # by a rollback, which was to make them anew
+        # A clone's temporary snapshot; its id once it is whole; its hostname; whether it has `ip`.
+        self.temporary = self.clone = self.hostname = None
+        self.addressed = False
+        # What is told: what was done, if it fails; what stays behind, however it ends.
         self.notes, self.left = [], []
-        # The clone's hostname, and whether it has the address that it was to get.
-        self.hostname, self.addressed = None, False
-        # Whether the storage has lost the snapshot that the configuration names, and the volumes
-        # that a rollback has removed to make them anew.
-        self.snapshot_gone, self.removed_volumes = False, []
-        # The clone's id, once it is whole; steps that ended well but have left their lock; and
-        # containers whose lock is told in `left`.
-        self.clone, self.kept_locks, self.told_locks = None, [], set()
+        self.told_locks = set()             # the containers whose locks `left` tells
+        self.warnings, self.data = [], {}   # of the answer, if all goes well
 
     # For the handlers
 
@@ -3412,9 +3414,9 @@ class Change:
         return result
 
     def failed(self, argv, result):
-        """Return the Problem for a command that failed; it stays a step unless it changed nothing.
+        """Return the Problem for a command that failed, and note what it says to have left.
 
-        What it says to have left is told.
+        The command is no step any more if it is known to have changed nothing.
         """
         problem = failure(argv, result)
         self.snapshot_gone = problem.error == SNAPSHOT_GONE
@@ -3514,7 +3516,7 @@ class Change:
         text = self.read(self.host.pve.conf_path(vm_id))
         if text is None:
             text = self.host.commands.run(
-                self.node, ["pct", "config", vm_id], self.slots, check=True).stdout
+                self.node, ["pct", "config", vm_id], self.slot, check=True).stdout
         return parse_config(text)
 
     @contextmanager
@@ -3540,7 +3542,7 @@ class Change:
                 there = name in conf.snapshots
                 if not there and not self.killed:       # else it may yet come
                     return
-                # Of a command that was killed: no other is taken now.
+                # While a lock is there that a step has left, pct would refuse.
                 locked = there and self.own_lock(conf)
                 if there and not locked:
                     self.pct("delsnapshot", name)
@@ -3585,7 +3587,7 @@ class Change:
     def state(self, vm_id=None):
         """Return `running` or `stopped`, as pct says, or None if it says no state."""
         result = self.host.commands.run(
-            self.node, ["pct", "status", vm_id or self.vm_id], self.slots, check=True)
+            self.node, ["pct", "status", vm_id or self.vm_id], self.slot, check=True)
         found = re.search(r"^status: (.*)", result.stdout, re.MULTILINE)
         return found and found[1].strip()
 
@@ -3596,7 +3598,7 @@ class Change:
         """
         if not self.node:
             return self.host.files.read(read_text, path)
-        result = self.host.commands.run(self.node, ["cat", path], self.slots)
+        result = self.host.commands.run(self.node, ["cat", path], self.slot)
         if result.stderr.endswith(": No such file or directory\n"):
             return None
         if result.exit or result.overflow:
@@ -3631,9 +3633,9 @@ class Change:
 
     # Its life
 
-    def run(self, node, slots):
+    def run(self, node, slot):
         """Run the steps on a node, and return the Answer; Problem 404 if it has no container."""
-        self.node, self.slots, self.steps, self.done, self.lost = node, slots, [], [], []
+        self.node, self.slot, self.steps, self.done, self.lost = node, slot, [], [], []
         self.before = self.host.files.read(self.host.pve.texts, self.containers, node)
         message = self.route.handler(self, **self.values)
         if self.warnings or self.left:
@@ -3722,7 +3724,7 @@ class Change:
                         *starts_with_node(self.node, vm_id, values)]
             return [f"VM {vm_id} is {state}" + self.how("start", f"pct start {vm_id}")
                     + f", or remove it with: {remove}"]
-        # Then what is said of the lock says how to go on.
+        # Then lock_left, which speaks of the lock that it left, says how to go on.
         mended = (last in ("rollback", "destroy") and not self.snapshot_gone
                   and lock_in(texts[self.vm_id]) == OWN_LOCKS[last][0])
         if last == "destroy":
@@ -3990,7 +3992,7 @@ class Changes:
         """Run a change that is the first in its queues; return its Answer, None if cancelled."""
         files, pve, commands = self.host.files, self.host.pve, self.host.commands
         node = files.read(pve.changeable, change.vm_id)
-        with commands.slot(node, change.since, change.long) as slots:
+        with commands.slot(node, change.since, change.long) as slot:
             self.guard(change)              # the rules may have changed while it waited
             if not change.future.set_running_or_notify_cancel():
                 return None
@@ -3998,15 +4000,15 @@ class Changes:
             log.info("change %s by %s: begun", change.title, change.client, extra=UNWAITED)
             change.started.set_result(None)
             try:
-                return change.run(node, slots)
+                return change.run(node, slot)
             except Problem as problem:
                 moved = (files.read(pve.find, change.vm_id)
                          if problem.status == 404 and not change.steps else node)
                 if moved == node:
                     raise
         # It has moved meanwhile, and is asked for once more.
-        with commands.slot(moved, change.since, change.long) as slots:
-            return change.run(moved, slots)
+        with commands.slot(moved, change.since, change.long) as slot:
+            return change.run(moved, slot)
 
     def cancel(self, change, problem):
         """End a change that has not begun, and start those that waited for it only."""
@@ -4142,11 +4144,12 @@ def set_memory(change, vm_id, memory):
 
 
 def growth(before, gigabytes, relative):
-    """Say to pct how to grow a disk: by so much, so that two callers at once both count.
+    """Return the size for `pct resize`: how much to add if it is `relative`, else the whole.
 
-    Else to a size, which makes a request that is repeated harmless even while the first one is
-    still at work for a daemon that has gone: pct looks at the volume again under the container's
-    lock, and refuses what has that size (PVE::API2::LXC, resize_vm).
+    With the former, two callers at once both count. With the latter, a request that is repeated
+    does no harm even while the first is still at work for a daemon that has gone: pct looks at
+    the volume again under the container's lock, and refuses what has that size (PVE::API2::LXC,
+    resize_vm).
     """
     if relative:
         return f"+{gigabytes}G"
@@ -4359,9 +4362,9 @@ def show_status(api, vm_id):
 
 
 def show_config(api, vm_id):
-    bounds = api.config.containers
+    rules = api.config.containers
     return success(f"Successfully retrieved configuration for VM {vm_id}",
-                   api.host.config(vm_id, bounds.max_cores, bounds.max_memory_mb))
+                   api.host.config(vm_id, rules.max_cores, rules.max_memory_mb))
 
 
 def show_node(api, node_name):
@@ -4379,7 +4382,7 @@ def show_openapi(api):
 # What the endpoints answer, as JSON Schema
 
 def shown(kind, description, **more):
-    """A value: its JSON type, with ? where it may be null, and what it tells, with its unit."""
+    """Return a value's schema: its JSON type (with ? if it may be null), its meaning and unit."""
     nullable = kind.endswith("?")
     return {"type": [kind[:-1], "null"] if nullable else kind, "description": description, **more}
 
@@ -4389,7 +4392,7 @@ def text_list(description):
 
 
 def record(description, optional=(), /, **properties):
-    """A JSON object that has all of these properties, but for the optional ones."""
+    """Return the schema of an object that has all of these properties but the optional ones."""
     return {"type": "object", "description": description, "properties": properties,
             "required": [name for name in properties if name not in optional]}
 
@@ -4403,7 +4406,7 @@ def list_of(name):
 
 
 def success_with(data, optional=()):
-    """The whole body of a success with such `data`."""
+    """Return the schema of the whole body of a success with such `data`."""
     return record("A success.", optional, status={"const": "success"}, data=data,
                   message=shown("string", "What was done or found, in one sentence."))
 
@@ -4423,7 +4426,7 @@ MARKS = {
     "tags": text_list("Its tags."),
 }
 LIMITS = record(
-    "What makes sense on this node.",
+    "What makes sense on the container's node.",
     cores=record("Cores.", min=shown("integer", "The fewest."), max=shown("integer", "The most.")),
     memory_mb=record("Memory.", min=shown("integer", "The least, in MB."),
                      max=shown("integer", "The most, in MB.")),
@@ -4863,7 +4866,7 @@ def loggable_path(path):
 
     That is what comes before a key, or before the first mark that may be a mistyped '?'.
     """
-    for key in access_log.keys:             # here, for half a key would be none to the log
+    for key in access_log.keys:             # the log would not know a key that was cut in two
         path = path.replace(key, "?")
     return re.split(r"[^A-Za-z0-9/._~-]", path, maxsplit=1)[0][:100]
 
@@ -5286,7 +5289,8 @@ class Server(ThreadingHTTPServer):
         been added. These are twice as many as the last time if those were all taken, so that a
         crowd of slow clients delays nobody for long, and else half as many.
         """
-        added = before = seen = looked = 0
+        added = before = seen = 0           # the last round's threads, connections so far, moment
+        looked = 0                          # when it was last looked who has left
         while not self.stopping.is_set():
             self.came.clear()
             if self.accepting.locked():
@@ -5398,7 +5402,7 @@ class Server(ThreadingHTTPServer):
         """Close a client's connection; the answer that it waits for is not waited for any more."""
         self.hang_up(client)
         self.clients.pop(client.sock, None)
-        client.leave()
+        client.let_go()
 
     def hang_up(self, client):
         """Wake a connection's thread: its next read finds the end of the connection.
@@ -5461,10 +5465,10 @@ class Server(ThreadingHTTPServer):
                     self.dismiss(waiting[fd])
 
     def turn_away(self, sock):
-        """Answer 503 to a connection that is one too many, without a thread.
+        """Answer 503, without a thread, to a connection that is not taken in.
 
-        It is closed LINGER_SECONDS later, when it had time to read. With TLS nothing is sent,
-        for that would need a handshake.
+        It is closed LINGER_SECONDS later, when its client had time to read. With TLS nothing is
+        sent, for that would need a handshake.
         """
         self.api.metrics.add("lxc_autoscale_api_connections_refused_total")
         with suppress(OSError):
@@ -5849,7 +5853,7 @@ class Signals:
         if number != signal.SIGHUP:
             self.stop = number
 
-    def next(self, until=None):
+    def wait(self, until=None):
         """Wait for a signal, and return its number; many that came at once are one.
 
         With `until`, a moment of time.monotonic(), it is None if none has come by then.
@@ -5978,17 +5982,17 @@ def serve(server, signals, config_path):
     notify("READY=1")
     in_background(feed_watchdog, server)
     files = Files(server.api.workers)       # apart: a hung /etc/pve must not keep a key in force
-    # A pct that an earlier daemon had begun may take its snapshot only now, so it is looked twice.
+    # A pct that an earlier daemon had begun may take its snapshot only now: look once more later.
     told, again = set(), time.monotonic() + LOCK_SECONDS
     in_background(warn_of_forgotten_snapshots, server.api, told)
-    number = signals.next(again)
+    number = signals.wait(again)
     while number in (None, signal.SIGHUP):
         if number:
             reload(server, config_path, files)
         else:
             again = None
             in_background(warn_of_forgotten_snapshots, server.api, told)
-        number = signals.next(again)
+        number = signals.wait(again)
     notify("STOPPING=1")
     log.info("stopping on %s", signal_name(number))
     server.api.changes.refuse_waiting()
