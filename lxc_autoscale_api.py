@@ -2145,6 +2145,8 @@ class Workers:
                     self.idle.append(inbox)
             if future:
                 future.set_exception(error) if error else future.set_result(result)
+            elif error:
+                log.error("internal error in %s", work, exc_info=error)
             del future, work, arguments, result, error  # or they would stay until the next job
             if not staying:
                 return
@@ -5943,10 +5945,11 @@ def reload(server, path, files):
     notify("READY=1")
 
 
-def warn_of_forgotten_snapshots(api, told):
-    """Log which temporary snapshots an earlier daemon has left that was stopped during a clone.
+def warn_of_temporary_snapshots(api, told):
+    """Log the temporary snapshots that this daemon has not taken, and has not `told` before.
 
-    Those that were `told` before are left out, and what is told is added.
+    An earlier daemon has left them, that was stopped during a clone, or another node's needs them.
+    What is told is added to `told`.
     """
     try:
         found = api.host.files.read(api.host.pve.temporary_snapshots)
@@ -5957,9 +5960,10 @@ def warn_of_forgotten_snapshots(api, told):
     told.update(word for change in list(api.changes.recent)
                 for step in list(change.steps) for word in step)
     for name in sorted(found.keys() - told):
-        log.warning("a temporary snapshot was left by an earlier stop; "
+        log.warning("a temporary snapshot is there that this daemon has not taken; "
                     "once no clone runs, remove it with: %s", found[name])
     told.update(found)
+
 
 
 def in_background(function, *arguments):
@@ -5984,14 +5988,17 @@ def serve(server, signals, config_path):
     files = Files(server.api.workers)       # apart: a hung /etc/pve must not keep a key in force
     # A pct that an earlier daemon had begun may take its snapshot only now: look once more later.
     told, again = set(), time.monotonic() + LOCK_SECONDS
-    in_background(warn_of_forgotten_snapshots, server.api, told)
+    in_background(warn_of_temporary_snapshots, server.api, told)
     number = signals.wait(again)
     while number in (None, signal.SIGHUP):
         if number:
             reload(server, config_path, files)
         else:
-            again = None
-            in_background(warn_of_forgotten_snapshots, server.api, told)
+            try:
+                server.api.workers.start(warn_of_temporary_snapshots, server.api, told)
+                again = None
+            except Problem:                 # no thread is left
+                again = time.monotonic() + LOCK_SECONDS
         number = signals.wait(again)
     notify("STOPPING=1")
     log.info("stopping on %s", signal_name(number))

@@ -3698,6 +3698,14 @@ def test_no_more_threads_stay_for_further_work_than_may_be_idle(monkeypatch):
     assert [future.result(10) for future in ended] == [True] * 6 and len(workers.idle) == 2
 
 
+def test_work_that_fails_and_that_nobody_waits_for_is_logged(monkeypatch):
+    workers, told = module.Workers(), module.SimpleQueue()
+    monkeypatch.setattr(module.log, "error", lambda *values, exc_info: told.put((values, exc_info)))
+    workers.start(int, "x")
+    values, error = told.get(timeout=10)
+    assert values == ("internal error in %s", int) and type(error) is ValueError
+
+
 def test_a_further_question_is_refused_while_too_many_are_being_answered(monkeypatch):
     monkeypatch.setattr(module, "MAX_FLIGHTS", 1)
     flights, go = module.SingleFlight(module.Workers()), threading.Event()
@@ -10654,8 +10662,37 @@ def test_a_start_looks_for_temporary_snapshots_twice_for_one_may_come_late(launc
     wait_until(lambda: " INFO reloaded " in api.log())
     add_snapshots(host, 106, autoscale_clone_00000000="")
     wait_until(lambda: api.log("error").endswith(
-        " WARNING a temporary snapshot was left by an earlier stop; once no clone runs, "
-        "remove it with: pct delsnapshot 106 autoscale_clone_00000000\n"))
+        " WARNING a temporary snapshot is there that this daemon has not taken; "
+        "once no clone runs, remove it with: pct delsnapshot 106 autoscale_clone_00000000\n"))
+
+
+def test_the_second_look_is_put_off_while_no_thread_is_left(monkeypatch):
+    """Else the main thread would end, and with it the daemon, in the middle of its changes."""
+    looked, moments, workers = module.SimpleQueue(), [], module.Workers()
+    monkeypatch.setattr(
+        module, "warn_of_temporary_snapshots", lambda api, told: looked.put((api, told)))
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    monkeypatch.delenv("WATCHDOG_USEC", raising=False)
+    api = module.SimpleNamespace(workers=workers, changes=module.Changes(None, workers, None))
+    server = module.SimpleNamespace(
+        api=api, server_address=("127.0.0.1", 5000), serve_forever=lambda: None,
+        stop_listening=lambda: None, wait_for_answers=lambda seconds: True)
+    with contextlib.ExitStack() as full:
+        def wait(until):
+            moments.append(until and until - time.monotonic())
+            if len(moments) == 1:
+                assert looked.get(timeout=10) == (api, set())
+                full.enter_context(no_thread_left(monkeypatch))
+            if len(moments) == 2:
+                assert looked.empty()
+                full.close()
+            if len(moments) == 3:
+                assert looked.get(timeout=10) == (api, set())
+                return signal.SIGTERM
+            return None
+        module.serve(server, module.SimpleNamespace(wait=wait), "")
+    assert [round(moment) if moment else moment for moment in moments] == [
+        module.LOCK_SECONDS, module.LOCK_SECONDS, None]
 
 
 def test_a_temporary_snapshot_is_told_once_and_none_of_the_daemon_s_own(host, monkeypatch):
@@ -10669,15 +10706,16 @@ def test_a_temporary_snapshot_is_told_once_and_none_of_the_daemon_s_own(host, mo
         host=proxmox_of(host), changes=module.SimpleNamespace(recent=[change]))
     monkeypatch.setattr(module.log, "warning", lambda text, *values: said.append(text % values))
     told = set()
-    module.warn_of_forgotten_snapshots(api, told)
+    module.warn_of_temporary_snapshots(api, told)
     add_snapshots(host, 106, **{names[2]: ""})
-    module.warn_of_forgotten_snapshots(api, told)
-    assert said == ["a temporary snapshot was left by an earlier stop; once no clone runs, "
-                    f"remove it with: pct delsnapshot 106 {name}" for name in names[1:]]
+    module.warn_of_temporary_snapshots(api, told)
+    assert said == ["a temporary snapshot is there that this daemon has not taken; "
+                    f"once no clone runs, remove it with: pct delsnapshot 106 {name}"
+                    for name in names[1:]]
     host.pve.rename(host.root / "elsewhere")
     host.pve.mkdir()                        # as if it were not mounted
     del said[:]
-    module.warn_of_forgotten_snapshots(api, told)
+    module.warn_of_temporary_snapshots(api, told)
     assert said == [
         "not looked for snapshots that an earlier stop left: Proxmox's cluster file system is not "
         f"mounted at {host.pve}; see: systemctl status pve-cluster"]
