@@ -3657,15 +3657,22 @@ class Change:
 
     def unfinished(self):
         """Return what stays behind if the last step ends well and none follows it, as texts."""
-        found, ip = list(self.notes), self.values.get("ip")
+        found = list(self.notes)
         if not self.steps:
             return found
         if self.temporary:
             found.append(self.tell_temporary("stays"))
-        if ip and self.ran_any("clone") and not self.ran_any("set"):
-            found.append(f"VM {self.values['new_vm_id']} will not have the address {ip}, but what "
-                         f"VM {self.vm_id} has; do not start it with that")
-        return found
+        return found if self.ran_any("set") else found + self.without_address()
+
+    def without_address(self):
+        """Return what to say of a clone that has perhaps not got the address it was to get."""
+        ip, before = self.values.get("ip"), self.before or {}       # read once: end() drops it
+        if not ip or self.addressed or not self.ran_any("clone"):
+            return []
+        vm_id, has = self.values["new_vm_id"], "may not" if self.ran_any("set") else "will not"
+        source = parse_config(before.get(self.vm_id) or "").current
+        return [f"VM {vm_id} {has} have the address {ip}, but what VM {self.vm_id} has; "
+                "do not start it with that", *starts_with_node(self.node, vm_id, source)]
 
     def all_warnings(self):
         """Return what pct warned of and what is left, each once."""
@@ -3682,6 +3689,7 @@ class Change:
             # These three stop it first.
             if self.ran and self.lost[-1][1] in ("rollback", "destroy", "reboot"):
                 notes.append(f"VM {self.vm_id} ran before")
+            self.left += self.without_address()
         else:
             outcome, status = INCOMPLETE, 409 if problem.status == 409 else 500
             try:

@@ -6841,6 +6841,9 @@ def test_a_stop_begins_no_further_step_and_says_what_stays(launch, host):
     assert host.snapshots(104) == [name] and not host.path(105).exists()
 
 
+BOOTS = "VM {0} will be started with its node (onboot: 1); against that: pct set {0} --onboot 0"
+
+
 def test_what_a_stop_leaves_unfinished_follows_from_the_steps_that_were_begun():
     change = change_of("/clone/create", vm_id=104, new_vm_id=105, new_vm_name="x",
                        ip="192.0.2.5/24")
@@ -6850,6 +6853,15 @@ def test_what_a_stop_leaves_unfinished_follows_from_the_steps_that_were_begun():
         told.append(change.unfinished())
     assert told == [[], ["VM 105 will not have the address 192.0.2.5/24, but what VM 104 has; "
                          "do not start it with that"], []]
+    del change.steps[-1]
+    change.before = {104: "onboot: 1\nnet0: name=eth0,bridge=vmbr0,ip=192.0.2.4/24\n", 105: None}
+    assert change.unfinished() == [*told[1], BOOTS.format(105)]
+    change.steps.append(["pct", "set"])
+    change.lost = change.steps[-1:]
+    problem = change.conclude(module.Lost(504, "gone"))
+    assert (problem.status, problem.error, problem.fields) == (504, "gone", {
+        "outcome": "unknown", "details": "VM 105 may not have the address 192.0.2.5/24, but what "
+        "VM 104 has; do not start it with that\n" + BOOTS.format(105)})
 
 
 def test_containers_that_are_protected_meanwhile_are_not_changed(api, host):
@@ -7022,22 +7034,20 @@ def test_a_clone_that_is_not_to_be_started_is_told_if_its_node_will_start_it(api
     """clone_vm copies onboot, too."""
     host.add(107, onboot=1, net0="name=eth0,bridge=vmbr0,ip=192.0.2.4/24,type=veth")
     body = {"vm_id": 107, "new_vm_name": "x"}
-    boots = ("VM {} will be started with its node (onboot: 1); against that: "
-             "pct set {} --onboot 0")
     reply = api.post("/clone/create", {**body, "new_vm_id": 205})
     assert (reply.status, reply.body["data"]["started"], reply.body["data"]["warnings"][1:]) == (
         200, False, ["VM 205 was not started, for its address would be on the network twice; give "
-                     "it another (ip), and start it with: pct start 205", boots.format(205, 205)])
+                     "it another (ip), and start it with: pct start 205", BOOTS.format(205)])
     host.faults(set={"exit": 255, "stderr": "odd\n"})
     reply = api.post("/clone/create", {**body, "new_vm_id": 206, "ip": "192.0.2.5/24"})
     assert reply.body["details"].splitlines()[-2:] == [
         "VM 206 is stopped, without its address; remove it with: pct destroy 206",
-        boots.format(206, 206)]
+        BOOTS.format(206)]
     host.faults(clone={"dies_after": True})
     reply = api.post("/clone/create", {**body, "new_vm_id": 207, "ip": "192.0.2.5/24"})
     assert reply.body["details"].splitlines()[-2:] == [
         "VM 207 is there now, without its address; remove it with: pct destroy 207",
-        boots.format(207, 207)]
+        BOOTS.format(207)]
 
 
 def test_a_clone_that_is_not_to_be_started_is_a_success_though_its_file_cannot_be_read(
@@ -7904,16 +7914,18 @@ clone-ip clone unread there: 500 incomplete | VM 150 was cloned, but did not get
  | + What is left cannot be read: cat /pve/lxc/150.conf on node 'pve2' did not finish in 0.5 s and\
  was ended | stopped [s1] | stopped
 clone-ip clone lost: 504 unknown | The connection to node 'pve2' was lost during pct clone 126,\
- which goes on if the node does. Ask for the container's state before trying again | stopped [s1]\
- | stopped
+ which goes on if the node does. Ask for the container's state before trying again\
+ | + VM 150 will not have the address 192.0.2.5/24, but what VM 126 has; do not start it with that\
+ | stopped [s1] | stopped
 clone-ip set unread there: 500 incomplete | VM 150 was cloned, but did not start: Proxmox's files\
  (/etc/pve) do not answer; see: systemctl status pve-cluster | = VM 150 was cloned\
  | = VM 150 got its address | + What is left cannot be read: cat /pve/lxc/150.conf on node 'pve2'\
  did not finish in 0.5 s and was ended | stopped [s1] | stopped ip=192.0.2.5/24
 clone-ip set lost: 504 unknown | VM 150 was cloned, but whether it got its address is not known:\
  The connection to node 'pve2' was lost during pct set 150, which goes on if the node does. Ask for\
- the container's state before trying again | = VM 150 was cloned | stopped [s1]\
- | stopped ip=192.0.2.5/24
+ the container's state before trying again | = VM 150 was cloned\
+ | + VM 150 may not have the address 192.0.2.5/24, but what VM 126 has; do not start it with that\
+ | stopped [s1] | stopped ip=192.0.2.5/24
 clone-ip start lost: 504 unknown | VM 150 was cloned, but whether it started is not known: The\
  connection to node 'pve2' was lost during pct start 150, which goes on if the node does. Ask for\
  the container's state before trying again | = VM 150 was cloned | = VM 150 got its address\
