@@ -1054,7 +1054,7 @@ def parse_config(document):
         if line.startswith("#") or (key == "description" and value.strip()):
             described = line[1:] if line.startswith("#") else value.strip()
             section.setdefault("#", []).append(unquote(described))
-        elif colon and CONF_KEY.fullmatch(key):
+        elif colon and CONF_KEY.fullmatch(key) and value.strip():
             section[key] = value.lstrip(" \t").rstrip()
         elif line.startswith("["):
             name = line.strip("[] \t\r")
@@ -1065,8 +1065,8 @@ def parse_config(document):
         if "#" in each:
             each["description"] = "\n".join(each.pop("#"))
     deleted = {key.lstrip("!") for key in re.split(r"[\s,;]+", pending.pop("delete", ""))}
-    kept = {key: value for key, value in current.items() if key not in deleted}
-    return Conf({**kept, **pending}, current, snapshots)
+    values = {key: value for key, value in {**current, **pending}.items() if key not in deleted}
+    return Conf(values, current, snapshots)
 
 
 def container_name(vm_id, values):
@@ -1176,12 +1176,16 @@ def parse_members(document):
 
 @lru_cache(maxsize=1)
 def parse_vmlist(document):
-    """Read /etc/pve/.vmlist as {id as text: {"node", "type": "lxc" or "qemu"}} of all nodes."""
+    """Read /etc/pve/.vmlist as {id as text: {"node", "type": "lxc" or "qemu"}} of all nodes.
+
+    Where there is no guest, it has no `ids` (pve-cluster, cfs_create_vmlist_msg).
+    """
     try:
-        ids = dict(JSON.decode(document)["ids"])
+        found = JSON.decode(document)
+        ids = dict(found.get("ids", {}) if "version" in found else found["ids"])
         if all(isinstance(row, dict) for row in ids.values()):
             return ids
-    except (TypeError, KeyError, *NOT_JSON):
+    except (TypeError, KeyError, AttributeError, *NOT_JSON):
         pass
     raise incomprehensible(".vmlist")
 
@@ -1342,7 +1346,7 @@ def mount_points(values):
     The option `volume` may go without its name, wherever it stands (PVE::LXC::Config, mp_desc).
     A folder or device of the host, whose path begins with /, has no size.
     """
-    numbers = sorted(int(key[2:]) for key in values if re.fullmatch(r"mp[0-9]{1,3}", key))
+    numbers = sorted(int(key[2:]) for key in values if DISK.test(key) and key != "rootfs")
     return [mount_point(f"mp{number}", values[f"mp{number}"]) for number in numbers]
 
 
@@ -1449,6 +1453,9 @@ FAILURES = {
     (503, "The Proxmox cluster has no quorum, so nothing can be changed"): [
         r"cluster not ready - no quorum", r"no quorum!"],
     # Space: the line may name files, so what is short of it must be said at its end.
+    (503, "The node has no room on its own disk for the log of a task"): [      # none was begun
+        r"unable to create (?:output )?file '/var/log/pve/tasks/[^']*' - "
+        r"(?:No space left on device|Disk quota exceeded)$"],
     (409, "The storage has too little free space"): [
         r"(?:unable to|failed to|can't|clos|rename).*[-:] "
         r"(?:No space left on device|Disk quota exceeded)$",
@@ -1487,6 +1494,7 @@ FAILURES = {
         r"can't [\w ]+ - protection mode enabled"],
     (409, "The container is under Proxmox HA; remove it there first"): [
         r"unable to remove CT \d+ - used in HA resources"],
+    (503, "The node cannot start a process for a task now"): [r"unable to fork worker - "],
     (409, "The container is a template"): [r"you can't [A-Za-z' ]+ a template$"],
     (409, "The container has too many unused volumes; delete some in Proxmox"): [
         r"Too many unused volumes"],
@@ -1548,6 +1556,8 @@ FAILURES = {
 # comes on stderr, too, so these are looked for in both. Names in it are quoted, or stand
 # before the end that counts.
 REASONS = {
+    (409, "Proxmox HA has the container in its error state; disable and mend it there first"): [
+        r"service '[^']*' in error state, must be disabled and fixed first"],
     (409, "The storage has too little free space"): [
         r"(?:rsync|qemu-img|ERROR): .*: (?:No space left on device|Disk quota exceeded)"
         r"(?: \(\d+\))?$",
@@ -3252,7 +3262,7 @@ AT_ONCE = re.compile(
     rf"|\w+: {OLD_PCT}|resize: (?:The disk has this size already|A disk cannot shrink)"
     r"|\w+: The id \d+ is taken|\w+: Snapshot '[^']*' exists already"
     r"|destroy: Another Proxmox command holds the container"
-    rf"|(?:{'|'.join(POWER)}): VM \d+ is (?:not|already) running")
+    rf"|(?:{'|'.join(POWER)}): (?:VM \d+ is (?:not|already) running|Proxmox HA has the container)")
 
 # What a resize or a set says, perhaps after the volume has grown or the running container has the
 # value already, of the file in which that is to be noted (PVE::API2::LXC, resize_vm:

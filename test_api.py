@@ -103,12 +103,14 @@ def update_vmlist():
     with open(path + ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         known = read_json(path)
-        ids = {k: v for k, v in known["ids"].items() if v["type"] != "lxc" or v["node"] != NODE}
+        ids = {k: v for k, v in known.get("ids", {}).items()
+               if v["type"] != "lxc" or v["node"] != NODE}
         for name in os.listdir(os.path.dirname(CONF)):
             if name.endswith(".conf"):
                 ids[name[:-5]] = {"node": NODE, "type": "lxc", "version": 1}
         with open(path + ".tmp.%d" % os.getpid(), "w") as file:
-            file.write(repr({"version": known["version"] + 1, "ids": ids}).replace("'", '"'))
+            file.write(repr({"version": known["version"] + 1, **({"ids": ids} if ids else {})})
+                       .replace("'", '"'))
         os.rename(file.name, path)
 
 
@@ -555,7 +557,7 @@ def pct_clone(vm_id, new_id, hostname=None, snapname=None, full=None, storage=No
     def work():
         conf, sections = load(vm_id, 255)
         check_lock(conf)
-        taken = read_json(ROOT + "/pve/.vmlist")["ids"].get(new_id)
+        taken = read_json(ROOT + "/pve/.vmlist").get("ids", {}).get(new_id)
         if taken:
             raise Refused("unable to create CT %s - %s %s already exists on node '%s'" % (
                 new_id, "VM" if taken["type"] == "qemu" else "CT", new_id, taken["node"]))
@@ -787,7 +789,7 @@ class Host:
             (self.pve / each).symlink_to(shared / each)
         (self.pve / ".members").write_text(f'{{\n"nodename": "{name}",\n"version": 0\n}}\n')
         if not (shared / ".vmlist").exists():
-            (shared / ".vmlist").write_text('{"version": 1, "ids": {}}')
+            (shared / ".vmlist").write_text('{\n"version": 1\n\n}\n')     # while it has none
         self.proc = self.root / "proc"
         self.proc.mkdir()
         for file, text in PROC_FILES.items():
@@ -852,7 +854,7 @@ class Host:
     def list(self, vm_id, kind="lxc"):
         """Say in .vmlist that an id is on this host."""
         known = json.loads((self.shared / ".vmlist").read_text())
-        known["ids"][str(vm_id)] = {"node": self.name, "type": kind, "version": 1}
+        known.setdefault("ids", {})[str(vm_id)] = {"node": self.name, "type": kind, "version": 1}
         self.write(".vmlist", known, self.shared)
 
     def conf(self, vm_id):
@@ -1981,7 +1983,7 @@ REFUSED = [                             # (document, line of what is refused)
     ("a: |\n  text\n", 1), ("a: >\n  text\n", 1), ("a: one\n  two\n", 2), ("a: 'one\n  two'\n", 1),
     ('a: "one\n  two"\n', 1), ("a: {b: 1}\n", 1), ("a: {}\n", 1),
     ("a: 1\na: 2\n", 2), ("a:\n  b: 1\n  b: 2\n", 3), ("a: 1\n---\nb: 2\n", 2), ("a: 1\n...\n", 2),
-    ("%YAML 1.1\n---\na: 1\n", 1), ("? a\n: b\n", 1),
+    ("%YAML 1.1\n---\na: 1\n", 1), ("? a\n: b\n", 1), ("---\n---\na: 1\n", 2),
     ("a: [b\n", 1), ("a: [b,\n  c]\n", 1), ("a: [[b]]\n", 1), ("a: [b: c]\n", 1),
     ("a: [{b: 1}]\n", 1), ("a: [,]\n", 1), ("a: [a b\n", 1), ("a: [a] b\n", 1),
     ("- a\nb: 1\n", 2), ("a: 1\n- b\n", 2), ("- - a\n", 1), ("- a: 1\n", 1), ("- [a]\n", 1),
@@ -2478,6 +2480,20 @@ def test_the_section_of_pending_changes_may_be_in_capitals_and_a_special_one_is_
         {"cores": "6"}, {"cores": "4"}, {"s1": {"cores": "2"}})
 
 
+def test_what_somebody_has_written_by_hand_counts_as_it_does_for_proxmox():
+    """A key without a value is passed over, and what is deleted counts after what is set
+    (PVE::LXC::Config, parse_pct_config; PVE::AbstractConfig, load_current_config). There are no
+    other mount points than mp0 to mp255."""
+    conf = module.parse_config(
+        "cores: 2\nmemory: 1024\nmemory:\nmp01: a:b,mp=/x\nmp256: a:b,mp=/x\nmp0:\n"
+        "net0: bridge=vmbr0,ip=192.0.2.4/24\nnet0:\t\n[pve:pending]\ncores: 8\ndelete: cores\n")
+    assert conf == (
+        {"memory": "1024", "mp01": "a:b,mp=/x", "mp256": "a:b,mp=/x",
+         "net0": "bridge=vmbr0,ip=192.0.2.4/24"}, {"cores": "2", **conf.values}, {})
+    assert module.static_addresses(conf.values) == [("vmbr0", None, "192.0.2.4")]
+    assert module.mount_points(conf.values) == []
+
+
 def test_a_description_that_an_older_proxmox_wrote_as_a_key_is_read_as_such():
     conf = module.parse_config("description: f%C3%BCr web\ncores: 2\n\n[s1]\n"
                                "description: before%0Aupdate \nsnaptime: 1\n")
@@ -2570,7 +2586,8 @@ def test_members_are_read():
 
 
 @pytest.mark.parametrize("document", [
-    "", "{", "[]", "null", '{"ids": []}x', '{"ids": 7}', '{"version": 1}',
+    "", "{", "[]", "null", "7", '""', "{}", '{"ids": []}x', '{"ids": 7}', '{"version": 1',
+    '{"version": 1, "ids": null}', '{"version": 1, "ids": [1]}',
     '{"ids": {"104": {"node": "pve1", "type": "lxc"}, "105": null}}'])
 def test_a_list_of_guests_that_is_garbled_is_503_and_a_broadcast_is_empty_then(document):
     with pytest.raises(module.Problem) as refusal:
@@ -2578,6 +2595,25 @@ def test_a_list_of_guests_that_is_garbled_is_503_and_a_broadcast_is_empty_then(d
     assert (refusal.value.status, refusal.value.error) == (
         503, "Proxmox's file .vmlist cannot be understood")
     assert module.parse_broadcast(document) == module.parse_broadcast(None) == {}
+
+
+def test_a_host_without_any_guest_has_a_list_without_ids(tmp_path):
+    """So pmxcfs writes it (pve-cluster, cfs_create_vmlist_msg)."""
+    host = Host(tmp_path / "host")
+    assert (host.pve / ".vmlist").read_text() == '{\n"version": 1\n\n}\n'
+    api = Daemon(host)
+    says = "VM 104 does not exist on node 'proxmox'"
+    assert api.get("/resource/vm/list").body == ok("Found 0 containers", [])
+    for path in ("status", "config"):
+        reply = api.get(f"/resource/vm/{path}?vm_id=104")
+        assert (reply.status, reply.body) == (404, error(says))
+    reply = api.post("/scale/cores", {"vm_id": 104, "cores": 2})
+    assert (reply.status, reply.body) == (404, refused(says))
+    host.add(104)
+    assert api.delete("/clone/delete", {"vm_id": 104}).body == ok("Deleted VM 104")
+    assert "ids" not in json.loads((host.pve / ".vmlist").read_text())      # with the last of them
+    reply = api.get("/resource/vm/status?vm_id=104")
+    assert (reply.status, reply.body) == (404, error(says)) and api.stop() == 0
 
 
 def test_what_nodes_broadcast_is_read():
@@ -2849,6 +2885,14 @@ PCT_SAYS = {
 # More texts of the same kinds: each after the source that has it, in the repositories of Proxmox
 # (pve-container, pve-guest-common, pve-storage, pve-cluster, pve-common) or of the tool.
 RELATIVES = {
+    (503, "The node has no room on its own disk for the log of a task"): [
+        ("UPID", "start: unable to create file '/var/log/pve/tasks/B/UPID:pve:0001:0002:6:vzstart:"
+                 "104:root@pam:' - No space left on device"),
+        ("Tools 8.0", "start: unable to create output file '/var/log/pve/tasks/B/UPID:pve:0001:"
+                      "0002:6:vzstart:104:root@pam:' - Disk quota exceeded")],
+    (503, "The node cannot start a process for a task now"): [
+        ("RESTEnvironment", "start: unable to fork worker - Cannot allocate memory at "
+                            "/usr/share/perl5/PVE/RESTEnvironment.pm line 542.")],
     (404, "VM 105 does not exist on node 'pve2'"): [
         ("AbstractConfig",
          "snapshot: Configuration file 'nodes/pve2/lxc/105.conf' does not exist")],
@@ -5724,6 +5768,22 @@ def test_a_container_that_migrates_meanwhile_is_looked_up_once_more(lab, source,
             lab.move(vm_id, target, source)
 
 
+def test_a_state_of_which_is_asked_where_the_container_no_longer_is_is_asked_once_more(lab):
+    host, command = lab.hosts["pve2"], "pct status 204 --verbose"
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        host.faults(status={"pause": True})
+        asked = pool.submit(lab.api.get, "/resource/vm/status?vm_id=204")
+        wait_until(lambda: host.calls() == [command])
+        lab.move(204, "pve2", "pve3")
+        host.go()
+        reply = asked.result()
+    try:
+        assert (reply.status, reply.body["data"]["node"]) == (200, "pve3")
+        assert lab.calls() == {"pve2": [command], "pve3": [command]}
+    finally:
+        lab.move(204, "pve3", "pve2")
+
+
 def test_a_virtual_machine_is_called_one(lab):
     lab.hosts["pve1"].list(170, "qemu")
     lab.hosts["pve2"].list(270, "qemu")
@@ -7439,7 +7499,7 @@ class Stage:
         for vm_id in (RUNS + self.first, RESTS + self.first, NEW + self.first):
             shutil.rmtree(self.host.cgroup / f"lxc/{vm_id}", ignore_errors=True)
             self.host.path(vm_id).unlink(missing_ok=True)
-            known["ids"].pop(str(vm_id), None)
+            known.get("ids", {}).pop(str(vm_id), None)
         self.host.write(".vmlist", known, self.host.shared)
 
     def show(self, vm_id):
@@ -8236,6 +8296,28 @@ def test_what_only_ha_was_asked_for_is_said(api, host, path, command, asked):
     assert (reply.status, reply.body["data"]["warnings"]) == (200, [
         f"Proxmox HA was asked to {asked} VM {vm_id} and may do so later; "
         "ask for the container's state"])
+    # which it refuses before it does anything (pve-ha-manager, check_service_state)
+    failed = f"command 'ha-manager set ct:{vm_id} --state started' failed: exit code 255"
+    said = f"service 'ct:{vm_id}' in error state, must be disabled and fixed first"
+    host.faults(**{command: {"exit": 255, "stderr": failed + "\n", "stdout":
+                             f"Requesting HA {asked} for CT {vm_id}\n{said}\n"}})
+    reply = api.post(path, {"vm_id": vm_id})
+    assert (reply.status, reply.body) == (409, refused(
+        "Proxmox HA has the container in its error state; disable and mend it there first",
+        details=f"Requesting HA {asked} for CT {vm_id}\n{said}\n{failed}"))
+
+
+@pytest.mark.parametrize("command", ["start", "stop", "shutdown", "reboot"])
+def test_a_task_for_whose_log_the_node_has_no_room_has_done_nothing(api, host, command):
+    """fork_worker ends it before its work begins (PVE::RESTEnvironment)."""
+    vm_id = 106 if command == "start" else 104
+    says = (f"unable to create file '/var/log/pve/tasks/B/UPID:pve:0:0:6:vz{command}:{vm_id}:"
+            "root@pam:' - No space left on device")
+    host.faults(**{command: {"exit": 255, "stderr": says + "\n"}})
+    reply = api.post(f"/power/{command}", {"vm_id": vm_id})
+    assert (reply.status, reply.body) == (503, refused(
+        "Nothing was done: The node has no room on its own disk for the log of a task",
+        details=says))
 
 
 def test_a_container_that_somebody_else_creates_under_the_clone_s_id_is_not_ours(api, host):
