@@ -1443,8 +1443,11 @@ FAILURES = {
         r"parameter 'storage' not allowed for linked clones"],
     # The cluster: /etc/pve is read-only without quorum, and gone without its daemon.
     (503, "/etc/pve is read-only: the cluster has no quorum; see: pvecm status"): [
-        r"(?:unable|failed|clos)[^']*'/etc/pve/[^']*'[\w ]*[-:] (?:Permission denied|Read-only)",
-        r"failed to (?:remove|move) config file[^:]*: (?:Permission denied|Read-only)"],
+        # The last is said of a write in whose middle the quorum is lost.
+        r"(?:unable|failed|clos)[^']*'/etc/pve/[^']*'[\w ]*[-:] "
+        r"(?:Permission denied|Read-only|Operation not permitted)",
+        r"failed to (?:remove|move) config file[^:]*: "
+        r"(?:Permission denied|Read-only|Operation not permitted)"],
     (503, "Proxmox's cluster file system does not answer; see: systemctl status pve-cluster"): [
         r"(?:unable|failed|clos)[^']*'/etc/pve/[^']*'[\w ]*[-:] ",
         r"ipcc_send_rec\S* failed: ", r"Unable to load access control list",
@@ -1719,15 +1722,23 @@ OPEN_TO_READ = os.O_RDONLY | os.O_CLOEXEC
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ESRCH, errno.ENODEV, errno.EOPNOTSUPP)
 
 
-def read_text(path, folder=None):
+def read_text(path, folder=None, anew=False):
     """Return a small file's text, None if it is not there; OSError if it cannot be read.
 
     Far cheaper than open() where a thousand are read. With the descriptor of an open folder, the
     path begins there.
+
+    What pmxcfs makes itself, it makes when it is asked for the file's attributes, which the kernel
+    keeps for a second: until then, a read finds the text of before. But after a read the kernel
+    asks for them once more (pve-cluster, cfs_plug_func_getattr; seen with pmxcfs 9.1.6): `anew`.
     """
     try:
         fd = os.open(path, OPEN_TO_READ, dir_fd=folder)
         try:
+            if anew:
+                os.read(fd, 1)
+                os.fstat(fd)
+                os.lseek(fd, 0, os.SEEK_SET)
             data = chunk = os.read(fd, 65536)
             while len(chunk) > 2000:        # the kernel's own files come a page at a time
                 chunk = os.read(fd, 65536)
@@ -1863,7 +1874,7 @@ class ClusterFiles:
             self.seen.add(vm_id)
             return None
         self.check_mounted()
-        document, (_, cluster) = read_text(f"{self.folder}/.vmlist"), self.members()
+        document, (_, cluster) = read_text(f"{self.folder}/.vmlist", anew=True), self.members()
         if document is None:
             return None
         ids = parse_vmlist(document)
@@ -1929,7 +1940,7 @@ class ClusterFiles:
             name = node.name if node else self.members()[0] or socket.gethostname()
             raise Problem(404, f"VM {vm_ids[0]} does not exist on node '{name}'")
         for vm_id in vm_ids[1:]:
-            document = read_text(f"{self.folder}/.vmlist")
+            document = read_text(f"{self.folder}/.vmlist", anew=True)
             listed = document is not None and str(vm_id) in parse_vmlist(document)
             if listed or is_there(self.conf_path(vm_id)):       # it may not be listed yet
                 raise Problem(409, f"The id {vm_id} is taken")
