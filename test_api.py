@@ -3685,11 +3685,11 @@ def test_files_follow_a_container_that_moves_while_they_are_read(host, monkeypat
     host.write("pve/.members", MEMBERS)
     proxmox, real = proxmox_of(host), module.read_text
 
-    def move_first(path):
+    def move_first(path, **named):
         if path.endswith("nodes/pve2/lxc/204.conf"):
             other.path(204).rename(host.path(204))
             host.list(204)
-        return real(path)
+        return real(path, **named)
     monkeypatch.setattr(module, "read_text", move_first)
     assert (proxmox.pve.find(204).address == "192.0.2.2"
             and proxmox.config(204, 128, 1048576)["hostname"] == "far")
