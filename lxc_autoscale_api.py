@@ -38,7 +38,7 @@ that were begun and may have changed something.
 Nothing but Python's standard library (3.9 or later) is used. Facts about Proxmox VE are from
 its sources, which are cited as (module, function): pve-container (PVE::LXC, PVE::API2::LXC),
 pve-guest-common, pve-storage, pve-cluster, pve-manager and pve-common; and from runs of the real
-pct.
+pct and pmxcfs.
 """
 import argparse
 import atexit
