@@ -1054,7 +1054,7 @@ def parse_config(document):
         if line.startswith("#") or (key == "description" and value.strip()):
             described = line[1:] if line.startswith("#") else value.strip()
             section.setdefault("#", []).append(unquote(described))
-        elif colon and CONF_KEY.fullmatch(key) and value.strip():
+        elif colon and CONF_KEY.fullmatch(key) and value:
             section[key] = value.lstrip(" \t").rstrip()
         elif line.startswith("["):
             name = line.strip("[] \t\r")
@@ -1456,7 +1456,7 @@ FAILURES = {
     (503, "The Proxmox cluster has no quorum, so nothing can be changed"): [
         r"cluster not ready - no quorum", r"no quorum!"],
     # Space: the line may name files, so what is short of it must be said at its end.
-    (503, "The node has no room on its own disk for the log of a task"): [      # none was begun
+    (503, "The node has no room on its own disk for the log of a task"): [      # it did not begin
         r"unable to create (?:output )?file '/var/log/pve/tasks/[^']*' - "
         r"(?:No space left on device|Disk quota exceeded)$"],
     (409, "The storage has too little free space"): [
@@ -1737,8 +1737,8 @@ def read_text(path, folder=None, anew=False):
         try:
             if anew:
                 os.read(fd, 1)
-                os.fstat(fd)
-                os.lseek(fd, 0, os.SEEK_SET)
+                os.fstat(fd)                # then all at once: others may have it made meanwhile
+                return os.pread(fd, 1 << 20, 0).decode("utf-8", "replace")
             data = chunk = os.read(fd, 65536)
             while len(chunk) > 2000:        # the kernel's own files come a page at a time
                 chunk = os.read(fd, 65536)
@@ -2160,14 +2160,14 @@ class Workers:
                 result = work(*arguments)
             except BaseException as raised:
                 error = raised
+                if not future:              # before it is idle, for other work would wait for this
+                    log.error("internal error in %s", work, exc_info=error)
             with self.lock:
                 staying = len(self.idle) < MAX_IDLE
                 if staying:
                     self.idle.append(inbox)
             if future:
                 future.set_exception(error) if error else future.set_result(result)
-            elif error:
-                log.error("internal error in %s", work, exc_info=error)
             del future, work, arguments, result, error  # or they would stay until the next job
             if not staying:
                 return
@@ -3688,7 +3688,9 @@ class Change:
     def without_address(self):
         """Return what to say of a clone that has perhaps not got the address it was to get."""
         ip, before = self.values.get("ip"), self.before or {}       # read once: end() drops it
-        if not ip or self.addressed or not self.ran_any("clone"):
+        # One that has failed is neither done nor lost; one in work counts as lost until it ends.
+        if (not ip or self.addressed
+                or not any(step[1] == "clone" for step in self.done + self.lost)):
             return []
         vm_id, has = self.values["new_vm_id"], "may not" if self.ran_any("set") else "will not"
         source = parse_config(before.get(self.vm_id) or "").current
@@ -5992,7 +5994,6 @@ def warn_of_temporary_snapshots(api, told):
         log.warning("a temporary snapshot is there that this daemon has not taken; "
                     "once no clone runs, remove it with: %s", found[name])
     told.update(found)
-
 
 
 def in_background(function, *arguments):

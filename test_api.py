@@ -2481,14 +2481,14 @@ def test_the_section_of_pending_changes_may_be_in_capitals_and_a_special_one_is_
 
 
 def test_what_somebody_has_written_by_hand_counts_as_it_does_for_proxmox():
-    """A key without a value is passed over, and what is deleted counts after what is set
+    """A key with nothing behind its colon is passed over; what is deleted counts after what is set
     (PVE::LXC::Config, parse_pct_config; PVE::AbstractConfig, load_current_config). There are no
     other mount points than mp0 to mp255."""
     conf = module.parse_config(
-        "cores: 2\nmemory: 1024\nmemory:\nmp01: a:b,mp=/x\nmp256: a:b,mp=/x\nmp0:\n"
-        "net0: bridge=vmbr0,ip=192.0.2.4/24\nnet0:\t\n[pve:pending]\ncores: 8\ndelete: cores\n")
+        "cores: 2\nmemory: 1024\nmemory:\nmp01: a:b,mp=/x\nmp256: a:b,mp=/x\nmp0:\ntags: \n"
+        "net0: bridge=vmbr0,ip=192.0.2.4/24\nnet0:\n[pve:pending]\ncores: 8\ndelete: cores\n")
     assert conf == (
-        {"memory": "1024", "mp01": "a:b,mp=/x", "mp256": "a:b,mp=/x",
+        {"memory": "1024", "mp01": "a:b,mp=/x", "mp256": "a:b,mp=/x", "tags": "",
          "net0": "bridge=vmbr0,ip=192.0.2.4/24"}, {"cores": "2", **conf.values}, {})
     assert module.static_addresses(conf.values) == [("vmbr0", None, "192.0.2.4")]
     assert module.mount_points(conf.values) == []
@@ -3601,7 +3601,10 @@ LIKE_PMXCFS = r'''
 import ctypes, os, struct, threading
 
 folder, asked = sys.argv[1:]
-fuse, made = os.open("/dev/fuse", os.O_RDWR), 0
+try:
+    fuse, made = os.open("/dev/fuse", os.O_RDWR), 0
+except OSError as error:
+    sys.exit(f"unshare: {error}")
 if ctypes.CDLL(None).mount(b"like pmxcfs", folder.encode(), b"fuse", 0,
                            b"fd=%d,rootmode=40000,user_id=0,group_id=0" % fuse):
     sys.exit("unshare: no FUSE here")
@@ -3638,7 +3641,14 @@ def serve():
         os.write(fuse, struct.pack("=IiQ", 16 + len(body), -38 * (reply is None), unique) + body)
 
 
-threading.Thread(target=serve, daemon=True).start()
+def serve_until_it_fails():
+    try:
+        serve()
+    finally:
+        os.close(fuse)              # else whoever waits for an answer could not even be killed
+
+
+threading.Thread(target=serve_until_it_fails, daemon=True).start()
 print(eval(asked, {"path": folder + "/.vmlist", "os": os, "read": daemon.read_text}), flush=True)
 os._exit(0)
 '''
@@ -3833,10 +3843,11 @@ def test_no_more_threads_stay_for_further_work_than_may_be_idle(monkeypatch):
 
 def test_work_that_fails_and_that_nobody_waits_for_is_logged(monkeypatch):
     workers, told = module.Workers(), module.SimpleQueue()
-    monkeypatch.setattr(module.log, "error", lambda *values, exc_info: told.put((values, exc_info)))
+    monkeypatch.setattr(module.log, "error", lambda *values, exc_info: told.put(
+        (values, type(exc_info), workers.idle[:])))
     workers.start(int, "x")
-    values, error = told.get(timeout=10)
-    assert values == ("internal error in %s", int) and type(error) is ValueError
+    # not idle yet, for a log's disk may hang
+    assert told.get(timeout=10) == (("internal error in %s", int), ValueError, [])
 
 
 def test_a_further_question_is_refused_while_too_many_are_being_answered(monkeypatch):
@@ -5859,13 +5870,10 @@ def test_a_container_that_migrates_meanwhile_is_looked_up_once_more(lab, source,
 
 def test_a_state_of_which_is_asked_where_the_container_no_longer_is_is_asked_once_more(lab):
     host, command = lab.hosts["pve2"], "pct status 204 --verbose"
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        host.faults(status={"pause": True})
-        asked = pool.submit(lab.api.get, "/resource/vm/status?vm_id=204")
-        wait_until(lambda: host.calls() == [command])
+    host.faults(status={"pause": True})
+    with held_up(host, "status", lab.api.get, "/resource/vm/status?vm_id=204") as asked:
         lab.move(204, "pve2", "pve3")
-        host.go()
-        reply = asked.result()
+    reply = asked.result()
     try:
         assert (reply.status, reply.body["data"]["node"]) == (200, "pve3")
         assert lab.calls() == {"pve2": [command], "pve3": [command]}
@@ -6999,13 +7007,17 @@ def test_what_a_stop_leaves_unfinished_follows_from_the_steps_that_were_begun():
     told = [change.unfinished()]
     for step in ("clone", "set"):
         change.steps.append(["pct", step])
+        change.lost.append(change.steps[-1])            # as long as it is in work
         told.append(change.unfinished())
     assert told == [[], ["VM 105 will not have the address 192.0.2.5/24, but what VM 104 has; "
                          "do not start it with that"], []]
-    del change.steps[-1]
+    del change.steps[-1], change.lost[-1]
     change.before = {104: "onboot: 1\nnet0: name=eth0,bridge=vmbr0,ip=192.0.2.4/24\n", 105: None}
     assert change.unfinished() == [*told[1], BOOTS.format(105)]
-    change.steps.append(["pct", "set"])
+    change.steps.append(["pct", "delsnapshot"])
+    change.lost = change.steps[-1:]                     # the clone has failed, and is not there
+    assert change.without_address() == change.unfinished() == []
+    change.steps[-1], change.done = ["pct", "set"], change.steps[:1]
     change.lost = change.steps[-1:]
     problem = change.conclude(module.Lost(504, "gone"))
     assert (problem.status, problem.error, problem.fields) == (504, "gone", {
@@ -10874,8 +10886,8 @@ def test_the_second_look_is_put_off_while_no_thread_is_left(monkeypatch):
                 return signal.SIGTERM
             return None
         module.serve(server, module.SimpleNamespace(wait=wait), "")
-    assert [round(moment) if moment else moment for moment in moments] == [
-        module.LOCK_SECONDS, module.LOCK_SECONDS, None]
+    assert [moment and 50 < moment <= module.LOCK_SECONDS for moment in moments] == [
+        True, True, None]
 
 
 def test_a_temporary_snapshot_is_told_once_and_none_of_the_daemon_s_own(host, monkeypatch):
