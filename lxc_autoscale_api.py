@@ -3382,7 +3382,8 @@ class Change:
         self.ran = None                     # whether the container ran, None if nobody asked
         # Its steps.
         self.steps, self.done, self.lost = [], [], []       # done: those that have ended well
-        self.lock, self.broken_off = threading.Lock(), False    # for which no further one is begun
+        # Once the daemon stops, no further one is begun; the lock decides which was the last.
+        self.lock, self.broken_off = threading.Lock(), False
         self.killed = False                 # a command was, and its task may still be at work
         self.kept_locks = []                # steps that have ended well, but left their lock
         self.snapshot_gone = False          # from the storage; the configuration names it

@@ -3631,24 +3631,20 @@ def answer(code, node):
 
 
 def serve():
-    while True:
-        request = os.read(fuse, 1 << 20)
-        _, code, unique, node = struct.unpack_from("=2I2Q", request)
-        if code in (2, 42):                             # FORGET wants no answer
-            continue
-        reply = answer(code, node)
-        body = reply or b""
-        os.write(fuse, struct.pack("=IiQ", 16 + len(body), -38 * (reply is None), unique) + body)
-
-
-def serve_until_it_fails():
     try:
-        serve()
+        while True:
+            request = os.read(fuse, 1 << 20)
+            _, code, unique, node = struct.unpack_from("=2I2Q", request)
+            if code in (2, 42):                         # FORGET wants no answer
+                continue
+            reply = answer(code, node)
+            body, error = (b"", -38) if reply is None else (reply, 0)       # ENOSYS
+            os.write(fuse, struct.pack("=IiQ", 16 + len(body), error, unique) + body)
     finally:
         os.close(fuse)              # else whoever waits for an answer could not even be killed
 
 
-threading.Thread(target=serve_until_it_fails, daemon=True).start()
+threading.Thread(target=serve, daemon=True).start()
 print(eval(asked, {"path": folder + "/.vmlist", "os": os, "read": daemon.read_text}), flush=True)
 os._exit(0)
 '''
@@ -10531,17 +10527,22 @@ def test_500_silent_or_slow_connections_do_not_delay_an_honest_request(launch):
         sock.close()
 
 
-def test_a_crowd_of_silent_clients_holds_nobody_up_for_long(launch):
-    """Threads are added for them, twice as many at a time; one at a time would take 10 s."""
-    api = launch(server={"max_connections": 300}, constants={
-        "WORKER_SECONDS": 0.2, "HELD_SECONDS": 0.04})
-    wait_until(lambda: threads(api) == 0)
-    with contextlib.ExitStack() as crowd:
-        for _ in range(250):
-            crowd.enter_context(api.connect())
-        started = time.monotonic()
-        assert api.get("/routes").status == 200
-        assert time.monotonic() - started < 3           # eight times HELD_SECONDS, and the work
+@pytest.mark.parametrize("held, bound, tries", [
+    (module.HELD_SECONDS, 0.25, 30), (0.04, 3, 1)])     # others need the processor, too
+def test_a_crowd_of_silent_clients_holds_nobody_up_for_long(launch, held, bound, tries):
+    """Threads are added for them, twice as many at a time; one at a time would take twice the
+    bound or more, 250 times HELD_SECONDS."""
+    api, times = launch(server={"max_connections": 300}, constants={
+        "WORKER_SECONDS": 0.2, "HELD_SECONDS": held}), []
+    while len(times) < tries and min(times, default=bound) >= bound:
+        wait_until(lambda: threads(api) == 0)
+        with contextlib.ExitStack() as crowd:
+            for _ in range(250):
+                crowd.enter_context(api.connect())
+            started = time.monotonic()
+            assert api.get("/routes").status == 200
+            times.append(time.monotonic() - started)
+    assert min(times) < bound
     wait_until(lambda: threads(api) == 0)
 
 
